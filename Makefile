@@ -1,0 +1,50 @@
+# `make help` lists what there is. Everything happens in .venv; nothing else is touched.
+
+PYTHON ?= python3
+# A plain torch from PyPI brings CUDA on x86-64 Linux (gigabytes). For the CPU build only:
+#   make run TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := .venv/.ready
+
+.PHONY: help env run test test-full lint format clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(STAMP) ## make .venv with all that run, test and bench need
+
+$(STAMP): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; give one with PYTHON=…, this is " + sys.version)'
+	@echo "Making .venv (once; torch alone takes a minute or more)"
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PIP) install -q -e ".[dev]"
+	@touch $@
+
+run: env ## a job of 4 ranks on demo data, from init to plot; ARGS="--world-size 2"
+	@$(BIN)/cosmic run $(ARGS)
+
+test: env ## the test suite, with coverage; ARGS="-k punch"
+	$(BIN)/python -m pytest -m "not full" --cov --cov-report=term:skip-covered $(ARGS)
+
+test-full: env ## what needs root, Docker, an emulator or many minutes; ARGS as for test
+	$(BIN)/python -m pytest -m full $(ARGS)
+
+lint: env ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env ## let ruff format and fix what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove .venv, caches and results
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf results data

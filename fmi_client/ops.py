@@ -1,0 +1,88 @@
+"""Reduction operations: what allreduce, reduce, reduce_scatter, scan and exscan combine with.
+
+On arrays an operation runs in place with numpy (or, for tensors of a dtype that numpy does
+not have, with torch); on plain Python values with Python's own operators. The dtype never
+changes: a sum of int8 wraps, a logical operation on floats gives 0.0 and 1.0.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fmi_client.payloads import Array
+
+__all__ = ["BAND", "BOR", "LAND", "LOR", "MAX", "MIN", "PROD", "SUM", "Op", "as_op", "custom"]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """A binary operation on values of one type.
+
+    Attributes:
+        name: what ranks compare to find out that they called different things.
+        scalar: combines two Python values, the lower ranks' first.
+        array: combines ``(left, right, out)``; `out` may be either of them.
+        commutative: whether the order of ranks may be changed to be faster.
+    """
+
+    name: str
+    scalar: Callable[[Any, Any], Any]
+    array: Callable[[Array, Array, Array], object]
+    commutative: bool = True
+
+    def __repr__(self) -> str:
+        return f"fmi_client.{self.name}"
+
+
+def custom(function: Callable[[Any, Any], Any], *, commutative: bool = False) -> Op:
+    """Make an operation of an associative function of two values.
+
+    Args:
+        function: ``f(left, right)``; gets two arrays of one dtype and shape (or two Python
+            values), must not modify them, and returns the combined one.
+        commutative: True allows the faster algorithms that change the order of ranks.
+            Otherwise values are combined in rank order, lower ranks on the left.
+    """
+
+    def array(left: Array, right: Array, out: Array) -> None:
+        result = np.asarray(function(left, right))
+        if result.shape != out.shape:
+            raise ValueError(
+                f"the custom operation made shape {result.shape} of two of shape {out.shape}"
+            )
+        np.copyto(out, result, casting="same_kind")
+
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return Op(f"custom:{name}", function, array, commutative)
+
+
+def as_op(op: Op | Callable[[Any, Any], Any]) -> Op:
+    """Accept an `Op`, or a plain function as ``custom(function)``."""
+    if isinstance(op, Op):
+        return op
+    if callable(op):
+        return custom(op)
+    raise TypeError(f"op must be an operation such as fmi_client.SUM or a function, not {op!r}")
+
+
+def _ufunc(function: np.ufunc) -> Callable[[Array, Array, Array], object]:
+    return lambda left, right, out: function(left, right, out=out)
+
+
+def _logical(function: np.ufunc) -> Callable[[Array, Array, Array], object]:
+    return lambda left, right, out: np.copyto(out, function(left, right), casting="unsafe")
+
+
+SUM = Op("sum", operator.add, _ufunc(np.add))
+PROD = Op("prod", operator.mul, _ufunc(np.multiply))
+MIN = Op("min", min, _ufunc(np.minimum))
+MAX = Op("max", max, _ufunc(np.maximum))
+LAND = Op("land", lambda a, b: bool(a) and bool(b), _logical(np.logical_and))
+LOR = Op("lor", lambda a, b: bool(a) or bool(b), _logical(np.logical_or))
+BAND = Op("band", operator.and_, _ufunc(np.bitwise_and))
+BOR = Op("bor", operator.or_, _ufunc(np.bitwise_or))

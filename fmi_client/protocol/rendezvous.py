@@ -1,0 +1,436 @@
+"""Both sides of the conversation between a rank and the rendezvous server (version 3).
+
+::
+
+    rank                                   server
+    0x00, hello(job, size, rank, …) ──►
+                                    ◄──    challenge(nonce)
+    proof(mac)                      ──►
+                                    ◄──    welcome(mac, observed address)   or error(code)
+                                    ◄──    ready                            all ranks are here
+    link(peer)                      ──►
+                                    ◄──    want(peer)       that peer asked for a link with you
+                                    ◄──    punch(peer, addresses, cookie)   to both at once
+    abort(kind, reason) / leave     ──►
+                                    ◄──    lost(rank) / left(rank) / aborted(by, …) / draining
+
+Both codes cover the entire hello and both nonces, each under its own label, with the
+job's admission key (see `auth`). The connection stays open for the life of the job: its
+end without "leave" is how the server notices that a rank died.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from fmi_client.errors import (
+    AuthenticationFailed,
+    JobFull,
+    ProtocolError,
+    RankTaken,
+    RendezvousError,
+    ServerDraining,
+)
+from fmi_client.protocol import auth, frames
+from fmi_client.protocol.frames import Message, encode
+
+Address = tuple[str, int]
+"""An IP address as text, and a port."""
+
+AUTH_SECONDS = 5.0
+"""From accept to proof; absolute, so that a byte a second does not help."""
+
+MAX_JOB_NAME = 256
+MAX_SIZE = 100_000
+MAX_CANDIDATES = 8
+MAX_REASON = 2048
+
+ERRORS: dict[str, type[RendezvousError]] = {
+    "auth": AuthenticationFailed,
+    "full": JobFull,
+    "taken": RankTaken,
+    "draining": ServerDraining,
+    "refused": RendezvousError,
+}
+"""What an error's code becomes at the rank."""
+
+_CODES = {kind: code for code, kind in ERRORS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a rank says of itself when it joins."""
+
+    job: str
+    size: int
+    rank: int
+    epoch: int
+    expires: int
+    """Expiry of its token in Unix seconds, or 0 where it has none."""
+    candidates: tuple[Address, ...]
+    """The rank's own addresses; the first is the local end of this connection."""
+    nonce: bytes
+
+    def encode(self) -> Message:
+        return {
+            "t": "hello",
+            "v": frames.VERSION,
+            "job": self.job,
+            "size": self.size,
+            "rank": self.rank,
+            "epoch": self.epoch,
+            "exp": self.expires,
+            "at": [list(address) for address in self.candidates],
+            "nonce": self.nonce,
+        }
+
+    @classmethod
+    def decode(cls, message: Message) -> Hello:
+        if message["t"] != "hello" or message.get("v") != frames.VERSION:
+            raise ProtocolError(f"expected hello of version {frames.VERSION}")
+        size = frames.field(message, "size", int, low=1, high=MAX_SIZE)
+        return cls(
+            job=frames.field(message, "job", str, low=1, high=MAX_JOB_NAME),
+            size=size,
+            rank=frames.field(message, "rank", int, high=size - 1),
+            epoch=frames.field(message, "epoch", int, high=2**31),
+            expires=frames.field(message, "exp", int),
+            candidates=_addresses(message, "at"),
+            nonce=frames.field(
+                message, "nonce", bytes, low=auth.NONCE_BYTES, high=auth.NONCE_BYTES
+            ),
+        )
+
+
+def _addresses(message: Message, name: str) -> tuple[Address, ...]:
+    pairs = frames.field(message, name, list, low=1, high=MAX_CANDIDATES + 1)
+    return tuple(_address(pair) for pair in pairs)
+
+
+def _address(pair: object) -> Address:
+    match pair:
+        case [str(host), int(port)] if len(host) <= 45 and 0 < port < 65536:
+            return host, port
+    raise ProtocolError("an address must be a pair of IP address and port")
+
+
+# ------------------------------------------------------------------ the server's side
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Whom the server lets in: `secret` None means that no token can be checked."""
+
+    secret: bytes | None
+    allow_anonymous: bool
+
+    def key(self, hello: Hello, now: float) -> bytes | None:
+        """Return the key that the rank must prove to have, or None if nothing admits it."""
+        if hello.expires == 0:
+            return auth.ANONYMOUS if self.allow_anonymous else None
+        if self.secret is None or hello.expires <= now:
+            return None
+        return auth.admission_key(self.secret, hello.job, hello.size, hello.expires)
+
+
+@dataclass(frozen=True, slots=True)
+class Authenticated:
+    """The rank proved its right to join; if the registry takes it, answer with `welcome`."""
+
+    hello: Hello
+    welcome: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An authenticated rank's message: link, abort, who or leave."""
+
+    message: Message
+
+
+class ServerSide:
+    """One connection as the server sees it; `now` is Unix time in seconds throughout."""
+
+    __slots__ = (
+        "_admission",
+        "_challenge",
+        "_hello",
+        "_hello_body",
+        "_joined",
+        "_preface_seen",
+        "_reader",
+        "deadline",
+        "observed",
+        "outgoing",
+    )
+
+    def __init__(self, admission: Admission, observed: Address, now: float) -> None:
+        self._admission = admission
+        self._reader = frames.FrameReader(frames.MAX_FRAME_BEFORE_AUTH)
+        self._preface_seen = False
+        self._hello: Hello | None = None
+        self._hello_body = b""
+        self._challenge = b""
+        self._joined = False
+        self.observed = observed
+        self.deadline = now + AUTH_SECONDS
+        self.outgoing = bytearray()
+        """Bytes to write; the caller takes and clears them."""
+
+    def receive(self, data: bytes, now: float) -> list[Authenticated | Request]:
+        """Take bytes from the rank and return what they mean.
+
+        Raises:
+            AuthenticationFailed, ProtocolError: send `error_message(error)` if `greeted`; close.
+        """
+        if not self._preface_seen:
+            if data[:1] != frames.PREFACE:
+                raise ProtocolError("not a version 3 client")
+            self._preface_seen = True
+            data = data[1:]
+        events = []
+        for message, body in self._reader.feed(data):
+            event = self._handle(message, body, now)
+            if event:
+                events.append(event)
+        return events
+
+    def _handle(self, message: Message, body: bytes, now: float) -> Authenticated | Request | None:
+        if self._joined:
+            return Request(message)
+        if self._hello is None:
+            self._hello, self._hello_body = Hello.decode(message), body
+            self._challenge = auth.nonce()
+            self.outgoing += encode({"t": "challenge", "nonce": self._challenge})
+            return None
+        return self._check_proof(self._hello, message, now)
+
+    def _check_proof(self, hello: Hello, message: Message, now: float) -> Authenticated:
+        proof = frames.field(message, "mac", bytes) if message["t"] == "proof" else b""
+        key = self._admission.key(hello, now)
+        expected = auth.mac(key or b"", "fmi3 rank", self._hello_body, self._challenge)
+        if not auth.same(proof, expected) or key is None:
+            raise AuthenticationFailed("authentication failed")
+        self._joined = True
+        self._reader.limit = frames.MAX_FRAME
+        seen = encode_address(self.observed)
+        code = auth.mac(key, "fmi3 server", self._hello_body, self._challenge, seen)
+        return Authenticated(hello, {"t": "welcome", "mac": code, "seen": list(self.observed)})
+
+    @property
+    def greeted(self) -> bool:
+        """Whether a complete hello came: who sent less gets no answer, only the end."""
+        return self._hello is not None
+
+
+def encode_address(address: Address) -> bytes:
+    """Return the bytes under a code that stand for an address."""
+    return f"{address[0]} {address[1]}".encode()
+
+
+def error_message(error: Exception) -> Message:
+    """Return the wire form of an error: one generic answer for all that precedes joining."""
+    code = _CODES.get(type(error)) if isinstance(error, RendezvousError) else "refused"
+    text = error.message if isinstance(error, RendezvousError) else "malformed request"
+    return {"t": "error", "code": code or "refused", "why": text[:MAX_REASON]}
+
+
+def pack_ranks(ranks: Iterable[int], size: int) -> bytes:
+    """Return a set of ranks as a bitmap: 10,000 ranks are 1,250 bytes."""
+    bitmap = bytearray((size + 7) // 8)
+    for rank in ranks:
+        bitmap[rank // 8] |= 1 << rank % 8
+    return bytes(bitmap)
+
+
+def unpack_ranks(bitmap: bytes) -> list[int]:
+    """Return the ranks of a bitmap in order."""
+    return [8 * i + bit for i, byte in enumerate(bitmap) for bit in range(8) if byte >> bit & 1]
+
+
+# -------------------------------------------------------------------- the rank's side
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The server took us in and sees us at `observed`."""
+
+    observed: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """All ranks of the job are here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Answer to `who`: the ranks that have not joined."""
+
+    ranks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A rank is no longer there: it said goodbye (`clean`), or was lost."""
+
+    rank: int
+    clean: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """`peer` asked for a link; answer with `link(peer)` when ready to punch."""
+
+    peer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Punch:
+    """Connect to `peer` now; it does the same."""
+
+    peer: int
+    addresses: tuple[Address, ...]
+    cookie: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class JobAborted:
+    """A rank (or the server, `by` -1) ended the job for everybody."""
+
+    by: int
+    kind: str
+    reason: str
+    op: str | None
+    seq: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """The server is going away; links that exist are not affected."""
+
+
+Event = Welcome | Ready | Missing | Gone | Want | Punch | JobAborted | Draining
+
+
+class ClientSide:
+    """One rank's conversation with the server.
+
+    Args:
+        hello: what the rank says of itself; its nonce must be fresh.
+        token: what admits it, or None.
+    """
+
+    def __init__(self, hello: Hello, token: auth.Token | None) -> None:
+        self._key = token.key if token else auth.ANONYMOUS
+        self._reader = frames.FrameReader()
+        self._frame = encode(hello.encode())
+        self._body = self._frame[4:]
+        self._challenge: bytes | None = None
+        self._welcome = False
+        self.outgoing = bytearray(frames.PREFACE + self._frame)
+        """Bytes to write; the caller takes and clears them."""
+
+    def receive(self, data: bytes | memoryview) -> list[Event]:
+        """Take bytes from the server and return what they mean.
+
+        Raises:
+            RendezvousError: the server refused us (its subclass says why).
+            AuthenticationFailed: the server could not prove that it knows our token's secret.
+            ProtocolError: it sent what the protocol forbids.
+        """
+        events = [self._handle(message) for message, _ in self._reader.feed(data)]
+        return [event for event in events if event is not None]
+
+    def _handle(self, message: Message) -> Event | None:
+        kind = message["t"]
+        if kind == "error":
+            why = frames.field(message, "why", str)
+            raise ERRORS.get(str(message.get("code")), RendezvousError)(why)
+        if self._challenge is None:
+            self._answer(message)
+            return None
+        if not self._welcome:
+            return self._check_server(message)
+        decode = _EVENTS.get(kind)
+        if decode is None:
+            raise ProtocolError(f"unexpected message {kind!r} from the server")
+        return decode(message)
+
+    def _answer(self, message: Message) -> None:
+        if message["t"] != "challenge":
+            raise ProtocolError(f"expected challenge, got {message['t']!r}")
+        self._challenge = frames.field(message, "nonce", bytes, low=auth.NONCE_BYTES)
+        proof = auth.mac(self._key, "fmi3 rank", self._body, self._challenge)
+        self.outgoing += encode({"t": "proof", "mac": proof})
+
+    def _check_server(self, message: Message) -> Welcome:
+        if message["t"] != "welcome":
+            raise ProtocolError(f"expected welcome, got {message['t']!r}")
+        seen = _address(message.get("seen"))
+        expected = auth.mac(
+            self._key, "fmi3 server", self._body, self._challenge or b"", encode_address(seen)
+        )
+        if not auth.same(frames.field(message, "mac", bytes), expected):
+            raise AuthenticationFailed("the server does not know the secret of our token")
+        self._welcome = True
+        return Welcome(seen)
+
+    def link(self, peer: int) -> None:
+        """Ask for a link with `peer`, or agree to one that it wants."""
+        self.outgoing += encode({"t": "link", "peer": peer})
+
+    def who(self) -> None:
+        """Ask which ranks are missing."""
+        self.outgoing += encode({"t": "who"})
+
+    def abort(self, kind: str, reason: str, op: str | None, seq: int | None) -> None:
+        """End the job for all ranks."""
+        self.outgoing += encode(
+            {"t": "abort", "kind": kind, "reason": reason[:MAX_REASON], "op": op, "seq": seq}
+        )
+
+    def leave(self) -> None:
+        """Say goodbye: the end of this connection is no death."""
+        self.outgoing += encode({"t": "leave"})
+
+
+def _punch(message: Message) -> Punch:
+    return Punch(
+        frames.field(message, "peer", int),
+        _addresses(message, "at"),
+        frames.field(message, "cookie", bytes, low=auth.COOKIE_BYTES, high=auth.COOKIE_BYTES),
+    )
+
+
+def _gone(message: Message) -> Gone:
+    return Gone(
+        frames.field(message, "rank", int),
+        frames.field(message, "clean", bool),
+        frames.field(message, "why", str),
+    )
+
+
+def read_abort(message: Message, by: int) -> JobAborted:
+    """Read an abort, from a rank (the server knows who it is) or from the server."""
+    op, seq = message.get("op"), message.get("seq")
+    return JobAborted(
+        by,
+        frames.field(message, "kind", str, high=32),
+        frames.field(message, "reason", str, high=MAX_REASON),
+        op if isinstance(op, str) else None,
+        seq if isinstance(seq, int) else None,
+    )
+
+
+_EVENTS: dict[str, Callable[[Message], Event]] = {
+    "ready": lambda _: Ready(),
+    "missing": lambda m: Missing(unpack_ranks(frames.field(m, "ranks", bytes))),
+    "gone": _gone,
+    "want": lambda m: Want(frames.field(m, "peer", int)),
+    "punch": _punch,
+    "aborted": lambda m: read_abort(m, frames.field(m, "by", int, low=-1)),
+    "draining": lambda _: Draining(),
+}

@@ -1,0 +1,157 @@
+"""The connection to the rendezvous server: opened once, kept for the life of the job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+from collections.abc import Callable
+
+from fmi_client.errors import FmiError, RendezvousError
+from fmi_client.protocol import auth
+from fmi_client.protocol.rendezvous import Address, ClientSide, Event, Hello
+from fmi_client.transport.reactor import Reactor
+from fmi_client.transport.sockets import IN_PROGRESS, RETRY, bound_socket, keep_alive
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
+"""Bounds of the wait before the next attempt; drawn anew each time ("full jitter"), so that
+the ranks of a job do not knock in step at a server that comes back."""
+
+USER_TIMEOUT_MS = 8000
+"""Unacknowledged data to the server for so long means that it is gone."""
+
+
+class Control:
+    """Connects, authenticates, and turns the server's messages into events.
+
+    Args:
+        server: address with the host resolved.
+        port: local port to bind, shared with the listener.
+        make_hello: builds the hello for the addresses under which we are known.
+        on_event: given each event of the conversation.
+        on_lost: given the reason when the connection ends; a refusal is an error of its own.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        server: Address,
+        port: int,
+        token: auth.Token | None,
+        make_hello: Callable[[Address], Hello],
+        on_event: Callable[[Event], None],
+        on_lost: Callable[[FmiError], None],
+    ) -> None:
+        self._reactor = reactor
+        self._server = server
+        self._port = port
+        self._token = token
+        self._make_hello = make_hello
+        self._on_event = on_event
+        self._on_lost = on_lost
+        self._sock: socket.socket | None = None
+        self._closed = False
+        self._pause = FIRST_PAUSE
+        self.side: ClientSide | None = None
+        self.last_error = "no answer yet"
+
+    @property
+    def open(self) -> bool:
+        """Whether messages can be sent."""
+        return self.side is not None
+
+    def connect(self) -> None:
+        """Begin to connect; repeats until it succeeds or `close` is called."""
+        if self._closed:
+            return
+        sock = self._sock = bound_socket(self._port)
+        code = sock.connect_ex(self._server)
+        if code and code not in IN_PROGRESS:
+            self._try_again(code)
+        else:
+            self._reactor.watch(sock, None, self._connected)
+
+    def _connected(self) -> None:
+        sock = self._open_socket()
+        self._reactor.unwatch(sock)
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._try_again(code)
+            return
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+        keep_alive(sock)
+        self.side = ClientSide(self._make_hello(sock.getsockname()[:2]), self._token)
+        self.flush()
+
+    def _try_again(self, code: int) -> None:
+        self._open_socket().close()
+        self._sock = None
+        self.last_error = os.strerror(code)
+        if code not in RETRY:
+            self._lose(RendezvousError(f"cannot connect: {self.last_error}"))
+            return
+        self._reactor.call_later(random.uniform(0, self._pause), self.connect)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    def flush(self) -> None:
+        """Write what the conversation has queued, as far as the kernel takes it."""
+        if self.side is None or self._sock is None:
+            return
+        out = self.side.outgoing
+        try:
+            if out:
+                del out[: self._sock.send(out)]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lose(RendezvousError(f"connection to the server lost: {error.strerror}"))
+            return
+        self._reactor.watch(self._sock, self._read, self.flush if out else None)
+
+    def _read(self) -> None:
+        try:
+            data = self._open_socket().recv(65536)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose(RendezvousError(f"connection to the server lost: {error.strerror}"))
+            return
+        if not data:
+            self._lose(RendezvousError("the server closed the connection"))
+            return
+        self._handle(data)
+
+    def _handle(self, data: bytes) -> None:
+        assert self.side is not None
+        try:
+            events = self.side.receive(data)
+        except FmiError as error:
+            self._lose(error)
+            return
+        self.flush()
+        for event in events:
+            self._on_event(event)
+
+    def _open_socket(self) -> socket.socket:
+        assert self._sock is not None, "no callback outlives its socket"
+        return self._sock
+
+    def _lose(self, error: FmiError) -> None:
+        if not self._closed:
+            self.close()
+            self._on_lost(error)
+
+    def close(self) -> None:
+        """Close; what is queued is given to the kernel first, if it takes it."""
+        self._closed = True
+        sock, self._sock = self._sock, None
+        if sock is None:
+            return
+        self._reactor.unwatch(sock)
+        if self.side is not None and self.side.outgoing:
+            with contextlib.suppress(OSError):
+                sock.send(self.side.outgoing)
+        self.side = None
+        sock.close()

@@ -1,0 +1,326 @@
+"""Making a direct connection between two ranks, of which neither may accept connections.
+
+Both sides connect to each other from the port that the server saw, at the same time, and
+listen on it too: whichever way round a connection comes about (ours, theirs, or TCP's
+simultaneous open), each one is a `_Trial` that must prove itself. The lower rank keeps
+the first that does; the higher one follows; the rest are closed afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import random
+import socket
+from collections.abc import Callable
+
+from fmi_client.errors import AuthenticationFailed, ProtocolError, PunchFailed
+from fmi_client.protocol.peer import HELLO_BYTES, Handshake, read_hello
+from fmi_client.protocol.rendezvous import Address
+from fmi_client.protocol.rendezvous import Punch as PunchNow
+from fmi_client.transport.reactor import Callback, Reactor
+from fmi_client.transport.sockets import (
+    IN_PROGRESS,
+    RETRY,
+    bound_socket,
+    keep_alive,
+    system_error,
+)
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.25
+"""Seconds between attempts at one address; jittered, so that two sides do not miss in step."""
+
+LOBBY_SECONDS = 5.0
+"""How long a caller may take to say who it is, or wait for the server to announce it."""
+
+LOBBY_SEATS = 128
+
+_NOT_THE_PEER = OSError(errno.ECONNRESET, "connected, but not to the peer")
+
+
+class _Trial:
+    """One connection on which the handshake runs."""
+
+    def __init__(self, punch: Punch, sock: socket.socket, address: Address | None) -> None:
+        self.punch = punch
+        self.sock = sock
+        self.address = address
+        """Where we connected to, or None if the peer connected to us."""
+        self.handshake = Handshake(
+            punch.rank, punch.peer, punch.epoch, punch.key, punch.instruction.cookie
+        )
+        keep_alive(sock)
+        punch.reactor.watch(sock, self.read)
+        self._write()
+
+    def read(self) -> None:
+        try:
+            data = self.sock.recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self.take(data)
+        else:
+            self.punch.drop(self)
+
+    def take(self, data: bytes) -> None:
+        try:
+            self.handshake.receive(data)
+        except (AuthenticationFailed, ProtocolError):
+            self.punch.drop(self)
+            return
+        if self._write():
+            self.punch.progress(self)
+
+    def pick(self) -> None:
+        self.handshake.pick()
+        self._write()
+
+    def _write(self) -> bool:
+        out, self.handshake.outgoing = self.handshake.outgoing, bytearray()
+        if not out:
+            return True
+        try:
+            # A fresh connection takes these few bytes whole, or it is not worth keeping.
+            whole = self.sock.send(out) == len(out)
+        except OSError:
+            whole = False
+        if not whole:
+            self.punch.drop(self)
+        return whole
+
+    def close(self) -> None:
+        self.punch.reactor.unwatch(self.sock)
+        self.sock.close()
+
+
+class Punch:
+    """The attempt to reach one peer.
+
+    Args:
+        instruction: the server's "punch now": addresses and cookie of this pair.
+        on_linked: given the chosen socket and the bytes that came behind the handshake.
+        on_failed: given the error when `seconds` have passed in vain.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        instruction: PunchNow,
+        *,
+        rank: int,
+        epoch: int,
+        key: bytes | None,
+        port: int,
+        seconds: float,
+        on_linked: Callable[[socket.socket, bytes], None],
+        on_failed: Callable[[PunchFailed], None],
+    ) -> None:
+        self.reactor = reactor
+        self.instruction = instruction
+        self.peer = instruction.peer
+        self.rank = rank
+        self.epoch = epoch
+        self.key = key
+        self._port = port
+        self._on_linked = on_linked
+        self._on_failed = on_failed
+        self._seconds = seconds
+        self._trials: list[_Trial] = []
+        self._picked: _Trial | None = None
+        self._connecting: set[socket.socket] = set()
+        self._over = False
+        self._last_error = "no answer"
+        self._timer = reactor.call_later(seconds, self._expire)
+
+    def start(self) -> None:
+        for address in self.instruction.addresses:
+            self._attempt(address, FIRST_PAUSE)
+
+    # ----------------------------------------------------------------- connecting
+    def _attempt(self, address: Address, pause: float) -> None:
+        if self._over:
+            return
+        try:
+            sock = bound_socket(self._port)
+        except OSError as error:
+            self._retry(address, pause, error)
+            return
+        code = sock.connect_ex(address)
+        if code == 0:
+            self._trials.append(_Trial(self, sock, address))
+        elif code in IN_PROGRESS:
+            self._connecting.add(sock)
+            self.reactor.watch(sock, None, self._when_connected(sock, address, pause))
+        else:
+            sock.close()
+            self._retry(address, pause, system_error(code))
+
+    def _when_connected(self, sock: socket.socket, address: Address, pause: float) -> Callback:
+        def connected() -> None:
+            self._connecting.discard(sock)
+            self.reactor.unwatch(sock)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code == 0:
+                self._trials.append(_Trial(self, sock, address))
+                return
+            sock.close()
+            self._retry(address, pause, system_error(code))
+
+        return connected
+
+    def _retry(self, address: Address, pause: float, error: OSError) -> None:
+        self._last_error = f"{address[0]}:{address[1]}: {error}"
+        if error.errno in RETRY and not self._over:
+            later = min(2 * pause, LONGEST_PAUSE)
+            wait = pause * random.uniform(0.5, 1.5)
+            self.reactor.call_later(wait, lambda: self._attempt(address, later))
+
+    def adopt(self, sock: socket.socket, hello: bytes) -> None:
+        """Take over a connection that the peer made to our listener."""
+        if self._over:
+            sock.close()
+            return
+        trial = _Trial(self, sock, None)
+        self._trials.append(trial)
+        trial.take(hello)
+
+    # ------------------------------------------------------------------- choosing
+    def progress(self, trial: _Trial) -> None:
+        """A trial moved on: choose it, or finish with it."""
+        if self._over:
+            return
+        if trial.handshake.complete:
+            self._win(trial)
+        elif trial.handshake.low and trial.handshake.proven and self._picked is None:
+            self._picked = trial
+            trial.pick()
+
+    def drop(self, trial: _Trial) -> None:
+        """A trial broke; another proven one may take its place."""
+        trial.close()
+        if trial in self._trials:
+            self._trials.remove(trial)
+        if self._over:
+            return
+        if trial.address is not None:
+            self._retry(trial.address, LONGEST_PAUSE, _NOT_THE_PEER)
+        if self._picked is trial:
+            self._picked = None
+            for other in list(self._trials):
+                self.progress(other)
+
+    def _win(self, trial: _Trial) -> None:
+        self.reactor.unwatch(trial.sock)
+        self._trials.remove(trial)
+        self.cancel()
+        self._on_linked(trial.sock, trial.handshake.rest())
+
+    def _expire(self) -> None:
+        self.cancel()
+        self._on_failed(
+            PunchFailed(
+                f"no direct connection within {self._seconds:.3g} s (last: {self._last_error}); "
+                "a symmetric NAT or a firewall may be in the way",
+                rank=self.rank,
+                peer=self.peer,
+            )
+        )
+
+    def cancel(self) -> None:
+        """Stop trying and close what is open."""
+        self._over = True
+        self._timer.cancel()
+        for trial in self._trials:
+            trial.close()
+        for sock in self._connecting:
+            self.reactor.unwatch(sock)
+            sock.close()
+        self._trials.clear()
+        self._connecting.clear()
+
+
+class Lobby:
+    """The listener: callers wait here until they said which rank they claim to be.
+
+    Args:
+        find: returns the punch that expects a caller of this rank, or None.
+    """
+
+    def __init__(
+        self, reactor: Reactor, sock: socket.socket, rank: int, find: Callable[[int], Punch | None]
+    ) -> None:
+        self._reactor = reactor
+        self._sock = sock
+        self._rank = rank
+        self._find = find
+        self._callers: dict[socket.socket, bytes] = {}
+        self._waiting: dict[int, list[tuple[socket.socket, bytes]]] = {}
+        sock.listen(LOBBY_SEATS)
+        reactor.watch(sock, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._sock.accept()
+        except OSError:
+            return  # the caller has gone, or we have no descriptor to spare just now
+        if len(self._callers) >= LOBBY_SEATS:
+            sock.close()
+            return
+        sock.setblocking(False)
+        self._callers[sock] = b""
+        self._reactor.watch(sock, lambda: self._read(sock))
+        self._reactor.call_later(LOBBY_SECONDS, lambda: self._dismiss(sock))
+
+    def _read(self, sock: socket.socket) -> None:
+        try:
+            data = sock.recv(HELLO_BYTES - len(self._callers[sock]))
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        hello = self._callers[sock] + data
+        if not data:
+            self._dismiss(sock)
+        elif len(hello) < HELLO_BYTES:
+            self._callers[sock] = hello
+        else:
+            self._introduce(sock, hello)
+
+    def _introduce(self, sock: socket.socket, hello: bytes) -> None:
+        try:
+            caller = read_hello(hello)
+        except ProtocolError:
+            self._dismiss(sock)
+            return
+        if caller.receiver != self._rank or caller.sender == self._rank:
+            self._dismiss(sock)
+            return
+        punch = self._find(caller.sender)
+        self._reactor.unwatch(sock)
+        if punch is None:
+            # The server told the peer first; our own instruction is under way.
+            self._waiting.setdefault(caller.sender, []).append((sock, hello))
+            return
+        del self._callers[sock]
+        punch.adopt(sock, hello)
+
+    def call(self, punch: Punch) -> None:
+        """A punch began: hand over the callers that came early."""
+        for sock, hello in self._waiting.pop(punch.peer, []):
+            if self._callers.pop(sock, None) is not None:
+                punch.adopt(sock, hello)
+
+    def _dismiss(self, sock: socket.socket) -> None:
+        if self._callers.pop(sock, None) is not None:
+            self._reactor.unwatch(sock)
+            sock.close()
+
+    def close(self) -> None:
+        for sock in list(self._callers):
+            self._dismiss(sock)
+        with contextlib.suppress(OSError):
+            self._reactor.unwatch(self._sock)
+        self._sock.close()

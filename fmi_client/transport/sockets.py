@@ -1,0 +1,77 @@
+"""How this project opens TCP sockets, and how the system's errors become ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from fmi_client.protocol.rendezvous import Address
+
+RETRY = frozenset(
+    {
+        errno.ECONNREFUSED,  # nobody listens yet, or the other side's router refused
+        errno.ECONNRESET,
+        errno.ECONNABORTED,
+        errno.EADDRNOTAVAIL,  # this pair of addresses is in use: the peer connected first
+        errno.EADDRINUSE,
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+        errno.ETIMEDOUT,
+        errno.EPIPE,
+    }
+)
+"""What a punch survives: the next attempt, or another address, may go through."""
+
+IN_PROGRESS = frozenset({errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK})
+
+KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 5, 2, 3
+"""Seconds, seconds, probes: a peer that vanished without a word is noticed in 11 s."""
+
+
+def bound_socket(port: int, family: int = socket.AF_INET) -> socket.socket:
+    """Return a non-blocking socket bound to local `port` (0: a free one, nobody else's).
+
+    Server connection, listener and punches share one local port, since a NAT maps the
+    port and not the socket. The bind is explicit: a connect that binds by itself can be
+    given a port that another socket holds.
+    """
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(("", port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Let the kernel find out that the other side is gone, even while we compute."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+
+
+def parse_endpoint(text: str, default_port: int = 10000) -> Address:
+    """Split "host:port", "host" or "[v6]:port".
+
+    Raises:
+        ValueError: the port is not a number from 1 to 65535, or the host is empty.
+    """
+    host, port = text, str(default_port)
+    if text.startswith("["):
+        host, _, rest = text[1:].partition("]")
+        port = rest[1:] or port
+    elif text.count(":") == 1:
+        host, port = text.split(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r} is not an address of the form host:port")
+    return host, int(port)
+
+
+def system_error(code: int) -> OSError:
+    """Return the error for what `connect_ex` or SO_ERROR gave."""
+    return OSError(code, os.strerror(code))

@@ -1,0 +1,138 @@
+"""The command line: ``python -m rendezvous_server``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+import typer
+import uvloop
+
+from rendezvous_server import admin
+from rendezvous_server.config import Config, ConfigError, choose_host, read_secret
+from rendezvous_server.server import Server
+
+log = structlog.get_logger()
+
+ENV = "RENDEZVOUS_"
+
+
+def _configure_logs(level: str) -> None:
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ConfigError(f"unknown log level {level!r}: use debug, info, warning or error")
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def main(
+    host: Annotated[
+        str | None,
+        typer.Option(
+            envvar=ENV + "HOST",
+            help="Address to listen on.  [default: 127.0.0.1 without a secret, else 0.0.0.0]",
+        ),
+    ] = None,
+    port: Annotated[
+        int, typer.Option(envvar=ENV + "PORT", min=0, max=65535, help="Port for ranks; 0: any.")
+    ] = 10000,
+    admin_port: Annotated[
+        int,
+        typer.Option(
+            envvar=ENV + "ADMIN_PORT",
+            min=-1,
+            max=65535,
+            help="Port for /livez, /readyz and /metrics; 0: any, -1: none.",
+        ),
+    ] = 10001,
+    secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=ENV + "SECRET_FILE",
+            help="File with the secret that jobs' tokens are made from (at least 16 bytes).",
+        ),
+    ] = None,
+    allow_anonymous: Annotated[
+        bool,
+        typer.Option(
+            "--allow-anonymous",
+            envvar=ENV + "ALLOW_ANONYMOUS",
+            help="Let ranks without a token join, from anywhere.",
+        ),
+    ] = False,
+    job_ttl: Annotated[
+        float,
+        typer.Option(envvar=ENV + "JOB_TTL", min=1, help="Seconds after which any job is ended."),
+    ] = 6 * 3600,
+    log_level: Annotated[
+        str, typer.Option(envvar=ENV + "LOG_LEVEL", help="debug, info, warning or error.")
+    ] = "info",
+) -> None:
+    """Bring the ranks of jobs together so that they can punch TCP holes to each other.
+
+    Without a secret the server serves this machine only:
+
+        python -m rendezvous_server
+
+    For others to reach it, make a secret, and tokens from it with fmi_client.make_token:
+
+        openssl rand -hex 32 > secret && python -m rendezvous_server --secret-file secret
+
+    It logs JSON lines to stderr. SIGTERM drains: nobody new, waiting ranks are told to come
+    back, running jobs get a few seconds to end; links between ranks do not notice.
+    """
+    try:
+        _configure_logs(log_level)
+        secret = read_secret(secret_file)
+        config = Config(
+            host=choose_host(host, secret, allow_anonymous),
+            port=port,
+            admin_port=None if admin_port < 0 else admin_port,
+            secret=secret,
+            allow_anonymous=allow_anonymous,
+            job_ttl=job_ttl,
+        )
+        uvloop.run(_serve(config))
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+    except OSError as error:
+        typer.echo(f"rendezvous_server: cannot listen: {error.strerror or error}", err=True)
+        raise typer.Exit(1) from None
+
+
+async def _serve(config: Config) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    server = Server(config)
+    port = await server.start()
+    runner, admin_port = None, None
+    if config.admin_port is not None:
+        runner, admin_port = await admin.start(server, config.host, config.admin_port)
+    log.info("listening", host=config.host, port=port, admin_port=admin_port)
+    if config.secret is None:
+        whom = "anybody" if config.allow_anonymous else "this machine only; give --secret-file"
+        log.warning("no secret", serves=whom)
+    await stopping.wait()
+    await server.drain()
+    await server.stop()
+    if runner is not None:
+        await runner.cleanup()
+    log.info("stopped")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,72 @@
+"""HTTP for operators: /livez, /readyz and /metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from rendezvous_server.server import Server
+
+
+class _Metrics:
+    """Reads the server's own counters when asked: nothing is counted twice."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def collect(self) -> Iterator[Metric]:
+        server, counters = self._server, self._server.counters
+        for name, text, value in (
+            ("connections", "Connections accepted", counters.connections),
+            ("joins", "Ranks that joined", counters.joined),
+            ("refusals", "Connections refused", counters.refused),
+            ("lost_ranks", "Ranks whose connection ended without goodbye", counters.lost),
+            ("jobs_started", "Jobs whose ranks were all present", counters.jobs_started),
+            ("punches", "Pairs told to punch", server.registry.punches),
+        ):
+            yield CounterMetricFamily(f"rendezvous_{name}", text, value=value)
+        for name, text, value in (
+            ("open_connections", "Connections open now", len(server.open)),
+            ("ranks", "Ranks present now", server.registry.ranks),
+            ("jobs", "Jobs present now", len(server.registry.jobs)),
+        ):
+            yield GaugeMetricFamily(f"rendezvous_{name}", text, value=value)
+
+
+def make_app(server: Server) -> web.Application:
+    """Return the application that answers for `server`."""
+    collectors = CollectorRegistry()
+    collectors.register(_Metrics(server))
+
+    async def live(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def ready(_: web.Request) -> web.Response:
+        if server.registry.draining:
+            return web.Response(status=503, text="draining\n")
+        return web.Response(text="ok\n")
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(
+            body=generate_latest(collectors),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
+
+    app = web.Application()
+    app.add_routes(
+        [web.get("/livez", live), web.get("/readyz", ready), web.get("/metrics", metrics)]
+    )
+    return app
+
+
+async def start(server: Server, host: str, port: int) -> tuple[web.AppRunner, int]:
+    """Serve HTTP; returns what to clean up, and the port."""
+    runner = web.AppRunner(make_app(server), access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, host, port)
+    await site.start()
+    bound: int = runner.addresses[0][1]
+    return runner, bound

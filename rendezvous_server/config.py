@@ -1,0 +1,79 @@
+"""The server's settings, checked once."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+MIN_SECRET_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Settings of one server.
+
+    Attributes:
+        host, port: where ranks connect; port 0 takes a free one.
+        admin_port: where /livez, /readyz and /metrics are; None: nowhere.
+        secret: what tokens are made with; None: tokens cannot be checked.
+        allow_anonymous: whether ranks without a token may join.
+        job_ttl: seconds after which any job is ended.
+    """
+
+    host: str
+    port: int
+    admin_port: int | None
+    secret: bytes | None
+    allow_anonymous: bool
+    job_ttl: float
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the text says what to do."""
+
+
+def read_secret(path: Path | None) -> bytes | None:
+    """Read the secret file, without the white space at its end.
+
+    Raises:
+        ConfigError: it cannot be read, or is too short to be a secret.
+    """
+    if path is None:
+        return None
+    try:
+        secret = path.read_bytes().rstrip()
+    except OSError as error:
+        raise ConfigError(f"cannot read the secret file {path}: {error.strerror}") from None
+    if len(secret) < MIN_SECRET_BYTES:
+        raise ConfigError(
+            f"the secret in {path} has {len(secret)} bytes; use at least {MIN_SECRET_BYTES}, "
+            "for example: openssl rand -hex 32"
+        )
+    return secret
+
+
+def choose_host(host: str | None, secret: bytes | None, allow_anonymous: bool) -> str:
+    """Return the address to bind: an open port to the world needs a decision.
+
+    Raises:
+        ConfigError: an address that others can reach was asked for without a secret.
+    """
+    protected = secret is not None or allow_anonymous
+    if host is None:
+        return "0.0.0.0" if protected else "127.0.0.1"
+    if not protected and not _is_loopback(host):
+        raise ConfigError(
+            f"without a secret the server serves loopback only, not {host}; give --secret-file, "
+            "or --allow-anonymous to let anybody who reaches the port start jobs"
+        )
+    return host
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

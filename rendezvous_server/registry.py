@@ -1,0 +1,246 @@
+"""Jobs and their ranks: who waits, who is there, who wants to meet whom. No I/O.
+
+Every method returns what is to be sent, as pairs of a member and a message; the caller
+owns the connections. Times are Unix seconds, given by the caller.
+
+A job lives through two states::
+
+    WAITING   ranks come and may go; a rank that is lost frees its place
+    RUNNING   all came ("ready" was sent); whoever is lost is announced; nobody new
+
+and ends when its last rank leaves. Its name is free again at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fmi_client.errors import JobFull, ProtocolError, RankTaken, RendezvousError, ServerDraining
+from fmi_client.protocol import auth, frames
+from fmi_client.protocol.frames import Message
+from fmi_client.protocol.rendezvous import (
+    MAX_CANDIDATES,
+    Address,
+    Hello,
+    JobAborted,
+    pack_ranks,
+    read_abort,
+)
+
+SERVER = -1
+"""The `by` of an abort that no rank asked for."""
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One rank of a job. `connection` is the caller's own handle to it."""
+
+    job: Job
+    rank: int
+    connection: Hashable
+    addresses: tuple[Address, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    name: str
+    size: int
+    epoch: int
+    expires: float
+    members: dict[int, Member] = field(default_factory=dict)
+    running: bool = False
+    gone: dict[int, Message] = field(default_factory=dict)
+    """Ranks that left or were lost while the job ran, with what was said of them."""
+    wanted: set[tuple[int, int]] = field(default_factory=set)
+    """Links asked for by one side: (who asked, with whom)."""
+
+
+Outbox = list[tuple[Member, Message]]
+
+
+class Registry:
+    """All jobs of one server.
+
+    Args:
+        ttl: seconds after which a job is ended, whatever it does.
+        max_jobs, max_ranks: bounds of what the server holds at once.
+        make_cookie: source of the pairs' random cookies.
+    """
+
+    def __init__(
+        self,
+        ttl: float,
+        max_jobs: int = 10_000,
+        max_ranks: int = 100_000,
+        make_cookie: Callable[[], bytes] = lambda: os.urandom(auth.COOKIE_BYTES),
+    ) -> None:
+        self._ttl = ttl
+        self._max_jobs = max_jobs
+        self._max_ranks = max_ranks
+        self._make_cookie = make_cookie
+        self.jobs: dict[str, Job] = {}
+        self.ranks = 0
+        self.draining = False
+        self.punches = 0
+        """Pairs told to punch, ever."""
+
+    # -------------------------------------------------------------------- joining
+    def join(
+        self, hello: Hello, observed: Address, connection: Hashable, now: float
+    ) -> tuple[Member, Outbox]:
+        """Take a rank in.
+
+        Raises:
+            ServerDraining, JobFull, RankTaken, RendezvousError: it cannot join.
+        """
+        if self.draining:
+            raise ServerDraining("the server is shutting down; try again in a few seconds")
+        if self.ranks >= self._max_ranks:
+            raise RendezvousError(f"the server holds {self._max_ranks} ranks already")
+        job, outbox = self._find_job(hello, now)
+        if hello.rank in job.members:
+            raise RankTaken(f"rank {hello.rank} of job {job.name!r} is here already")
+        addresses = dict.fromkeys((observed, *hello.candidates[:MAX_CANDIDATES]))
+        member = Member(job, hello.rank, connection, tuple(addresses))
+        job.members[hello.rank] = member
+        self.ranks += 1
+        if len(job.members) == job.size:
+            job.running = True
+            outbox += [(each, {"t": "ready"}) for each in job.members.values()]
+        return member, outbox
+
+    def _find_job(self, hello: Hello, now: float) -> tuple[Job, Outbox]:
+        job = self.jobs.get(hello.job)
+        outbox: Outbox = []
+        if job is not None and hello.epoch > job.epoch:
+            reason = f"job {job.name!r} was started again with epoch {hello.epoch}"
+            outbox = self._end(job, "superseded", reason)
+            job = None
+        if job is None:
+            if len(self.jobs) >= self._max_jobs:
+                raise RendezvousError(f"the server holds {self._max_jobs} jobs already")
+            job = Job(hello.job, hello.size, hello.epoch, now + self._ttl)
+            self.jobs[hello.job] = job
+            return job, outbox
+        if hello.epoch < job.epoch:
+            raise RendezvousError(
+                f"job {job.name!r} is at epoch {job.epoch}; a rank of epoch {hello.epoch} is late"
+            )
+        if job.size != hello.size:
+            raise JobFull(f"job {job.name!r} has {job.size} ranks, not {hello.size}")
+        if job.running and hello.rank not in job.members:
+            raise JobFull(f"job {job.name!r} runs already; a new attempt needs a higher epoch")
+        return job, outbox
+
+    # -------------------------------------------------------------------- leaving
+    def leave(self, member: Member, *, clean: bool, why: str) -> Outbox:
+        """A rank's connection ended, after "leave" (`clean`) or without."""
+        job = member.job
+        if job.members.get(member.rank) is not member:
+            return []  # the job has ended already
+        del job.members[member.rank]
+        self.ranks -= 1
+        if not job.members:
+            self._forget(job)
+            return []
+        if not job.running:
+            return []
+        message = {"t": "gone", "rank": member.rank, "clean": clean, "why": why}
+        job.gone[member.rank] = message
+        return [(each, message) for each in job.members.values()]
+
+    def _forget(self, job: Job) -> None:
+        if self.jobs.get(job.name) is job:
+            del self.jobs[job.name]
+
+    def _end(self, job: Job, kind: str, reason: str) -> Outbox:
+        """End a job for all its ranks; their connections are the caller's to close."""
+        message = _aborted(JobAborted(SERVER, kind, reason, None, None))
+        outbox = [(member, message) for member in job.members.values()]
+        self.ranks -= len(job.members)
+        job.members.clear()
+        self._forget(job)
+        return outbox
+
+    def expire(self, now: float) -> Outbox:
+        """End the jobs whose time is over."""
+        late = [job for job in self.jobs.values() if job.expires <= now]
+        return [
+            pair
+            for job in late
+            for pair in self._end(
+                job, "expired", f"job {job.name!r} was ended by the server after {self._ttl:.0f} s"
+            )
+        ]
+
+    def drain(self) -> Outbox:
+        """Take nobody new. Ranks of incomplete jobs are told to come back elsewhere."""
+        self.draining = True
+        outbox: Outbox = []
+        for job in list(self.jobs.values()):
+            if job.running:
+                outbox += [(member, {"t": "draining"}) for member in job.members.values()]
+            else:
+                why = "the server is shutting down; join again in a few seconds"
+                refusal = {"t": "error", "code": "draining", "why": why}
+                outbox += [(member, refusal) for member in job.members.values()]
+        return outbox
+
+    # ------------------------------------------------------------------- requests
+    def request(self, member: Member, message: Message) -> Outbox:
+        """Answer an authenticated rank's message.
+
+        Raises:
+            ProtocolError: there is no such request.
+        """
+        match message["t"]:
+            case "link":
+                return self._link(member, frames.field(message, "peer", int))
+            case "abort":
+                aborted = _aborted(read_abort(message, member.rank))
+                return [(other, aborted) for other in _others(member)]
+            case "who":
+                return [(member, self._missing(member.job))]
+        raise ProtocolError(f"unknown request {message['t']!r}")
+
+    def _link(self, member: Member, peer: int) -> Outbox:
+        job = member.job
+        if peer >= job.size or peer == member.rank or not job.running:
+            raise ProtocolError(f"link: there is no peer {peer}")
+        other = job.members.get(peer)
+        if other is None:
+            return [(member, job.gone[peer])]
+        if (peer, member.rank) not in job.wanted:
+            job.wanted.add((member.rank, peer))
+            return [(other, {"t": "want", "peer": member.rank})]
+        job.wanted.discard((peer, member.rank))
+        self.punches += 1
+        cookie = self._make_cookie()
+        return [(member, _punch(other, cookie)), (other, _punch(member, cookie))]
+
+    def _missing(self, job: Job) -> Message:
+        absent = set(range(job.size)) - job.members.keys()
+        return {"t": "missing", "ranks": pack_ranks(absent, job.size)}
+
+
+def _punch(peer: Member, cookie: bytes) -> Message:
+    at = [list(address) for address in peer.addresses]
+    return {"t": "punch", "peer": peer.rank, "at": at, "cookie": cookie}
+
+
+def _aborted(event: JobAborted) -> dict[str, Any]:
+    return {
+        "t": "aborted",
+        "by": event.by,
+        "kind": event.kind,
+        "reason": event.reason,
+        "op": event.op,
+        "seq": event.seq,
+    }
+
+
+def _others(member: Member) -> Iterable[Member]:
+    return [other for other in member.job.members.values() if other is not member]

@@ -1,0 +1,264 @@
+"""The TCP side: bytes to the protocol, the registry's answers to the ranks. No decisions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from typing import Any, cast
+
+import structlog
+
+from fmi_client.errors import FmiError
+from fmi_client.protocol.frames import encode
+from fmi_client.protocol.rendezvous import (
+    Address,
+    Admission,
+    Authenticated,
+    Request,
+    ServerSide,
+    error_message,
+)
+from rendezvous_server.config import Config
+from rendezvous_server.registry import Member, Outbox, Registry
+
+log = structlog.get_logger()
+
+DRAIN_SECONDS = 8.0
+"""ECS kills 30 s after SIGTERM; jobs get this long to finish before their lines are cut."""
+
+EXPIRY_PERIOD = 5.0
+
+WRITE_LIMIT = 1024 * 1024
+"""Bytes that may wait for one rank to read them; one that does not is cut off."""
+
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 8000}
+
+
+class Counters:
+    """What happened since the start; exported as metrics."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.joined = 0
+        self.refused = 0
+        self.lost = 0
+        self.jobs_started = 0
+
+
+class Server:
+    """Listens, and holds what all connections share."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.registry = Registry(config.job_ttl)
+        # Where only this machine can reach the port, no secret means no need for one.
+        anonymous = config.allow_anonymous or config.secret is None
+        self.admission = Admission(config.secret, anonymous)
+        self.counters = Counters()
+        self.open: set[Connection] = set()
+        self.emptied = asyncio.Event()
+        """Set whenever the last rank has gone; for draining."""
+        self._listener: asyncio.Server | None = None
+        self._ticker: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Begin to listen; returns the port."""
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(
+            lambda: Connection(self), self.config.host, self.config.port, backlog=4096
+        )
+        self._ticker = asyncio.create_task(self._tick())
+        port: int = self._listener.sockets[0].getsockname()[1]
+        return port
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRY_PERIOD)
+            outbox = self.registry.expire(time.time())
+            self.deliver(outbox)
+            for member, _ in outbox:
+                _connection(member).close_soon()
+
+    def deliver(self, outbox: Outbox) -> None:
+        """Write each message to its member."""
+        frames: dict[int, bytes] = {}  # a broadcast is one dict object: encode it once
+        for member, message in outbox:
+            frame = frames.get(id(message))
+            if frame is None:
+                frame = frames[id(message)] = encode(message)
+            _connection(member).write(frame)
+
+    async def drain(self) -> None:
+        """Stop in order: nobody new, waiters sent away, running jobs given time to end."""
+        if self._listener is not None:
+            self._listener.close()
+        waiting = {
+            m
+            for job in self.registry.jobs.values()
+            if not job.running
+            for m in job.members.values()
+        }
+        self.deliver(self.registry.drain())
+        for member in waiting:
+            _connection(member).close_soon()
+        log.info("draining", waiting=len(waiting), running=self.registry.ranks - len(waiting))
+        if self.registry.ranks:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.emptied.wait(), DRAIN_SECONDS)
+
+    async def stop(self) -> None:
+        """Cut what is still open."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        for connection in list(self.open):
+            connection.close_soon()
+        if self._listener is not None:
+            self._listener.close()
+        await asyncio.sleep(0)
+
+
+def _text(address: Address) -> str:
+    return f"{address[0]}:{address[1]}"
+
+
+def _connection(member: Member) -> Connection:
+    assert isinstance(member.connection, Connection)
+    return member.connection
+
+
+class Connection(asyncio.Protocol):
+    """One TCP connection; before authentication it has until a fixed moment to prove itself."""
+
+    __slots__ = ("_clean", "_deadline", "_member", "_server", "_side", "_transport")
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._transport: asyncio.Transport | None = None
+        self._side: ServerSide | None = None
+        self._member: Member | None = None
+        self._clean = False
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are asyncio's by behaviour, not by class.
+        self._transport = transport = cast(asyncio.Transport, transport)
+        server = self._server
+        server.counters.connections += 1
+        server.open.add(self)
+        peer = transport.get_extra_info("peername")
+        if peer is None:  # it has gone between accept and here
+            transport.abort()
+            return
+        now = time.time()
+        self._side = ServerSide(server.admission, (peer[0], peer[1]), now)
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(self._side.deadline - now, self._expire)
+        transport.set_write_buffer_limits(high=WRITE_LIMIT)
+
+    def data_received(self, data: bytes) -> None:
+        side = self._side
+        if side is None or self._transport is None or self._transport.is_closing():
+            return
+        try:
+            for event in side.receive(data, time.time()):
+                self._handle(event)
+        except FmiError as error:
+            self._refuse(error)
+        self._flush()
+
+    def _handle(self, event: Authenticated | Request) -> None:
+        if isinstance(event, Authenticated):
+            self._join(event)
+        elif event.message["t"] == "leave":
+            self._clean = True
+            self.close_soon()
+        elif self._member is not None:
+            self._server.deliver(self._server.registry.request(self._member, event.message))
+
+    def _join(self, event: Authenticated) -> None:
+        assert self._side is not None
+        hello, server = event.hello, self._server
+        member, outbox = server.registry.join(hello, self._side.observed, self, time.time())
+        self._member = member
+        self._cancel_deadline()
+        self._keep_alive()
+        server.counters.joined += 1
+        self.write(encode(event.welcome))
+        server.deliver(outbox)
+        for other, message in outbox:
+            if message["t"] == "aborted":  # an older epoch's rank
+                _connection(other).close_soon()
+        log.info(
+            "joined",
+            job=hello.job,
+            rank=hello.rank,
+            size=hello.size,
+            epoch=hello.epoch,
+            address=_text(self._side.observed),
+        )
+        if member.job.running:
+            server.counters.jobs_started += 1
+            log.info("ready", job=hello.job, size=hello.size, epoch=hello.epoch)
+
+    def _refuse(self, error: FmiError) -> None:
+        """Answer once, and close. A stranger who speaks no version 3 gets no answer."""
+        assert self._side is not None
+        self._server.counters.refused += 1
+        log.info("refused", address=_text(self._side.observed), why=error.message)
+        self._flush()
+        if self._side.greeted:
+            self.write(encode(error_message(error)))
+        self.close_soon()
+
+    def _flush(self) -> None:
+        if self._side is not None and self._side.outgoing:
+            self.write(bytes(self._side.outgoing))
+            self._side.outgoing.clear()
+
+    def write(self, frame: bytes) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame)
+
+    def pause_writing(self) -> None:
+        """It does not read what it is told: it is dead, or means harm."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def close_soon(self) -> None:
+        """Close after what is queued is written."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def _expire(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _cancel_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _keep_alive(self) -> None:
+        sock: Any = self._transport.get_extra_info("socket") if self._transport else None
+        if sock is None:
+            return
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_deadline()
+        self._server.open.discard(self)
+        member, self._member = self._member, None
+        if member is None:
+            return
+        why = "left" if self._clean else str(exc or "its connection to the server closed")
+        outbox = self._server.registry.leave(member, clean=self._clean, why=why)
+        self._server.deliver(outbox)
+        if not self._server.registry.ranks:
+            self._server.emptied.set()
+        if not self._clean:
+            self._server.counters.lost += 1
+        log.info("left" if self._clean else "lost", job=member.job.name, rank=member.rank, why=why)

@@ -1,0 +1,244 @@
+"""When ranks disagree, are late, abort, raise or die, everybody learns who and where."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fmi_client
+from fmi_client.communicator import Communicator, memory_world
+from fmi_client.errors import (
+    Aborted,
+    CollectiveMismatch,
+    CollectiveTimeout,
+    FmiError,
+    JoinTimeout,
+    RankFailed,
+)
+from tests.support import run_ranks
+
+LINKS = ["memory", "tcp"]
+
+COLLECTIVES: dict[str, Any] = {
+    "barrier": lambda comm: comm.barrier(),
+    "bcast": lambda comm: comm.bcast(np.zeros(5)),
+    "gather": lambda comm: comm.gather(np.zeros(5)),
+    "allgather": lambda comm: comm.allgather(np.zeros(5)),
+    "scatter": lambda comm: comm.scatter([1] * comm.size),
+    "reduce": lambda comm: comm.reduce(np.zeros(5)),
+    "allreduce": lambda comm: comm.allreduce(np.zeros(5)),
+    "large allreduce": lambda comm: comm.allreduce(np.zeros(100_000)),
+    "reduce_scatter": lambda comm: comm.reduce_scatter(np.zeros(5)),
+    "alltoall": lambda comm: comm.alltoall([1] * comm.size),
+    "scan": lambda comm: comm.scan(np.zeros(5)),
+    "exscan": lambda comm: comm.exscan(np.zeros(5)),
+    "split": lambda comm: comm.split(0),
+}
+AGREEING = [name for name in COLLECTIVES if name not in ("bcast", "gather", "scatter", "split")]
+
+
+async def outcome(awaitable: Any) -> Any:
+    try:
+        return await awaitable
+    except FmiError as error:
+        return error
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize(
+    ("usual", "odd", "said"),
+    [
+        (
+            lambda comm: comm.allreduce(np.zeros(3)),
+            lambda comm: comm.allreduce(np.zeros(4)),
+            ("allreduce(sum, float64 [3])", "rank 2 called allreduce(sum, float64 [4])"),
+        ),
+        (
+            lambda comm: comm.allreduce(np.zeros(3)),
+            lambda comm: comm.allreduce(np.zeros(3, "f4")),
+            ("allreduce(sum, float64 [3])", "rank 2 called allreduce(sum, float32 [3])"),
+        ),
+        (
+            lambda comm: comm.allreduce(1),
+            lambda comm: comm.allreduce(1, fmi_client.MAX),
+            ("allreduce(sum, object)", "rank 2 called allreduce(max, object)"),
+        ),
+        (
+            lambda comm: comm.scan(np.zeros(3)),
+            lambda comm: comm.scan(np.zeros(2)),
+            ("scan(sum, float64 [3])", "rank 2 called scan(sum, float64 [2])"),
+        ),
+        (
+            lambda comm: comm.reduce(np.zeros(3), root=1),
+            lambda comm: comm.reduce(np.zeros(3), root=3),
+            ("reduce(sum, root=1, float64 [3])", "rank 2 called reduce(sum, root=3, float64 [3])"),
+        ),
+        (
+            lambda comm: comm.barrier(),
+            lambda comm: comm.allgather(1),
+            ("barrier()", "rank 2 called allgather()"),
+        ),
+    ],
+)
+async def test_a_mismatch_is_raised_on_all_ranks_and_says_who_called_what(
+    link: Any, usual: Any, odd: Any, said: tuple[str, str]
+) -> None:
+    results = await run_ranks(
+        4, lambda comm: outcome(odd(comm) if comm.rank == 2 else usual(comm)), link
+    )
+    for error in results:
+        assert isinstance(error, CollectiveMismatch), error
+        assert error.seq == 0
+        # Whoever noticed told the others; both sides of a pair may have.
+        assert all(part.removeprefix("rank 2 called ") in error.details for part in said)
+        assert "rank 2 called" in error.details
+
+
+async def test_different_order_of_calls_is_found_even_where_messages_do_not_meet() -> None:
+    async def rank(comm: Communicator) -> Any:
+        if comm.rank == 0:
+            return await outcome(comm.gather(1, root=0))
+        await outcome(comm.bcast(1, root=1))
+        return await outcome(comm.barrier())
+
+    for error in await run_ranks(3, rank):
+        assert isinstance(error, CollectiveMismatch)
+
+
+@pytest.mark.parametrize("name", COLLECTIVES)
+async def test_who_is_late_is_named_with_operation_and_number(name: str) -> None:
+    async def rank(comm: Communicator) -> Any:
+        await comm.barrier()
+        if comm.rank == 0:
+            return None
+        comm.timeout = 0.05
+        return await outcome(COLLECTIVES[name](comm))
+
+    late = [e for e in await run_ranks(3, rank) if isinstance(e, CollectiveTimeout)]
+    assert any(error.missing == [0] for error in late) or name == "gather"
+    assert all(error.op == name.split()[-1] and error.seq == 1 for error in late)
+    assert "within 0.05 s" in str(late[0]) if late else name == "gather"
+
+
+async def test_a_late_receive_does_no_harm() -> None:
+    async def rank(comm: Communicator) -> Any:
+        if comm.rank == 0:
+            with pytest.raises(CollectiveTimeout, match="recv"):
+                await comm.recv(1, timeout=0.01)
+        await comm.barrier()
+        return await (comm.recv(1) if comm.rank == 0 else comm.send("late", 0))
+
+    assert await run_ranks(2, rank) == ["late", None]
+
+
+@pytest.mark.parametrize("link", LINKS)
+async def test_abort_ends_all_that_waits_and_all_that_follows(link: Any) -> None:
+    async def rank(comm: Communicator) -> Any:
+        await comm.barrier()
+        if comm.rank == 1:
+            comm.abort("out of luck")
+        first = await outcome(comm.allreduce(1))
+        second = await outcome(comm.barrier())
+        return first, second
+
+    for first, second in await run_ranks(4, rank, link):
+        for error in (first, second):
+            assert isinstance(error, Aborted)
+            assert (error.by, error.reason) == (1, "out of luck")
+
+
+@pytest.mark.parametrize("link", LINKS)
+async def test_an_exception_between_operations_reaches_the_others(link: Any) -> None:
+    async def rank(comm: Communicator) -> Any:
+        async with comm:
+            await comm.barrier()
+            if comm.rank == 2:
+                raise KeyError("no such galaxy")
+            return await outcome(comm.barrier())
+
+    results = await run_ranks(3, rank, link, return_exceptions=True)
+    assert isinstance(results[2], KeyError)
+    for error in results[:2]:
+        assert isinstance(error, Aborted)
+        assert error.by == 2
+        assert "KeyError: 'no such galaxy'" in error.reason
+
+
+async def test_an_operation_that_raises_or_is_cancelled_does_not_leave_the_others_waiting() -> None:
+    def ratio(left: int, right: int) -> int:
+        return left // right
+
+    async def dividing(comm: Communicator) -> Any:
+        return await comm.reduce(0 if comm.rank == 3 else 1, ratio)
+
+    results = await run_ranks(4, dividing, return_exceptions=True)
+    assert isinstance(results[2], ZeroDivisionError)
+    assert all(
+        isinstance(error, Aborted) and error.by == 2 for error in results if error is not results[2]
+    )
+
+    over = asyncio.Event()
+
+    async def cancelled(comm: Communicator) -> Any:
+        if comm.rank == 0:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(comm.barrier(), 0.01)
+            over.set()
+            return None
+        if comm.rank == 1:
+            await over.wait()  # the barrier must not end before it is cancelled
+        return await outcome(comm.barrier())
+
+    assert all(isinstance(e, Aborted) and e.by == 0 for e in (await run_ranks(3, cancelled))[1:])
+
+
+@pytest.mark.parametrize("name", COLLECTIVES)
+async def test_every_collective_survives_the_death_of_a_rank(name: str) -> None:
+    """In memory: rank 2 of 5 vanishes; whoever still waits learns that it was rank 2."""
+    worlds = memory_world(5, timeout=5)
+    tasks = [
+        asyncio.ensure_future(outcome(COLLECTIVES[name](comm))) for comm in worlds if comm.rank != 2
+    ]
+    await asyncio.sleep(0)
+    worlds[2]._endpoint.die()  # type: ignore[attr-defined]
+    results = await asyncio.gather(*tasks)
+    failed = [error for error in results if isinstance(error, RankFailed)]
+    assert all(error.rank == 2 for error in failed)
+    assert len(failed) == 4 if name in AGREEING else failed
+    for comm in worlds:
+        if comm.rank != 2:
+            assert isinstance(await outcome(comm.barrier()), RankFailed)
+
+
+@pytest.mark.parametrize("link", LINKS)
+async def test_a_rank_that_left_is_named_when_it_is_needed(link: Any) -> None:
+    async def rank(comm: Communicator) -> Any:
+        await comm.barrier()
+        if comm.rank == 1:
+            await comm.close()
+            return None
+        return await outcome(comm.allreduce(1, timeout=5))
+
+    results = await run_ranks(3, rank, link)
+    for error in (results[0], results[2]):
+        assert isinstance(error, RankFailed)
+        assert "left" in str(error)
+
+
+def test_errors_can_be_pickled_and_copied_with_all_they_carry() -> None:
+    for error in (
+        RankFailed("gone", rank=3, op="barrier", seq=7),
+        JoinTimeout("few", missing=[2, 1], rank=0),
+        CollectiveMismatch(details="x", rank=0, peer=1),
+        Aborted(by=2, reason="why"),
+    ):
+        for twin in (pickle.loads(pickle.dumps(error)), error.fresh()):
+            assert type(twin) is type(error)
+            assert vars(twin) == vars(error)
+            assert str(twin) == str(error)
+            assert twin.__traceback__ is None
+    assert "rank 3, barrier, #7" in str(RankFailed("gone", rank=3, op="barrier", seq=7))

@@ -1,0 +1,261 @@
+"""The blocking communicator in real processes, on the same algorithms."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fmi_client
+from fmi_client import sync
+from fmi_client.errors import (
+    Aborted,
+    CollectiveMismatch,
+    CollectiveTimeout,
+    JoinTimeout,
+    RankFailed,
+    RendezvousError,
+)
+from tests.support import KEY, serving
+
+spawn = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A server in a thread of its own: the ranks block."""
+    ready: concurrent.futures.Future[str] = concurrent.futures.Future()
+    stop = asyncio.Event()
+    loop = asyncio.new_event_loop()
+
+    async def serve() -> None:
+        async with serving() as (_, where):
+            ready.set_result(where)
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    yield ready.result(10)
+    loop.call_soon_threadsafe(stop.set)
+    thread.join()
+    loop.close()
+
+
+RankFunction = Callable[[sync.Communicator], Any]
+
+
+def _be_rank(
+    pipe: Any, address: str, job: str, rank: int, size: int, function: RankFunction
+) -> None:
+    # Inherited handlers would report our own death to the parent's event loop.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        with sync.connect(address, job=job, rank=rank, size=size, key=KEY, timeout=15) as comm:
+            pipe.send(function(comm))
+    except BaseException as error:
+        pipe.send(error)
+
+
+def run_processes(address: str, size: int, function: RankFunction, job: str = "job") -> list[Any]:
+    """Run `function(comm)` in `size` processes; results, errors or "died" in rank order."""
+    pipes, processes = [], []
+    for rank in range(size):
+        ours, theirs = spawn.Pipe(duplex=False)
+        process = spawn.Process(
+            target=_be_rank, args=(theirs, address, job, rank, size, function), daemon=True
+        )
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        return [_result(pipe) for pipe in pipes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        for pipe in pipes:
+            pipe.close()
+
+
+def _result(pipe: Any) -> Any:
+    try:
+        return pipe.recv() if pipe.poll(20) else "silent"
+    except EOFError:
+        return "died"
+
+
+def everything(comm: sync.Communicator) -> list[Any]:
+    rank, size = comm.rank, comm.size
+    big = np.full(300_000, rank + 1, "f4")
+    comm.barrier()
+    pairs = comm.split(rank // 2)
+    return [
+        comm.bcast({"a": rank}, root=size - 1),
+        comm.gather(rank, root=1),
+        comm.allgather(np.arange(rank))[-1].tolist(),
+        comm.scatter([r * r for r in range(size)] if rank == 0 else None),
+        comm.reduce(rank, fmi_client.MAX),
+        float(comm.allreduce(big)[-1]),
+        comm.allreduce(np.float64(0.5)).item(),
+        comm.reduce_scatter(np.arange(size)).tolist(),
+        comm.alltoall([(rank, d) for d in range(size)])[0],
+        comm.scan(1),
+        comm.exscan(1),
+        comm.sendrecv(rank, (rank + 1) % size, (rank - 1) % size),
+        pairs.allreduce(rank),
+        len(comm.bcast(bytes(5_000_000))),
+        {link["kind"] for link in comm.stats()["links"].values()},
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5])
+def test_every_collective(address: str, size: int) -> None:
+    results = run_processes(address, size, everything) if size > 1 else []
+    for rank, got in enumerate(results):
+        assert got == [
+            {"a": size - 1},
+            list(range(size)) if rank == 1 else None,
+            list(range(size - 1)),
+            rank * rank,
+            size - 1 if rank == 0 else None,
+            size * (size + 1) / 2,
+            size / 2,
+            [rank * size],
+            (0, rank),
+            rank + 1,
+            rank if rank else None,
+            (rank - 1) % size,
+            sum(r for r in range(size) if r // 2 == rank // 2),
+            5_000_000,
+            {"direct"},
+        ]
+    with sync.connect(address, job="one", rank=0, size=1) as comm:
+        assert comm.allreduce(3) == 3
+        assert comm.sendrecv("self", 0) == "self"
+
+
+def test_a_killed_rank_is_named_by_all_others_within_a_second(address: str) -> None:
+    def rank(comm: sync.Communicator) -> Any:
+        comm.barrier()
+        if comm.rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        start = time.monotonic()
+        try:
+            while True:
+                comm.allreduce(np.ones(100_000))
+        except RankFailed as error:
+            return error.rank, time.monotonic() - start
+
+    results = run_processes(address, 4, rank, job="killed")
+    assert results.pop(2) == "died"
+    assert [rank for rank, _ in results] == [2, 2, 2]
+    assert all(seconds < 1 for _, seconds in results)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "text"),
+    [
+        (
+            lambda comm: comm.allreduce(np.zeros(3 + comm.rank // 2)),
+            CollectiveMismatch,
+            "allreduce(sum, float64 [4])",
+        ),
+        (
+            lambda comm: comm.abort("enough") if comm.rank == 1 else comm.barrier(),
+            Aborted,
+            "enough",
+        ),
+        (lambda comm: 1 // comm.rank and comm.barrier(), Aborted, "ZeroDivisionError"),
+        (
+            lambda comm: comm.barrier() if comm.rank else comm.recv(1, timeout=0.05),
+            CollectiveTimeout,
+            "no answer from rank 1",
+        ),
+    ],
+    ids=["mismatch", "abort", "exception", "timeout"],
+)
+def test_errors(address: str, function: RankFunction, kind: type[Exception], text: str) -> None:
+    results = run_processes(address, 3, function, job=f"errors {text}")
+    errors = [got for got in results if isinstance(got, kind)]
+    assert errors
+    assert all(text in str(error) for error in errors)
+
+
+def test_who_does_not_come_is_named(address: str) -> None:
+    with pytest.raises(JoinTimeout, match=r"2 of 3 ranks did not join within 0.1 s: 0, 2"):
+        sync.connect(address, job="alone", rank=1, size=3, timeout=0.1)
+    with pytest.raises(RendezvousError, match="Connection refused"):
+        sync.connect("127.0.0.1:1", job="alone", rank=1, size=3, timeout=0.1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rank": 3},
+        {"rank": -1},
+        {"size": 0},
+        {"job": ""},
+        {"epoch": -1},
+        {"timeout": 0},
+        {"key": b"x"},
+    ],
+)
+def test_wrong_arguments_never_reach_the_server(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        sync.connect("127.0.0.1:1", **({"job": "j", "rank": 0, "size": 3} | arguments))
+
+
+def test_key_and_token_come_from_the_environment(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMI_KEY", "not hexadecimal")
+    with pytest.raises(ValueError, match="FMI_KEY"):
+        sync.connect(address, job="j", rank=0, size=1)
+    monkeypatch.setenv("FMI_KEY", "ab" * 32)
+    sync.connect(address, job="j", rank=0, size=1).close()
+    monkeypatch.setenv("FMI_TOKEN", "fmi3.1.x")
+    with pytest.raises(ValueError, match="make_token"):
+        sync.connect(address, job="j", rank=0, size=1)
+
+
+def test_a_large_reduction_takes_one_scratch_block_of_memory(address: str) -> None:
+    """Peak memory: result and a scratch of 1/size beyond the input, never a second copy."""
+    size, nbytes = 4, 64 * 1024 * 1024
+
+    def rank(comm: sync.Communicator) -> int:
+        array = np.ones(nbytes // 4, "f4")
+        comm.allreduce(array[:100_000])  # links and code paths are warm
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        comm.allreduce(array, out=array)
+        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+    for grown in run_processes(address, size, rank, job="memory"):
+        assert grown < nbytes / size * 1.25
+
+
+def test_descriptors_are_given_back(address: str) -> None:
+    def count() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = count()
+    for _ in range(5):
+        with sync.connect(address, job="fds", rank=0, size=1) as comm:
+            comm.barrier()
+        with pytest.raises(JoinTimeout):
+            sync.connect(address, job="fds", rank=0, size=2, timeout=0.05)
+    deadline = time.monotonic() + 5  # the server, in its thread, closes its ends, too
+    while count() != before and time.monotonic() < deadline:
+        os.sched_yield()
+    assert count() == before

@@ -1,0 +1,172 @@
+"""Jobs and ranks, without sockets; the connection handles are plain names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fmi_client.errors import JobFull, ProtocolError, RankTaken, RendezvousError, ServerDraining
+from fmi_client.protocol.rendezvous import Hello, unpack_ranks
+from rendezvous_server.registry import Member, Outbox, Registry
+
+HELLO = Hello("job", 3, 0, 0, 0, (("10.0.0.1", 1000),), b"n" * 16)
+NOW = 1000.0
+
+
+def said(outbox: Outbox) -> list[tuple[Any, str]]:
+    return [(member.connection, message["t"]) for member, message in outbox]
+
+
+def join(registry: Registry, rank: int, **changes: Any) -> tuple[Member, Outbox]:
+    hello = replace(HELLO, rank=rank, **changes)
+    return registry.join(hello, (f"203.0.113.{rank}", 2000), f"{hello.job}/{rank}", NOW)
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return Registry(ttl=60, max_jobs=2, make_cookie=lambda: b"c" * 16)
+
+
+@pytest.fixture
+def members(registry: Registry) -> list[Member]:
+    return [join(registry, rank)[0] for rank in range(3)]
+
+
+def test_all_are_told_when_the_last_rank_is_there(registry: Registry) -> None:
+    assert said(join(registry, 2)[1]) == []
+    assert said(join(registry, 0)[1]) == []
+    assert said(join(registry, 1)[1]) == [
+        ("job/2", "ready"),
+        ("job/0", "ready"),
+        ("job/1", "ready"),
+    ]
+
+
+def test_who_is_missing(registry: Registry) -> None:
+    member, _ = join(registry, 1)
+    ((_, message),) = registry.request(member, {"t": "who"})
+    assert unpack_ranks(message["ranks"]) == [0, 2]
+
+
+def test_a_lost_waiter_frees_its_place(registry: Registry) -> None:
+    member, _ = join(registry, 0)
+    join(registry, 1)
+    assert registry.leave(member, clean=False, why="died") == []
+    join(registry, 0)
+    assert said(join(registry, 2)[1]) == [
+        ("job/1", "ready"),
+        ("job/0", "ready"),
+        ("job/2", "ready"),
+    ]
+
+
+def test_a_taken_rank_another_size_and_a_running_job_are_refused(registry: Registry) -> None:
+    join(registry, 0)
+    with pytest.raises(RankTaken, match="rank 0 of job 'job'"):
+        join(registry, 0)
+    with pytest.raises(JobFull, match="has 3 ranks, not 4"):
+        join(registry, 1, size=4)
+    join(registry, 1)
+    last, _ = join(registry, 2)
+    registry.leave(last, clean=False, why="died")
+    with pytest.raises(JobFull, match="runs already"):
+        join(registry, 2)
+
+
+def test_lost_and_left_ranks_of_a_running_job_are_announced(
+    registry: Registry, members: list[Member]
+) -> None:
+    outbox = registry.leave(members[1], clean=False, why="reset")
+    assert said(outbox) == [("job/0", "gone"), ("job/2", "gone")]
+    assert outbox[0][1] == {"t": "gone", "rank": 1, "clean": False, "why": "reset"}
+    assert registry.leave(members[2], clean=True, why="left")[0][1]["clean"] is True
+
+
+def test_a_name_is_free_again_when_the_last_rank_left(
+    registry: Registry, members: list[Member]
+) -> None:
+    for member in members:
+        registry.leave(member, clean=True, why="left")
+    assert registry.ranks == 0
+    assert registry.jobs == {}
+    join(registry, 0, size=1)
+
+
+def test_both_sides_punch_when_both_asked(registry: Registry, members: list[Member]) -> None:
+    assert said(registry.request(members[0], {"t": "link", "peer": 2})) == [("job/2", "want")]
+    outbox = registry.request(members[2], {"t": "link", "peer": 0})
+    assert said(outbox) == [("job/2", "punch"), ("job/0", "punch")]
+    assert outbox[0][1]["peer"] == 0
+    assert outbox[0][1]["at"] == [["203.0.113.0", 2000], ["10.0.0.1", 1000]]
+    assert outbox[0][1]["cookie"] == outbox[1][1]["cookie"] == b"c" * 16
+    # The pair may ask again, for instance when the punch failed.
+    assert said(registry.request(members[2], {"t": "link", "peer": 0})) == [("job/0", "want")]
+
+
+def test_a_link_with_who_has_gone_is_answered_with_that(
+    registry: Registry, members: list[Member]
+) -> None:
+    registry.leave(members[1], clean=True, why="left")
+    assert said(registry.request(members[0], {"t": "link", "peer": 1})) == [("job/0", "gone")]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{"t": "link", "peer": 0}, {"t": "link", "peer": 3}, {"t": "link"}, {"t": "x"}, {"t": "abort"}],
+)
+def test_senseless_requests_are_protocol_errors(
+    registry: Registry, members: list[Member], message: Any
+) -> None:
+    with pytest.raises(ProtocolError):
+        registry.request(members[0], message)
+
+
+def test_an_abort_reaches_all_others(registry: Registry, members: list[Member]) -> None:
+    outbox = registry.request(members[1], {"t": "abort", "kind": "abort", "reason": "why"})
+    assert said(outbox) == [("job/0", "aborted"), ("job/2", "aborted")]
+    assert (outbox[0][1]["by"], outbox[0][1]["reason"]) == (1, "why")
+
+
+def test_a_new_epoch_ends_the_old_one_and_refuses_its_stragglers(
+    registry: Registry, members: list[Member]
+) -> None:
+    member, outbox = join(registry, 0, epoch=1)
+    assert said(outbox) == [(f"job/{rank}", "aborted") for rank in range(3)]
+    assert "epoch 1" in outbox[0][1]["reason"]
+    assert registry.ranks == 1
+    with pytest.raises(RendezvousError, match="is at epoch 1"):
+        join(registry, 1, epoch=0)
+    # The old connections end afterwards, and touch nothing of the new job.
+    assert registry.leave(members[0], clean=False, why="") == []
+    assert member.job.members == {0: member}
+
+
+def test_jobs_expire(registry: Registry, members: list[Member]) -> None:
+    assert registry.expire(NOW + 59.9) == []
+    outbox = registry.expire(NOW + 60)
+    assert said(outbox) == [(f"job/{rank}", "aborted") for rank in range(3)]
+    assert registry.jobs == {}
+    assert registry.ranks == 0
+
+
+def test_a_draining_server_sends_waiters_away_and_lets_jobs_run(
+    registry: Registry, members: list[Member]
+) -> None:
+    join(registry, 0, job="waiting")
+    assert said(registry.drain())[-1] == ("waiting/0", "error")
+    assert said(registry.drain())[:3] == [(f"job/{rank}", "draining") for rank in range(3)]
+    with pytest.raises(ServerDraining):
+        join(registry, 1, job="waiting")
+
+
+def test_the_number_of_jobs_is_bounded(registry: Registry) -> None:
+    join(registry, 0, job="a")
+    join(registry, 0, job="b")
+    with pytest.raises(RendezvousError, match="holds 2 jobs"):
+        join(registry, 0, job="c")
+    small = Registry(ttl=60, max_ranks=1)
+    join(small, 0)
+    with pytest.raises(RendezvousError, match="holds 1 ranks"):
+        join(small, 1)

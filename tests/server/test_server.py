@@ -1,0 +1,239 @@
+"""The server as its users meet it: a process, its port, its logs, its signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fmi_client
+from fmi_client.errors import (
+    AuthenticationFailed,
+    JobFull,
+    JoinTimeout,
+    RankTaken,
+    RendezvousError,
+    ServerDraining,
+)
+from fmi_client.protocol import frames
+from rendezvous_server import config
+from tests.support import KEY, serving
+
+SECRET = b"0123456789abcdef"
+
+
+class Process:
+    """A server process and what it has logged."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.port = self.admin_port = 0
+
+    async def event(self, name: str) -> dict[str, Any]:
+        """Return the next log line with this event."""
+        assert self.process.stderr is not None
+        while line := await asyncio.wait_for(self.process.stderr.readline(), 10):
+            entry: dict[str, Any] = json.loads(line)
+            if entry["event"] == name:
+                return entry
+        raise AssertionError(f"the server ended without logging {name!r}")
+
+
+@asynccontextmanager
+async def server_process(*arguments: str) -> AsyncIterator[Process]:
+    command = [sys.executable, "-m", "rendezvous_server", "--port", "0", "--admin-port", "0"]
+    started = await asyncio.create_subprocess_exec(
+        *command, *arguments, stderr=asyncio.subprocess.PIPE
+    )
+    server = Process(started)
+    try:
+        listening = await server.event("listening")
+        server.port, server.admin_port = listening["port"], listening["admin_port"]
+        yield server
+    finally:
+        if started.returncode is None:
+            started.kill()
+        await started.wait()
+
+
+def http(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+async def join(address: str, rank: int = 0, size: int = 1, **more: Any) -> Any:
+    arguments = {"job": "job", "timeout": 5.0} | more
+    return await fmi_client.connect(address, rank=rank, size=size, **arguments)
+
+
+async def test_a_job_runs_and_the_process_ends_in_order(tmp_path: Path) -> None:
+    secret_file = tmp_path / "secret"
+    secret_file.write_bytes(SECRET + b"\n")
+    async with server_process("--secret-file", str(secret_file)) as server:
+        address = f"127.0.0.1:{server.port}"
+        token = fmi_client.make_token(SECRET, job="job", size=3, expires=time.time() + 60)
+        ranks = await asyncio.gather(*(join(address, r, 3, token=token, key=KEY) for r in range(3)))
+        assert await asyncio.gather(*(comm.allreduce(1) for comm in ranks)) == [3, 3, 3]
+        text = (await asyncio.to_thread(http, server.admin_port, "/metrics"))[1]
+        assert "rendezvous_joins_total 3.0" in text
+        assert "rendezvous_ranks 3.0" in text
+        for comm in ranks:
+            await comm.close()
+        assert [(await server.event("left"))["rank"] for _ in range(3)] == [0, 1, 2]
+        server.process.send_signal(signal.SIGTERM)
+        await server.event("stopped")
+        assert await server.process.wait() == 0
+
+
+async def test_sigterm_drains() -> None:
+    async with server_process() as server:
+        address = f"127.0.0.1:{server.port}"
+        waiting = asyncio.ensure_future(join(address, 0, 2, job="waits"))
+        await server.event("joined")
+        ranks = await asyncio.gather(*(join(address, r, 2, job="runs") for r in range(2)))
+        assert await asyncio.to_thread(http, server.admin_port, "/readyz") == (200, "ok\n")
+        await asyncio.gather(*(comm.barrier() for comm in ranks))
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(ServerDraining):
+            await waiting
+        assert await asyncio.to_thread(http, server.admin_port, "/readyz") == (503, "draining\n")
+        assert (await asyncio.to_thread(http, server.admin_port, "/livez"))[0] == 200
+        # The link that exists does not notice.
+        assert await asyncio.gather(*(comm.allreduce(2) for comm in ranks)) == [4, 4]
+        for comm in ranks:
+            await comm.close()
+        assert await asyncio.wait_for(server.process.wait(), 5) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--host", "0.0.0.0"], "loopback only"),
+        (["--secret-file", "/nonexistent"], "cannot read the secret file"),
+        (["--port", "70000"], "less than or equal to 65535"),
+        (["--log-level", "loud"], "unknown log level"),
+    ],
+)
+async def test_settings_that_cannot_be_are_refused(arguments: list[str], said: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "rendezvous_server", *arguments),
+        stderr=asyncio.subprocess.PIPE,
+        env={"COLUMNS": "200", "PATH": ""},
+    )
+    _, err = await asyncio.wait_for(process.communicate(), 10)
+    assert process.returncode == 2
+    assert said in err.decode()
+    assert "Traceback" not in err.decode()
+
+
+def test_where_it_listens_depends_on_who_may_join(tmp_path: Path) -> None:
+    assert config.choose_host(None, None, False) == "127.0.0.1"
+    assert config.choose_host(None, SECRET, False) == "0.0.0.0"
+    assert config.choose_host(None, None, True) == "0.0.0.0"
+    assert config.choose_host("localhost", None, False) == "localhost"
+    (tmp_path / "short").write_bytes(b"short\n")
+    with pytest.raises(config.ConfigError, match="at least 16"):
+        config.read_secret(tmp_path / "short")
+
+
+async def test_wrong_and_missing_tokens_are_refused_alike() -> None:
+    def token(secret: bytes = SECRET, after: float = 60, size: int = 1) -> str:
+        return fmi_client.make_token(secret, job="job", size=size, expires=time.time() + after)
+
+    async with serving(SECRET) as (server, address):
+        await (await join(address, token=token())).close()
+        for bad in (None, token(b"another secret"), token(after=-5), token(size=2)):
+            with pytest.raises(AuthenticationFailed, match=r"authentication failed$"):
+                await join(address, token=bad)
+        assert server.counters.refused == 4
+
+
+async def test_refusals_name_the_reason() -> None:
+    async with serving() as (_, address):
+        first = asyncio.ensure_future(join(address, 0, 2, timeout=30))
+        with pytest.raises(JoinTimeout, match="1 of 2 ranks did not join") as caught:
+            await join(address, 1, 2, job="alone", timeout=0.1)
+        assert caught.value.missing == [0]
+        with pytest.raises(RankTaken):
+            await join(address, 0, 2)
+        with pytest.raises(JobFull, match="has 2 ranks, not 3"):
+            await join(address, 1, 3)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+
+
+async def test_no_server_is_said_so() -> None:
+    with socket.socket() as sock:  # bound but not listening: refuses, and nobody else takes it
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        with pytest.raises(RendezvousError, match=r"within 0.2 s \(Connection refused\)"):
+            await join(f"127.0.0.1:{port}", timeout=0.2)
+    with pytest.raises(RendezvousError, match="cannot resolve"):
+        await join("no-such-host.invalid:1")
+    for bad in ("", "host:port", "host:0", "a:b:c"):
+        with pytest.raises((ValueError, RendezvousError)):
+            await join(bad)
+
+
+async def test_strangers_are_cut_off_and_learn_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmi_client.protocol.rendezvous.AUTH_SECONDS", 0.1)
+    async with serving(SECRET) as (server, address):
+        host, port = address.split(":")
+        for knock in (
+            b"",
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"\x00\x00",
+            b"\x00\xff\xff\xff\xff",
+            b"\x00" * 9,
+        ):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(knock)
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+            writer.close()
+        assert server.registry.ranks == 0
+        assert not server.open
+
+
+async def test_a_rank_that_asks_for_nonsense_is_thrown_out() -> None:
+    async with serving() as (server, address):
+        comm = await join(address)
+        control = comm._endpoint._control
+        control.side.outgoing += frames.encode({"t": "nonsense"})
+        control.flush()
+        await asyncio.wait_for(server.emptied.wait(), 5)
+        assert server.counters.lost == 1
+        await comm.close()
+
+
+async def test_jobs_are_ended_after_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rendezvous_server.server.EXPIRY_PERIOD", 0.02)
+    async with serving(job_ttl=0.05) as (_, address):
+        with pytest.raises(RendezvousError, match="ended by the server after"):
+            await join(address, 0, 2)
+
+
+async def test_a_new_epoch_takes_over_from_a_job_that_hangs() -> None:
+    async with serving() as (_, address):
+        old = asyncio.ensure_future(join(address, 0, 2, epoch=0))
+        while not old.done():
+            new = asyncio.ensure_future(join(address, 0, 1, epoch=1))
+            await (await new).close()
+            await asyncio.wait([old], timeout=0.01)
+        with pytest.raises(RendezvousError, match="started again with epoch 1"):
+            await old

@@ -1,0 +1,59 @@
+"""What many tests share: jobs inside one event loop, and a server for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Literal
+
+import fmi_client
+from fmi_client.communicator import Communicator, memory_world
+from rendezvous_server.config import Config
+from rendezvous_server.server import Server
+
+KEY = bytes(range(32))
+
+RankFunction = Callable[[Communicator], Awaitable[Any]]
+
+
+@asynccontextmanager
+async def serving(
+    secret: bytes | None = None, *, allow_anonymous: bool = False, job_ttl: float = 600.0
+) -> AsyncIterator[tuple[Server, str]]:
+    """Run a rendezvous server in this loop; gives it and its address."""
+    config = Config("127.0.0.1", 0, None, secret, allow_anonymous, job_ttl)
+    server = Server(config)
+    port = await server.start()
+    try:
+        yield server, f"127.0.0.1:{port}"
+    finally:
+        await server.stop()
+
+
+async def run_ranks(
+    size: int,
+    function: RankFunction,
+    link: Literal["memory", "tcp"] = "memory",
+    timeout: float = 10.0,
+    return_exceptions: bool = False,
+) -> list[Any]:
+    """Run `function(comm)` as each of `size` ranks of a job; returns their results."""
+    async with AsyncExitStack() as stack:
+        if link == "memory":
+            worlds = memory_world(size, timeout)
+        else:
+            _, address = await stack.enter_async_context(serving())
+            worlds = await asyncio.gather(
+                *(
+                    fmi_client.connect(
+                        address, job="test", rank=r, size=size, key=KEY, timeout=timeout
+                    )
+                    for r in range(size)
+                )
+            )
+        try:
+            return await asyncio.gather(*map(function, worlds), return_exceptions=return_exceptions)
+        finally:
+            for comm in worlds:
+                await comm.close()
