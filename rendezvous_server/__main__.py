@@ -12,6 +12,7 @@ from typing import Annotated
 import structlog
 import typer
 import uvloop
+from aiohttp.web import AppRunner
 
 from rendezvous_server import admin
 from rendezvous_server.config import Config, ConfigError, choose_host, read_secret
@@ -20,6 +21,7 @@ from rendezvous_server.server import Server
 log = structlog.get_logger()
 
 ENV = "RENDEZVOUS_"
+ADMIN_PORT = 10001
 
 
 def _configure_logs(level: str) -> None:
@@ -37,6 +39,11 @@ def _configure_logs(level: str) -> None:
     )
 
 
+# Plain help: it is read in container logs and CI as often as in a terminal.
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     host: Annotated[
         str | None,
@@ -49,14 +56,15 @@ def main(
         int, typer.Option(envvar=ENV + "PORT", min=0, max=65535, help="Port for ranks; 0: any.")
     ] = 10000,
     admin_port: Annotated[
-        int,
+        int | None,
         typer.Option(
             envvar=ENV + "ADMIN_PORT",
             min=-1,
             max=65535,
-            help="Port for /livez, /readyz and /metrics; 0: any, -1: none.",
+            help="Port for /livez, /readyz and /metrics; 0: any, -1: none.  "
+            "[default: 10001, if it is free]",
         ),
-    ] = 10001,
+    ] = None,
     secret_file: Annotated[
         Path | None,
         typer.Option(
@@ -82,16 +90,17 @@ def main(
 ) -> None:
     """Bring the ranks of jobs together so that they can punch TCP holes to each other.
 
-    Without a secret the server serves this machine only:
+    Without a secret the server serves this machine only. For others to reach it, make
+    a secret, and tokens from it with fmi_client.make_token.
 
-        python -m rendezvous_server
+    It logs JSON lines to stderr. SIGTERM drains: nobody new, waiting ranks are told to
+    come back, running jobs get a few seconds to end; links between ranks do not notice.
 
-    For others to reach it, make a secret, and tokens from it with fmi_client.make_token:
-
-        openssl rand -hex 32 > secret && python -m rendezvous_server --secret-file secret
-
-    It logs JSON lines to stderr. SIGTERM drains: nobody new, waiting ranks are told to come
-    back, running jobs get a few seconds to end; links between ranks do not notice.
+    \b
+    Examples:
+      python -m rendezvous_server                         this machine only
+      openssl rand -hex 32 > secret
+      python -m rendezvous_server --secret-file secret    ranks with a token, from anywhere
     """
     try:
         _configure_logs(log_level)
@@ -99,10 +108,11 @@ def main(
         config = Config(
             host=choose_host(host, secret, allow_anonymous),
             port=port,
-            admin_port=None if admin_port < 0 else admin_port,
+            admin_port=ADMIN_PORT if admin_port is None else admin_port,
             secret=secret,
             allow_anonymous=allow_anonymous,
             job_ttl=job_ttl,
+            admin_required=admin_port is not None,
         )
         uvloop.run(_serve(config))
     except ConfigError as error:
@@ -112,6 +122,20 @@ def main(
         raise typer.Exit(1) from None
 
 
+async def _start_admin(server: Server) -> tuple[AppRunner | None, int | None]:
+    """Serve HTTP where asked to; a second server on one machine does without by default."""
+    config = server.config
+    if config.admin_port < 0:
+        return None, None
+    try:
+        return await admin.start(server, config.host, config.admin_port)
+    except OSError as error:
+        if config.admin_required:
+            raise
+        log.warning("no admin port", port=config.admin_port, why=error.strerror)
+        return None, None
+
+
 async def _serve(config: Config) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -119,9 +143,7 @@ async def _serve(config: Config) -> None:
         loop.add_signal_handler(number, stopping.set)
     server = Server(config)
     port = await server.start()
-    runner, admin_port = None, None
-    if config.admin_port is not None:
-        runner, admin_port = await admin.start(server, config.host, config.admin_port)
+    runner, admin_port = await _start_admin(server)
     log.info("listening", host=config.host, port=port, admin_port=admin_port)
     if config.secret is None:
         whom = "anybody" if config.allow_anonymous else "this machine only; give --secret-file"
@@ -135,4 +157,4 @@ async def _serve(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app(prog_name="python -m rendezvous_server")

@@ -15,7 +15,8 @@ class Config:
 
     Attributes:
         host, port: where ranks connect; port 0 takes a free one.
-        admin_port: where /livez, /readyz and /metrics are; None: nowhere.
+        admin_port: where /livez, /readyz and /metrics are; negative: nowhere.
+        admin_required: False: where that port is taken, do without it.
         secret: what tokens are made with; None: tokens cannot be checked.
         allow_anonymous: whether ranks without a token may join.
         job_ttl: seconds after which any job is ended.
@@ -23,10 +24,11 @@ class Config:
 
     host: str
     port: int
-    admin_port: int | None
+    admin_port: int
     secret: bytes | None
     allow_anonymous: bool
     job_ttl: float
+    admin_required: bool = True
 
 
 class ConfigError(ValueError):

@@ -22,7 +22,7 @@ async def serving(
     secret: bytes | None = None, *, allow_anonymous: bool = False, job_ttl: float = 600.0
 ) -> AsyncIterator[tuple[Server, str]]:
     """Run a rendezvous server in this loop; gives it and its address."""
-    config = Config("127.0.0.1", 0, None, secret, allow_anonymous, job_ttl)
+    config = Config("127.0.0.1", 0, -1, secret, allow_anonymous, job_ttl)
     server = Server(config)
     port = await server.start()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -139,6 +140,31 @@ async def test_settings_that_cannot_be_are_refused(arguments: list[str], said: s
     assert process.returncode == 2
     assert said in err.decode()
     assert "Traceback" not in err.decode()
+
+
+async def test_a_second_server_does_without_the_default_admin_port() -> None:
+    async with server_process() as first:
+        taken = str(first.admin_port)
+        command = [sys.executable, "-m", "rendezvous_server", "--port", "0"]
+        strict = await asyncio.create_subprocess_exec(
+            *command, "--admin-port", taken, stderr=asyncio.subprocess.PIPE
+        )
+        _, err = await asyncio.wait_for(strict.communicate(), 10)
+        assert strict.returncode == 1
+        assert b"cannot listen" in err
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # if it is taken, it is taken
+            holder.bind(("127.0.0.1", 10001))
+            holder.listen()
+        process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+        server = Process(process)
+        try:
+            assert (await server.event("no admin port"))["port"] == 10001
+            assert (await server.event("listening"))["admin_port"] is None
+        finally:
+            process.terminate()
+            assert await process.wait() == 0
 
 
 def test_where_it_listens_depends_on_who_may_join(tmp_path: Path) -> None:
