@@ -1,0 +1,121 @@
+"""Direct connections: who gets one, who doesn't, and what the server's end means for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fmi_client
+from fmi_client.errors import FmiError, PunchFailed, RendezvousError
+from fmi_client.protocol.peer import Handshake
+from tests.support import KEY, run_ranks, serving
+
+
+async def join(address: str, rank: int, size: int = 2, **more: Any) -> Any:
+    arguments: dict[str, Any] = {"job": "job", "key": KEY, "timeout": 10} | more
+    return await fmi_client.connect(address, rank=rank, size=size, **arguments)
+
+
+@pytest.mark.parametrize(
+    "keys", [(KEY, bytes(32)), (KEY, None)], ids=["another key", "keyed against unkeyed"]
+)
+async def test_ranks_that_cannot_prove_themselves_get_no_link(
+    monkeypatch: pytest.MonkeyPatch, keys: tuple[Any, Any]
+) -> None:
+    monkeypatch.setattr("fmi_client.endpoint.PUNCH_SECONDS", 0.3)
+    async with serving() as (_, address):
+        ranks = await asyncio.gather(*(join(address, r, key=keys[r]) for r in range(2)))
+        results = await asyncio.gather(*(c.barrier() for c in ranks), return_exceptions=True)
+        for comm, error in zip(ranks, results, strict=True):
+            assert isinstance(error, PunchFailed)
+            assert error.peer == 1 - comm.rank
+            assert error.op == "barrier"
+            await comm.close()
+
+
+async def test_strangers_at_the_door_change_nothing() -> None:
+    """Garbage, silence, and somebody who claims to be the peer but cannot prove it."""
+    async with serving() as (_, address):
+        ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
+        claims = Handshake(1, 0, 0, None, b"c" * 16).hello
+        itself = Handshake(0, 1, 0, None, b"c" * 16).hello
+        callers = []
+        for knock in (b"", b"GET / HTTP/1.0\r\n\r\n" * 9, claims, claims + bytes(32), itself):
+            reader, writer = await asyncio.open_connection("127.0.0.1", ranks[0]._endpoint._port)
+            writer.write(knock)
+            callers.append((reader, writer))
+        total = await asyncio.gather(*(comm.allreduce(np.ones(50_000)) for comm in ranks))
+        assert all((each == 2).all() for each in total)
+        for comm in ranks:
+            await comm.close()
+        for reader, writer in callers:
+            with contextlib.suppress(ConnectionResetError):  # it may get a hello, then the end
+                await asyncio.wait_for(reader.read(), 5)
+            writer.close()
+
+
+async def test_links_are_made_only_when_they_are_needed() -> None:
+    async def rank(comm: Any) -> set[int]:
+        await comm.barrier()
+        return set(comm.stats()["links"])
+
+    results = await run_ranks(8, rank, "tcp")
+    for r, links in enumerate(results):
+        assert links == {(r + d) % 8 for d in (1, 2, 4, -1, -2, -4)}
+
+
+async def test_links_outlive_the_server_but_new_ones_need_it() -> None:
+    async with serving() as (server, address):
+        ranks = await asyncio.gather(*(join(address, r, 4) for r in range(4)))
+        await asyncio.gather(*(ranks[r].sendrecv(r, r ^ 1) for r in range(4)))
+        await server.stop()
+        assert await asyncio.gather(*(ranks[r].sendrecv(r, r ^ 1) for r in range(4))) == [
+            1,
+            0,
+            3,
+            2,
+        ]
+        with pytest.raises(RendezvousError, match="server"):
+            await ranks[0].send(1, 2)
+        for comm in ranks:
+            await comm.close()
+
+
+async def test_many_ranks_at_once_in_one_loop() -> None:
+    async def rank(comm: Any) -> list[Any]:
+        await comm.barrier()
+        total = await comm.allreduce(np.arange(1000))
+        return [int(total[1]), await comm.gather(comm.rank)]
+
+    results = await run_ranks(24, rank, "tcp")
+    assert results[0] == [24, list(range(24))]
+    assert results[1:] == [[24, None]] * 23
+
+
+async def test_large_messages_both_ways_at_once() -> None:
+    big = np.random.default_rng(0).bytes(20_000_000)
+
+    async def rank(comm: Any) -> bool:
+        first = await comm.sendrecv(big, 1 - comm.rank)
+        second, _ = await asyncio.gather(
+            comm.recv(1 - comm.rank, 5), comm.send(big, 1 - comm.rank, 5)
+        )
+        return bool(first == big and second == big)
+
+    assert await run_ranks(2, rank, "tcp") == [True, True]
+
+
+async def test_a_rank_lost_before_the_link_is_made_is_named() -> None:
+    async with serving() as (_, address):
+        ranks = await asyncio.gather(*(join(address, r, 3) for r in range(3)))
+        pending = asyncio.ensure_future(ranks[0].recv(1))
+        await asyncio.sleep(0)
+        ranks[1]._endpoint._control.close()  # as when its process is killed
+        with pytest.raises(FmiError, match="rank 1 was lost"):
+            await pending
+        for comm in ranks:
+            await comm.close()
