@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any, Self
 
 from fmi_client.collectives import Step
-from fmi_client.endpoint import MemoryEndpoint, SocketEndpoint, from_environment, resolve
+from fmi_client.endpoint import Endpoint, MemoryEndpoint
 from fmi_client.errors import FmiError
+from fmi_client.joining import (
+    LEAVE_SECONDS,
+    MISSING_SECONDS,
+    JoinRequest,
+    SocketEndpoint,
+    resolve,
+)
 from fmi_client.operations import Call, Operations
 from fmi_client.payloads import allocate
-from fmi_client.protocol.auth import Token
 from fmi_client.protocol.peer import Receive
 from fmi_client.transport.link import Send
 from fmi_client.transport.reactor import AsyncReactor
-from fmi_client.transport.sockets import parse_endpoint
-
-MISSING_SECONDS = 0.5
-"""After the deadline of a join, how long the server may take to say who is missing."""
 
 
 class Communicator(Operations):
@@ -93,6 +95,9 @@ class Communicator(Operations):
 
     async def close(self) -> None:
         """Leave the job in order."""
+        self._endpoint.leave()
+        if not self._endpoint.left:
+            await _until(self._endpoint, lambda: self._endpoint.left, LEAVE_SECONDS)
         self._endpoint.close()
 
     async def __aenter__(self) -> Self:
@@ -112,12 +117,12 @@ class Communicator(Operations):
 class Connecting:
     """What `connect` returns: to be entered with ``async with``, or awaited."""
 
-    def __init__(self, **arguments: Any) -> None:
-        self._arguments = arguments
+    def __init__(self, request: JoinRequest) -> None:
+        self._request = request
         self._communicator: Communicator | None = None
 
     def __await__(self) -> Generator[Any, None, Communicator]:
-        return _join(**self._arguments).__await__()
+        return _join(self._request).__await__()
 
     async def __aenter__(self) -> Communicator:
         self._communicator = await self
@@ -160,70 +165,46 @@ def connect(
         RendezvousError: the server cannot be reached or refuses (its subclasses say why).
         JoinTimeout: not all ranks came; ``missing`` lists them.
     """
-    check_arguments(job, rank, size, epoch, timeout)
-    raw_key, text = from_environment(key, token)
-    return Connecting(
-        server=parse_endpoint(server),
-        job=job,
-        rank=rank,
-        size=size,
-        key=raw_key,
-        token=Token.parse(text) if text else None,
-        epoch=epoch,
-        timeout=timeout,
-    )
+    return Connecting(JoinRequest.make(server, job, rank, size, key, token, epoch, timeout))
 
 
-def check_arguments(job: str, rank: int, size: int, epoch: int, timeout: float) -> None:
-    """Refuse what no server should be bothered with.
-
-    Raises:
-        ValueError: the argument is named in the text.
-    """
-    if not job or len(job) > 256:
-        raise ValueError("job must be a name of 1 to 256 characters")
-    if size < 1:
-        raise ValueError(f"size={size}: a job has at least one rank")
-    if not 0 <= rank < size:
-        raise ValueError(f"rank={rank} is not a rank of a job of {size}: 0 … {size - 1}")
-    if epoch < 0:
-        raise ValueError(f"epoch={epoch} is negative")
-    if timeout <= 0:
-        raise ValueError(f"timeout={timeout} s leaves no time to join")
-
-
-async def _join(server: tuple[str, int], timeout: float, **arguments: Any) -> Communicator:
+async def _join(request: JoinRequest) -> Communicator:
     loop = asyncio.get_running_loop()
-    address = await loop.run_in_executor(None, resolve, *server)
-    endpoint = SocketEndpoint(AsyncReactor(loop), address, allocate=allocate, **arguments)
-    changed = asyncio.Event()
-    endpoint.on_change = changed.set
+    address = await loop.run_in_executor(None, resolve, *request.server)
+    endpoint = SocketEndpoint(AsyncReactor(loop), address, request, allocate)
+    communicator = Communicator(endpoint, range(endpoint.size), 0, request.timeout)
     try:
         endpoint.connect()
-        await _wait_ready(endpoint, changed, timeout)
+        await _wait_ready(endpoint, request.timeout)
     except BaseException:
-        endpoint.close()
+        await communicator.close()
         raise
-    return Communicator(endpoint, range(endpoint.size), 0, timeout)
+    return communicator
 
 
-async def _wait_ready(endpoint: SocketEndpoint, changed: asyncio.Event, timeout: float) -> None:
-    async def settled() -> None:
-        while not endpoint.ready and endpoint.failure is None:
+async def _wait_ready(endpoint: SocketEndpoint, timeout: float) -> None:
+    if not await _until(endpoint, lambda: endpoint.ready or endpoint.failure is not None, timeout):
+        endpoint.ask_missing()
+        if endpoint.observed is not None:
+            await _until(endpoint, lambda: endpoint.missing is not None, MISSING_SECONDS)
+        raise endpoint.join_error()
+    if endpoint.failure is not None:
+        raise endpoint.failure.fresh()
+
+
+async def _until(endpoint: Endpoint, condition: Callable[[], bool], timeout: float) -> bool:
+    """Wait until `condition()`, looked at on every change of the endpoint; False if too late."""
+    changed = asyncio.Event()
+    endpoint.on_change = changed.set
+
+    async def wait() -> None:
+        while not condition():
             changed.clear()
             await changed.wait()
 
-    try:
-        await asyncio.wait_for(settled(), timeout)
-    except TimeoutError:
-        changed.clear()
-        endpoint.ask_missing()
-        if endpoint.observed is not None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), MISSING_SECONDS)
-        raise endpoint.join_error(timeout) from None
-    if endpoint.failure is not None:
-        raise endpoint.failure.fresh()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(wait(), timeout)
+    return condition()
 
 
 def memory_world(size: int, timeout: float = 30.0) -> list[Communicator]:

@@ -11,15 +11,18 @@ from types import TracebackType
 from typing import Any, Self
 
 from fmi_client.collectives import Step
-from fmi_client.communicator import MISSING_SECONDS, check_arguments
-from fmi_client.endpoint import SocketEndpoint, from_environment, resolve
 from fmi_client.errors import FmiError
+from fmi_client.joining import (
+    LEAVE_SECONDS,
+    MISSING_SECONDS,
+    JoinRequest,
+    SocketEndpoint,
+    resolve,
+)
 from fmi_client.operations import Call, Operations
 from fmi_client.payloads import allocate
-from fmi_client.protocol.auth import Token
 from fmi_client.protocol.peer import Receive
 from fmi_client.transport.reactor import SyncReactor
-from fmi_client.transport.sockets import parse_endpoint
 
 __all__ = ["Communicator", "connect"]
 
@@ -70,6 +73,8 @@ class Communicator(Operations):
 
     def close(self) -> None:
         """Leave the job in order."""
+        self._endpoint.leave()
+        self._reactor.run_until(lambda: self._endpoint.left, self._reactor.now() + LEAVE_SECONDS)
         self._endpoint.close()
         self._reactor.close()
 
@@ -99,38 +104,28 @@ def connect(
     timeout: float = 30.0,
 ) -> Communicator:
     """Join `job` as `rank` of `size`; the arguments and errors of `fmi_client.connect`."""
-    check_arguments(job, rank, size, epoch, timeout)
-    raw_key, text = from_environment(key, token)
+    request = JoinRequest.make(server, job, rank, size, key, token, epoch, timeout)
     reactor = SyncReactor()
-    deadline = reactor.now() + timeout
-    endpoint = SocketEndpoint(
-        reactor,
-        resolve(*parse_endpoint(server)),
-        job=job,
-        rank=rank,
-        size=size,
-        epoch=epoch,
-        key=raw_key,
-        token=Token.parse(text) if text else None,
-        allocate=allocate,
-    )
+    endpoint = SocketEndpoint(reactor, resolve(*request.server), request, allocate)
+    communicator = Communicator(endpoint, reactor, range(size), 0, request.timeout)
     try:
         endpoint.connect()
-        _wait_ready(endpoint, reactor, deadline, timeout)
+        _wait_ready(endpoint, reactor, request.timeout)
     except BaseException:
-        endpoint.close()
-        reactor.close()
+        communicator.close()
         raise
-    return Communicator(endpoint, reactor, range(size), 0, timeout)
+    return communicator
 
 
-def _wait_ready(
-    endpoint: SocketEndpoint, reactor: SyncReactor, deadline: float, timeout: float
-) -> None:
-    if not reactor.run_until(lambda: endpoint.ready or endpoint.failure is not None, deadline):
+def _wait_ready(endpoint: SocketEndpoint, reactor: SyncReactor, timeout: float) -> None:
+    def settled() -> bool:
+        return endpoint.ready or endpoint.failure is not None
+
+    if not reactor.run_until(settled, reactor.now() + timeout):
         endpoint.ask_missing()
         if endpoint.observed is not None:
-            reactor.run_until(lambda: endpoint.missing is not None, reactor.now() + MISSING_SECONDS)
-        raise endpoint.join_error(timeout)
+            answered = reactor.now() + MISSING_SECONDS
+            reactor.run_until(lambda: endpoint.missing is not None, answered)
+        raise endpoint.join_error()
     if endpoint.failure is not None:
         raise endpoint.failure.fresh()

@@ -30,7 +30,8 @@ class Control:
         port: local port to bind, shared with the listener.
         make_hello: builds the hello for the addresses under which we are known.
         on_event: given each event of the conversation.
-        on_lost: given the reason when the connection ends; a refusal is an error of its own.
+        on_lost: given the reason when the server or the network ends the connection, which
+            is what `leave` waits for; a refusal is an error of its own.
     """
 
     def __init__(
@@ -52,14 +53,15 @@ class Control:
         self._on_lost = on_lost
         self._sock: socket.socket | None = None
         self._closed = False
+        self._leaving = False
         self._pause = FIRST_PAUSE
         self.side: ClientSide | None = None
         self.last_error = "no answer yet"
 
     @property
-    def open(self) -> bool:
-        """Whether messages can be sent."""
-        return self.side is not None
+    def closed(self) -> bool:
+        """Whether it is over, by whichever side."""
+        return self._closed
 
     def connect(self) -> None:
         """Begin to connect; repeats until it succeeds or `close` is called."""
@@ -120,8 +122,8 @@ class Control:
             return
         if not data:
             self._lose(RendezvousError("the server closed the connection"))
-            return
-        self._handle(data)
+        elif not self._leaving:
+            self._handle(data)
 
     def _handle(self, data: bytes) -> None:
         assert self.side is not None
@@ -143,15 +145,27 @@ class Control:
             self.close()
             self._on_lost(error)
 
+    def leave(self) -> None:
+        """Say goodbye, and wait for the server to close.
+
+        Closing first would answer whatever the server sends meanwhile with a reset, and a
+        reset may overtake what we said last: an abort, or the goodbye itself.
+        """
+        if self.side is None or self._sock is None:
+            self.close()
+            return
+        self._leaving = True
+        self.side.leave()
+        self.flush()
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
-        """Close; what is queued is given to the kernel first, if it takes it."""
+        """Close at once."""
         self._closed = True
         sock, self._sock = self._sock, None
-        if sock is None:
-            return
-        self._reactor.unwatch(sock)
-        if self.side is not None and self.side.outgoing:
-            with contextlib.suppress(OSError):
-                sock.send(self.side.outgoing)
         self.side = None
-        sock.close()
+        if sock is not None:
+            self._reactor.unwatch(sock)
+            sock.close()

@@ -148,11 +148,11 @@ def test_every_collective(address: str, size: int) -> None:
 
 def test_a_killed_rank_is_named_by_all_others_within_a_second(address: str) -> None:
     def rank(comm: sync.Communicator) -> Any:
-        comm.barrier()
-        if comm.rank == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
         start = time.monotonic()
         try:
+            comm.barrier()
+            if comm.rank == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
             while True:
                 comm.allreduce(np.ones(100_000))
         except RankFailed as error:
@@ -243,6 +243,20 @@ def test_a_large_reduction_takes_one_scratch_block_of_memory(address: str) -> No
 
     for grown in run_processes(address, size, rank, job="memory"):
         assert grown < nbytes / size * 1.25
+
+
+def test_an_abort_right_after_joining_reaches_all_with_its_reason(address: str) -> None:
+    """The goodbye must not overtake it, whatever the server is sending at that moment."""
+
+    def rank(comm: sync.Communicator) -> None:
+        if comm.rank == 2:
+            raise ValueError("boom")
+        comm.barrier()
+
+    for i in range(10):
+        results = run_processes(address, 3, rank, job=f"quick abort {i}")
+        assert [type(error) for error in results] == [Aborted, Aborted, ValueError]
+        assert "boom" in results[0].reason
 
 
 def test_descriptors_are_given_back(address: str) -> None:

@@ -26,7 +26,7 @@ async def join(address: str, rank: int, size: int = 2, **more: Any) -> Any:
 async def test_ranks_that_cannot_prove_themselves_get_no_link(
     monkeypatch: pytest.MonkeyPatch, keys: tuple[Any, Any]
 ) -> None:
-    monkeypatch.setattr("fmi_client.endpoint.PUNCH_SECONDS", 0.3)
+    monkeypatch.setattr("fmi_client.joining.PUNCH_SECONDS", 0.3)
     async with serving() as (_, address):
         ranks = await asyncio.gather(*(join(address, r, key=keys[r]) for r in range(2)))
         results = await asyncio.gather(*(c.barrier() for c in ranks), return_exceptions=True)

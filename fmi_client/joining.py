@@ -1,0 +1,311 @@
+"""Joining a job through the rendezvous server, and staying in it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass, field
+from typing import Self
+
+from fmi_client.endpoint import Allocate, Endpoint, left_error
+from fmi_client.errors import FmiError, JoinTimeout, PunchFailed, RankFailed, RendezvousError
+from fmi_client.protocol import auth
+from fmi_client.protocol.rendezvous import (
+    MAX_JOB_NAME,
+    MAX_SIZE,
+    Address,
+    Draining,
+    Event,
+    Gone,
+    Hello,
+    JobAborted,
+    Missing,
+    Punch,
+    Ready,
+    Want,
+    Welcome,
+)
+from fmi_client.transport.control import Control
+from fmi_client.transport.link import SocketLink
+from fmi_client.transport.punch import Lobby
+from fmi_client.transport.punch import Punch as PunchAttempt
+from fmi_client.transport.reactor import Reactor
+from fmi_client.transport.sockets import bound_socket, parse_endpoint
+
+VERDICT_SECONDS = 1.0
+"""A broken link means that somebody died, but not who: the neighbour may only have noticed
+first. For so long the server's word is awaited before the neighbour is blamed."""
+
+PUNCH_SECONDS = 10.0
+
+MISSING_SECONDS = 0.5
+"""After the deadline of a join, how long the server may take to say who is missing."""
+
+LEAVE_SECONDS = 0.5
+"""How long the server may take to hear our goodbye."""
+
+
+@dataclass(frozen=True, slots=True)
+class JoinRequest:
+    """What `connect` was asked for, checked."""
+
+    server: Address
+    job: str
+    rank: int
+    size: int
+    epoch: int
+    timeout: float
+    key: bytes | None = field(repr=False)
+    token: auth.Token | None = field(repr=False)
+
+    @classmethod
+    def make(
+        cls,
+        server: str,
+        job: str,
+        rank: int,
+        size: int,
+        key: bytes | str | None,
+        token: str | None,
+        epoch: int,
+        timeout: float,
+    ) -> Self:
+        """Check the arguments; key and token default to FMI_KEY and FMI_TOKEN.
+
+        Raises:
+            ValueError: the text names the argument.
+        """
+        if not 1 <= len(job) <= MAX_JOB_NAME:
+            raise ValueError(f"job must be a name of 1 to {MAX_JOB_NAME} characters")
+        if not 1 <= size <= MAX_SIZE:
+            raise ValueError(f"size={size}: a job has 1 to {MAX_SIZE} ranks")
+        if not 0 <= rank < size:
+            raise ValueError(f"rank={rank} is not a rank of a job of {size}: 0 … {size - 1}")
+        if not 0 <= epoch < 2**31:
+            raise ValueError(f"epoch={epoch} is not from 0 to 2**31 - 1")
+        if not timeout > 0:
+            raise ValueError(f"timeout={timeout} s leaves no time to join")
+        key = key if key is not None else os.environ.get("FMI_KEY") or None
+        token = token or os.environ.get("FMI_TOKEN") or None
+        return cls(
+            parse_endpoint(server),
+            job,
+            int(rank),
+            int(size),
+            int(epoch),
+            float(timeout),
+            auth.parse_key(key),
+            auth.Token.parse(token) if token else None,
+        )
+
+    def hello(self, local: Address) -> Hello:
+        """Return what the server is told, with a nonce made now: a snapshot has no old one."""
+        expires = self.token.expires if self.token else 0
+        return Hello(self.job, self.size, self.rank, self.epoch, expires, (local,), auth.nonce())
+
+
+class SocketEndpoint(Endpoint):
+    """A rank that joins through the rendezvous server.
+
+    Args:
+        address: the server's, with the host resolved.
+        request: what to join, and as whom.
+    """
+
+    def __init__(
+        self, reactor: Reactor, address: Address, request: JoinRequest, allocate: Allocate
+    ) -> None:
+        super().__init__(request.rank, request.size, allocate)
+        self._reactor = reactor
+        self._request = request
+        self.ready = False
+        self.missing: list[int] | None = None
+        """Ranks that had not joined when we asked; None before the answer."""
+        self.observed: Address | None = None
+        self.join_seconds = 0.0
+        self._left: set[int] = set()
+        self._leaving = False
+        self._punches: dict[int, PunchAttempt] = {}
+        self._lost_control: FmiError | None = None
+        self._started = reactor.now()
+        listener = bound_socket(0)
+        self._port: int = listener.getsockname()[1]
+        self._lobby = Lobby(reactor, listener, request.rank, self._punches.get)
+        self._control = Control(
+            reactor,
+            address,
+            self._port,
+            request.token,
+            request.hello,
+            self._on_event,
+            self._on_lost,
+        )
+
+    def connect(self) -> None:
+        """Begin to join; `on_change` is called when all ranks are there, or on failure."""
+        self._control.connect()
+
+    def ask_missing(self) -> None:
+        """Ask the server who has not come; `missing` holds the answer."""
+        if self._control.side is not None and self.observed is not None:
+            self._control.side.who()
+            self._control.flush()
+
+    def join_error(self) -> FmiError:
+        """Return what to raise when the time for joining was not enough."""
+        timeout, where = self._request.timeout, "{}:{}".format(*self._request.server)
+        if self.observed is None:
+            return RendezvousError(
+                f"cannot join through the rendezvous server {where} within {timeout:.3g} s "
+                f"({self._control.last_error}); is it running, and is the address right?",
+                rank=self.rank,
+                op="connect",
+            )
+        missing = self.missing or []
+        who = f": {_some(missing)}" if missing else ""
+        return JoinTimeout(
+            f"job {self._request.job!r}: {len(missing) or 'some'} of {self.size} ranks "
+            f"did not join within {timeout:.3g} s{who}",
+            missing=missing,
+            rank=self.rank,
+            op="connect",
+        )
+
+    # ------------------------------------------------------------- the server's word
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case Welcome(observed):
+                self.observed = observed
+            case Ready():
+                self.ready = True
+                self.join_seconds = self._reactor.now() - self._started
+                self.on_change()
+            case Missing(ranks):
+                self.missing = ranks
+                self.on_change()
+            case Want(peer) if peer not in self.links and 0 <= peer < self.size:
+                self.link(peer)
+            case Punch():
+                self._punch(event)
+            case Gone():
+                self._gone(event)
+            case JobAborted():
+                self.told(event)
+            case Draining() | Want():
+                pass
+
+    def _on_lost(self, error: FmiError) -> None:
+        """Links that exist live on without the server; a job that is not complete cannot."""
+        if self._leaving:
+            self.on_change()
+            return
+        self._lost_control = error.at(rank=self.rank, op=None if self.ready else "connect")
+        if not self.ready:
+            self.fail(self._lost_control)
+            return
+        for link in list(self.links.values()):
+            if link.kind == "pending" and link.peer not in self._punches:
+                link.abort(self._lost_control)
+
+    def _gone(self, gone: Gone) -> None:
+        if not gone.clean:
+            self.fail(RankFailed(f"rank {gone.rank} was lost: {gone.why}", rank=gone.rank))
+            return
+        self._left.add(gone.rank)
+        link = self.links.get(gone.rank)
+        if link is not None and (link.kind == "pending" or getattr(link, "lost", False)):
+            link.abort(left_error(gone.rank))
+
+    # ---------------------------------------------------------------------- links
+    def _make(self, peer: int) -> SocketLink:
+        link = SocketLink(peer, self._reactor, self._inbox(peer, hold=True), self._link_lost)
+        if peer in self._left:
+            link.abort(left_error(peer))
+        elif self._lost_control is not None:
+            link.abort(self._lost_control)
+        elif self._control.side is not None:
+            self._control.side.link(peer)
+            self._control.flush()
+        return link
+
+    def _punch(self, instruction: Punch) -> None:
+        peer = instruction.peer
+        link = self.links.get(peer)
+        if not isinstance(link, SocketLink) or link.kind != "pending" or peer in self._punches:
+            return
+        punch = PunchAttempt(
+            self._reactor,
+            instruction,
+            rank=self.rank,
+            epoch=self._request.epoch,
+            key=self._request.key,
+            port=self._port,
+            seconds=PUNCH_SECONDS,
+            on_linked=lambda sock, first: self._linked(link, sock, first),
+            on_failed=lambda error: self._unlinked(link, error),
+        )
+        self._punches[peer] = punch
+        punch.start()
+        self._lobby.call(punch)
+
+    def _linked(self, link: SocketLink, sock: socket.socket, first: bytes) -> None:
+        del self._punches[link.peer]
+        link.attach(sock, "direct", first)
+
+    def _unlinked(self, link: SocketLink, error: PunchFailed) -> None:
+        del self._punches[link.peer]
+        link.abort(error)
+
+    def _link_lost(self, link: SocketLink) -> None:
+        """A link broke: wait for the server to say who died before blaming the neighbour."""
+        if link.peer in self._left:
+            link.fail(left_error(link.peer))
+        elif self._lost_control is not None:
+            self._blame(link)
+        else:
+            self._reactor.call_later(VERDICT_SECONDS, lambda: self._blame(link))
+
+    def _blame(self, link: SocketLink) -> None:
+        if link.error is None:
+            because = link.lost_because
+            link.fail(RankFailed(f"the link to rank {link.peer} broke: {because}", rank=link.peer))
+
+    # --------------------------------------------------------------------- ending
+    def tell(self, kind: str, reason: str, op: str | None = None, seq: int | None = None) -> None:
+        if self._control.side is not None:
+            self._control.side.abort(kind, reason, op, seq)
+            self._control.flush()
+
+    @property
+    def left(self) -> bool:
+        return self._control.closed
+
+    def leave(self) -> None:
+        super().leave()
+        self._leaving = True
+        self._control.leave()
+
+    def close(self) -> None:
+        for punch in self._punches.values():
+            punch.cancel()
+        self._lobby.close()
+        self._control.close()
+
+
+def _some(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:10]))
+    return f"{shown}, …" if len(ranks) > 10 else shown
+
+
+def resolve(host: str, port: int) -> Address:
+    """Look up an IPv4 address; blocking.
+
+    Raises:
+        RendezvousError: there is no such host.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise RendezvousError(f"cannot resolve {host!r}: {error.strerror}", op="connect") from None
+    ip, resolved_port = found[0][4][:2]
+    return str(ip), int(resolved_port)
