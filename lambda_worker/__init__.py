@@ -1,0 +1,1 @@
+"""Serverless workers run the same redshift model on their share of one dataset."""

@@ -1,0 +1,292 @@
+"""What the three handlers are given, as models that say exactly which field is wrong.
+
+Accepted are the two payloads of the original project, the demo input of UVA-MLSys/AI-for-Astronomy
+(string-typed numbers), one rank's item as that project's initializer makes it (upper-case names),
+and our own forms. Names are matched whatever their case. docs/payloads.md explains every field.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+DATA_SIZES: dict[str, int] = {"small": 1253, "medium": 25_000, "large": 100_000}
+"""Rows of the demo datasets by name (`data_size`)."""
+
+MAX_WORLD_SIZE = 10_000  # AWS Step Functions' limit for the concurrency of a distributed Map
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,%d}"
+
+
+class EventError(ValueError):
+    """An event that a handler cannot accept; one line says which field, what it was, what it
+    should be."""
+
+
+def _number(value: object) -> object:
+    # pydantic would read True as 1, and a flag in a number's place is always a mistake.
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+def _endpoint(value: object) -> object:
+    host, _, port = str(value).rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError("expected host:port, for example rendezvous.example.org:10000")
+    return value
+
+
+def _relative(value: object) -> object:
+    if isinstance(value, str) and ".." in value.split("/"):
+        raise ValueError("expected a path below the results folder, without '..'")
+    return value
+
+
+def _files(value: object) -> object:
+    listed = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    if not (value is None or isinstance(value, str) or listed):
+        raise ValueError("expected a file, a list of files, or null")
+    return value
+
+
+def _name(longest: int) -> BeforeValidator:
+    def check(value: object) -> object:
+        if not re.fullmatch(NAME % (longest - 1), str(value)):
+            raise ValueError(
+                f"expected letters, digits and . _ - (not first), {longest} characters at most"
+            )
+        return str(value)
+
+    return BeforeValidator(check)
+
+
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+Index = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+Seconds = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+WorldSize = Annotated[int, BeforeValidator(_number), Field(ge=1, le=MAX_WORLD_SIZE)]
+Endpoint = Annotated[str, BeforeValidator(_endpoint)]
+RelativePath = Annotated[str, BeforeValidator(_relative)]
+RunName = Annotated[str, _name(100)]
+Files = Annotated[str | list[str] | None, BeforeValidator(_files)]
+
+
+class _Job(BaseModel):
+    """Fields that the whole job and one rank's part of it have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch_size: Count = 128
+    data_bucket: str | None = None
+    data_prefix: str | None = None
+    model: str | None = None
+    results: str | None = None
+    result_path: RelativePath | None = None
+    fmi_enabled: bool | None = None
+    rendezvous_endpoint: Endpoint | None = None
+    epoch: Index = 0
+    timeout: Seconds = 300.0
+    threads: Count | None = None
+    # The original downloads code from the bucket and runs it. Ours ships inside the worker: what
+    # an event names is never executed. Accepted so that existing payloads work, and ignored.
+    s3_object_name: str | None = None
+    script: str | None = None
+
+    @property
+    def joins(self) -> bool:
+        """Whether the ranks meet at the rendezvous; by default if the event says where it is."""
+        if self.fmi_enabled is None:
+            return self.rendezvous_endpoint is not None
+        return self.fmi_enabled
+
+    @model_validator(mode="after")
+    def _endpoint_if_needed(self) -> _Job:
+        if self.joins and self.rendezvous_endpoint is None:
+            raise ValueError(
+                "rendezvous_endpoint: missing, expected host:port because fmi_enabled is true"
+            )
+        return self
+
+
+class Payload(_Job):
+    """The event of `init`: one job."""
+
+    world_size: WorldSize | None = None
+    bucket: str | None = None
+    data: str | None = None
+    data_size: Literal["small", "medium", "large"] | None = None
+    data_map: dict[str, Files] | None = None
+    file_limit: Count | None = None
+    unique_id: Annotated[str, _name(64)] | None = None
+    run: RunName | None = None
+    object_type: str | None = None  # ignored, like s3_object_name
+
+    @model_validator(mode="after")
+    def _one_entry_per_rank(self) -> Payload:
+        if self.data_map is None:
+            return self
+        size = self.world_size or len(self.data_map)
+        if set(self.data_map) != {str(rank) for rank in range(size)}:
+            keys = ", ".join(list(self.data_map)[:10])
+            raise ValueError(f"data_map: got keys {keys}, expected one per rank: 0 to {size - 1}")
+        for rank, files in self.data_map.items():
+            if isinstance(files, list) and len(set(files)) < len(files):
+                raise ValueError(f"data_map.{rank}: expected each file once, got {files}")
+        return self
+
+    @model_validator(mode="after")
+    def _some_data(self) -> Payload:
+        fixed = self.data_map is not None and None not in self.data_map.values()
+        if self.data is None and self.any_bucket is None and not fixed:
+            raise ValueError("data: missing, expected a .pt file or folder, or a bucket's name")
+        return self
+
+    @property
+    def any_bucket(self) -> str | None:
+        return self.data_bucket or self.bucket
+
+    @property
+    def data_url(self) -> str | None:
+        """Where the dataset is: the folder or `.pt` file that the fields name, or None."""
+        url = self.data
+        if url is None and self.any_bucket is not None:
+            prefix = self.data_prefix or ("datasets" if self.data_size else "")
+            url = f"s3://{self.any_bucket}/{prefix}".rstrip("/")
+        return url
+
+    def file_url(self, name: str) -> str:
+        """Full URL of a file that `data_map` names."""
+        if "://" in name or name.startswith("/"):
+            return name
+        if self.data is None:  # a key of the bucket, as the reference's initializer writes it
+            return f"s3://{self.any_bucket}/{name}" if self.any_bucket else name
+        return name if self.data.endswith(".pt") else f"{self.data.rstrip('/')}/{name}"
+
+    def run_name(self) -> str:
+        """Name of the run, also the rendezvous job's: `run`, or a new one at every call."""
+        if self.run is not None:
+            return self.run
+        moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        return f"{self.unique_id or 'run'}-{moment}-{secrets.token_hex(3)}"
+
+    def results_url(self, run: str) -> str:
+        """Folder of the run's files: `results`/`result_path`/`run`.
+
+        A `result_path` that starts with the last name of `results` does not repeat it, so that
+        the original's "results/world_4" is ./results/world_4 here.
+        """
+        in_bucket = self.results is None and self.data is None and self.any_bucket
+        base = self.results or (f"s3://{self.any_bucket}" if in_bucket else "results")
+        path = self.result_path or ("results" if in_bucket else "")
+        parts = [part for part in path.split("/") if part]
+        if parts and parts[0] == base.rstrip("/").rpartition("/")[2]:
+            parts = parts[1:]
+        return "/".join([base.rstrip("/"), *parts, run])
+
+
+class RankTask(_Job):
+    """The event of `infer`: one rank's part, made by our `init` or by the reference's."""
+
+    rank: Index
+    world_size: WorldSize
+    run: RunName | None = None
+    init_id: str | None = None
+    shard: list[tuple[str, Index, Index]] | None = None
+    data_path: Files = None
+    s3_bucket: str | None = None  # ignored, like s3_object_name: where the code was
+    s3_object_type: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RankTask:
+        if self.rank >= self.world_size:
+            raise ValueError(
+                f"rank: got {self.rank}, expected 0 to {self.world_size - 1} (world_size - 1)"
+            )
+        if self.joins and self.run is None:
+            raise ValueError("run: missing, expected the name of the job to join")
+        if self.results is None and (self.data_bucket is None or self.result_path is None):
+            raise ValueError("results: missing, expected a folder's URL")
+        if any(start > stop for _, start, stop in self.shard or ()):
+            raise ValueError("shard: expected [file, start, stop] with start <= stop")
+        return self
+
+    @property
+    def results_url(self) -> str:
+        """Folder that takes this rank's files; for the reference's item, the one it wrote to."""
+        return self.results or f"s3://{self.data_bucket}/{str(self.result_path).strip('/')}"
+
+    @property
+    def whole_files(self) -> list[str]:
+        """URLs of the files of the reference's item, which a rank reads from first to last row."""
+        names = [self.data_path] if isinstance(self.data_path, str) else self.data_path or []
+        plain = self.data_bucket is None
+        return [n if plain or "://" in n else f"s3://{self.data_bucket}/{n}" for n in names]
+
+
+class RunInfo(BaseModel):
+    """The event of `summarize`: what `init` returned, and what the ranks returned if at hand."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: RunName
+    world_size: WorldSize
+    batch_size: Count
+    rows: Index
+    results: str
+    fmi_enabled: bool
+    init_id: str
+    model: str
+    data: str
+    # Accepted because a state machine hands on all it has; the run's files are what counts.
+    ranks: Any = None
+    records: Any = None
+
+
+Event = TypeVar("Event", bound=BaseModel)
+
+
+def parse(form: type[Event], event: object) -> Event:
+    """Read an event.
+
+    Args:
+        form: Payload, RankTask or RunInfo.
+        event: a dict as JSON gives it; numbers may be strings, names may be in any case.
+
+    Raises:
+        EventError: names every field that is wrong, unknown or missing, on one line.
+    """
+    if not isinstance(event, dict):
+        raise EventError(f"got {_short(event)}, expected a JSON object")
+    try:
+        return form.model_validate(_lower_names(form, event))
+    except ValidationError as error:
+        raise EventError("; ".join(_describe(e) for e in error.errors())) from None
+
+
+def _lower_names(form: type[BaseModel], event: dict[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in event.items():
+        name = str(key).lower()
+        if name not in form.model_fields:
+            known = ", ".join(sorted(form.model_fields))
+            raise EventError(f"unknown field {key!r}, expected some of: {known}")
+        if name in fields:
+            raise EventError(f"{key}: given twice, in upper and lower case")
+        fields[name] = value
+    return fields
+
+
+def _describe(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{field}: missing, it is required"
+    text = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    return f"{field}: got {_short(error['input'])}, {text}" if field else text
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

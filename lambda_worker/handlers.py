@@ -1,0 +1,276 @@
+"""The three steps of a job with AWS Lambda's signature: init, infer (one per rank), summarize.
+
+Events and results are plain JSON objects; docs/payloads.md has every field. Secrets come by
+environment only (FMI_KEY, FMI_TOKEN).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lambda_worker import shard, storage
+from lambda_worker.events import Payload, RankTask, RunInfo, parse
+
+if TYPE_CHECKING:
+    from fmi_client.sync import Communicator
+    from lambda_worker.dataset import Shard
+    from lambda_worker.inference import Inferred
+
+log = logging.getLogger("lambda_worker")
+
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(stage: str, rows: int, of: int) -> None:
+    pass
+
+
+def init(event: object, context: object = None) -> dict[str, Any]:
+    """Plan a job: which rank reads which rows, and where the results go.
+
+    Args:
+        event: a `Payload`.
+        context: AWS Lambda's; not used.
+
+    Returns:
+        run, world_size, batch_size, rows, results (folder of the run), fmi_enabled, init_id, model,
+        data, and `ranks`: the event of `infer` for each rank. All of it is the event of
+        `summarize`. Nothing is written.
+
+    Raises:
+        EventError: a field is wrong. DatasetError: no data there, or a file that cannot be used.
+        StorageError: a place cannot be read.
+    """
+    payload = parse(Payload, event)  # before torch is imported: a wrong event is told at once
+    from lambda_worker import dataset
+
+    files, data_map, world_size = _plan(payload)
+    rows = {file: dataset.count(file) for file in files}
+    run = payload.run_name()
+    common = _common(payload, run, world_size)
+    job = _rendezvous(payload)
+    ranks = [
+        {"rank": rank, "shard": [list(piece) for piece in pieces], **common, **job}
+        for rank, pieces in enumerate(shard.assign(rows, world_size, data_map))
+    ]
+    total = sum(piece[2] - piece[1] for task in ranks for piece in task["shard"])
+    data = storage.absolute(payload.data_url) if payload.data_url else "data_map"
+    return {**common, "fmi_enabled": payload.joins, "rows": total, "data": data, "ranks": ranks}
+
+
+def infer(event: object, context: object = None, progress: Progress = _silent) -> dict[str, Any]:
+    """One rank's part of the job: join, load, meet at a barrier, predict, merge.
+
+    Args:
+        event: a `RankTask`.
+        context: AWS Lambda's; not used.
+        progress: called with stage ("join", "load", "infer", "gather", "done"), rows done and
+            rows of this rank.
+
+    Returns:
+        The rank's record, which also stands in `<results>/<rank>.json`. Rank 0 of a job that
+        joins writes `predictions.npz` and `merged.json` too; without a job each rank writes
+        `<rank>.npz`, for `summarize` to merge.
+
+    Raises:
+        EventError, DatasetError, ModelError, StorageError: this rank cannot do its part; the others
+            are told so at once (`Aborted`).
+        FmiError: the job cannot go on. After any error this rank has written no record.
+    """
+    task = parse(RankTask, event)
+    started = time.perf_counter()
+    # Join first: whatever fails from here on reaches the other ranks while they wait.
+    progress("join", 0, 0)
+    with (
+        _joined(task) as comm,
+        tempfile.TemporaryDirectory(prefix="cosmic-", ignore_cleanup_errors=True) as scratch,
+    ):
+        joined = time.perf_counter()
+        return _work(task, comm, Path(scratch), progress, started, joined)
+
+
+def summarize(event: object, context: object = None) -> dict[str, Any]:
+    """Merge the ranks' records and predictions into the run's result.
+
+    Args:
+        event: what `init` returned; more may be in it (`RunInfo`).
+        context: AWS Lambda's; not used.
+
+    Returns:
+        combined_data, summary_path, predictions (URLs), summary and records.
+
+    Raises:
+        EventError: a field is wrong. SummaryError: ranks are missing, which are named.
+        StorageError: a file cannot be read or written.
+    """
+    from lambda_worker import summary
+
+    return summary.summarize(parse(RunInfo, event))
+
+
+def _common(payload: Payload, run: str, world_size: int) -> dict[str, Any]:
+    from lambda_worker.model import DEMO_MODEL
+
+    return {
+        "run": run,
+        "world_size": world_size,
+        "batch_size": payload.batch_size,
+        "results": storage.absolute(payload.results_url(run)),
+        "model": storage.absolute(payload.model or str(DEMO_MODEL)),
+        # A run may be repeated under its name: files of the earlier one are told apart by this.
+        "init_id": secrets.token_hex(8),
+    }
+
+
+def _rendezvous(payload: Payload) -> dict[str, Any]:
+    fields: dict[str, Any] = {"fmi_enabled": payload.joins, "timeout": payload.timeout}
+    if payload.joins:
+        fields |= {"rendezvous_endpoint": payload.rendezvous_endpoint, "epoch": payload.epoch}
+    if payload.threads is not None:
+        fields["threads"] = payload.threads
+    return fields
+
+
+def _plan(payload: Payload) -> tuple[list[str], dict[int, list[str] | None], int]:
+    """All files, what `data_map` gives to each rank, and the world size."""
+    data_map: dict[int, list[str] | None] = {}
+    for rank, names in (payload.data_map or {}).items():
+        several = [names] if isinstance(names, str) else names
+        data_map[int(rank)] = several and [storage.absolute(payload.file_url(n)) for n in several]
+    fixed = [file for files in data_map.values() for file in files or ()]
+    listed = _listed(payload) if not data_map or None in data_map.values() else []
+    world_size = payload.world_size or len(data_map)
+    if not world_size:  # as the reference does: one rank per file
+        data_map = {rank: [file] for rank, file in enumerate(listed)}
+        world_size = len(listed)
+    return list(dict.fromkeys(listed + fixed)), data_map, world_size
+
+
+def _listed(payload: Payload) -> list[str]:
+    """The dataset's files in natural order (2.pt before 10.pt), up to `file_limit`."""
+    from lambda_worker.dataset import DatasetError
+
+    url = storage.absolute(str(payload.data_url))
+    if url.endswith(".pt"):
+        return [url]
+    names = storage.names(url)
+    size = payload.data_size
+    if size and f"{size}.pt" in names:
+        return [f"{url}/{size}.pt"]
+    if size:
+        url, names = f"{url}/{size}", storage.names(f"{url}/{size}")
+    files = sorted((name for name in names if name.endswith(".pt")), key=_natural)
+    if not files:
+        folders = ", ".join(name for name in names if name.endswith("/"))
+        raise DatasetError(
+            f"{url}: no .pt file there" + (f", only folders: {folders}" if folders else "")
+        )
+    return [f"{url}/{file}" for file in files[: payload.file_limit]]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", name)]
+
+
+def _joined(task: RankTask) -> AbstractContextManager[Communicator | None]:
+    """The job's communicator, or None without one; an error inside reaches all ranks."""
+    if not task.joins:
+        return nullcontext()
+    import fmi_client
+
+    return fmi_client.sync.connect(
+        str(task.rendezvous_endpoint),
+        job=str(task.run),
+        rank=task.rank,
+        size=task.world_size,
+        epoch=task.epoch,
+        timeout=task.timeout,
+    )
+
+
+def _work(
+    task: RankTask,
+    comm: Communicator | None,
+    scratch: Path,
+    progress: Progress,
+    started: float,
+    joined: float,
+) -> dict[str, Any]:
+    progress("load", 0, 0)  # torch first of all, which takes a second or more
+    from lambda_worker import inference, metrics, summary
+
+    baseline = summary.memory("VmRSS")
+    model, rows = _load(task, scratch, progress)
+    loaded = time.perf_counter()
+    if comm is not None:
+        comm.barrier()  # so that the ranks' inference times are of one moment
+    inferred = inference.run(model, rows, task.batch_size, partial(progress, "infer"))
+    _warn(rows, inferred)
+    total = metrics.sums(inferred.z_phot, inferred.z_spec)
+    progress("gather", len(rows), len(rows))
+    if comm is not None:
+        total = comm.allreduce(total)
+    times = {
+        "join": joined - started,
+        "load": loaded - joined,
+        "all": time.perf_counter() - started,
+    }
+    record = summary.record(task, rows, inferred, times, baseline, comm.stats() if comm else None)
+    _deliver(task, comm, record, summary.table(rows.pieces, inferred), total)
+    progress("done", len(rows), len(rows))
+    return record
+
+
+def _load(task: RankTask, scratch: Path, progress: Progress) -> tuple[Any, Shard]:
+    import torch
+
+    from lambda_worker import dataset
+    from lambda_worker.model import DEMO_MODEL, load_model
+
+    pieces = [shard.Piece(*piece) for piece in task.shard or ()]
+    if task.shard is None:
+        pieces = [shard.Piece(file, 0, dataset.count(file)) for file in task.whole_files]
+    of = sum(piece.stop - piece.start for piece in pieces)
+    progress("load", 0, of)
+    if task.threads is not None:
+        torch.set_num_threads(task.threads)
+    model = load_model(storage.fetch(task.model or str(DEMO_MODEL), scratch))
+    return model, dataset.Shard(pieces, scratch)
+
+
+def _warn(rows: Shard, inferred: Inferred) -> None:
+    excluded = inferred.excluded
+    if len(excluded):
+        log.warning(
+            "%d of %d rows are excluded from the metrics, because an input, the redshift or the "
+            "prediction is not a finite number: %s%s",
+            len(excluded),
+            len(rows),
+            ", ".join(rows.name(int(row)) for row in excluded[:5]),
+            ", ..." if len(excluded) > 5 else "",
+        )
+
+
+def _deliver(
+    task: RankTask, comm: Communicator | None, record: dict[str, Any], table: Any, total: Any
+) -> None:
+    """Write what this rank has to; its record comes last and says that the rest is there."""
+    from lambda_worker import summary
+
+    folder = task.results_url
+    if comm is None:
+        storage.write(f"{folder}/{task.rank}.npz", summary.pack(table))
+    else:
+        parts = comm.gather({"record": record, "table": table}, root=0)
+        if parts is not None:
+            summary.write_merged(folder, task.init_id, parts, total)
+    storage.write(f"{folder}/{task.rank}.json", summary.to_json(record))

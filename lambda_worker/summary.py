@@ -1,0 +1,290 @@
+"""A run's files: per-rank records, predictions, and their merging into one result.
+
+In the folder of a run: `<rank>.json` (a record, as `record` describes it), `combined_data.json` (a
+list of all of them in rank order), `summary.json`, `predictions.npz` (z_spec and z_phot float32,
+z_phot NaN where a row is excluded from the metrics; `row` is the row within `files[file_index]`).
+Ranks that work without a rendezvous also leave `<rank>.npz`; rank 0 of a job leaves `merged.json`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lambda_worker import metrics, storage
+from lambda_worker.events import RankTask, RunInfo
+from lambda_worker.shard import Piece
+
+if TYPE_CHECKING:
+    from lambda_worker.dataset import Shard
+    from lambda_worker.inference import Inferred
+
+MB = 1e6
+METRIC_NAMES = {"mae": "MAE", "mse": "MSE", "bias": "bias", "nmad": "NMAD", "r2": "R2"}
+READERS = 16  # concurrent reads: an S3 GET waits some 10 ms, and there may be thousands
+
+Table = dict[str, Any]
+
+
+class SummaryError(RuntimeError):
+    """The run is not complete; the text names the ranks that are missing."""
+
+
+def record(
+    task: RankTask,
+    rows: Shard,
+    inferred: Inferred,
+    times: Mapping[str, float],
+    baseline: float,
+    stats: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """A rank's record: the reference's ten keys, and ours.
+
+    The ten, as they are meant here (rates are per elapsed time, never per CPU time):
+
+    * total_cpu_time (seconds): CPU time of this process during the inference loop, all threads
+    * total_cpu_memory (MB): peak resident memory above that before model and data were loaded
+    * execution_time (seconds/batch): elapsed time of the loop over the number of batches
+    * num_batches, batch_size, device
+    * throughput_bps: bits of images and magnitudes over the loop's elapsed time
+    * sample_persec: rows over the loop's elapsed time
+    * result_path: folder of the run; data_path: file, list of files, or null without rows
+
+    Args:
+        times: elapsed seconds: "join", "load", and "all" of this rank's work up to the record.
+        baseline: resident memory (MB) before loading.
+        stats: the communicator's, or None.
+    """
+    wall, files = inferred.wall_seconds, list(dict.fromkeys(p.file for p in rows.pieces))
+    peak = memory("VmHWM")
+    own = metrics.compute(inferred.z_phot, inferred.z_spec)
+    return {
+        "total_cpu_time (seconds)": inferred.cpu_seconds,
+        "total_cpu_memory (MB)": max(peak - baseline, 0.0),
+        "execution_time (seconds/batch)": wall / inferred.batches if inferred.batches else 0.0,
+        "num_batches": inferred.batches,
+        "batch_size": task.batch_size,
+        "device": "cpu",
+        "throughput_bps": inferred.bits / wall if inferred.bits else 0.0,
+        "sample_persec": len(rows) / wall if len(rows) else 0.0,
+        "result_path": task.results_url,
+        "data_path": files if len(files) > 1 else (files[0] if files else None),
+        "rank": task.rank,
+        "world_size": task.world_size,
+        "rows": len(rows),
+        "rows_excluded": len(inferred.excluded),
+        "bits": inferred.bits,
+        "wall_time (seconds)": times["all"],
+        "join_time (seconds)": times["join"],
+        "load_time (seconds)": times["load"],
+        "inference_time (seconds)": wall,
+        "peak_memory (MB)": peak,
+        **{name: own[key] for key, name in METRIC_NAMES.items()},
+        "links": _link_kinds(stats),
+        "run": task.run,
+        "init_id": task.init_id,
+    }
+
+
+def memory(field: str) -> float:
+    """Resident memory of this process in MB (10^6 bytes): now ("VmRSS") or at most ("VmHWM")."""
+    # Not getrusage: its maximum is inherited from the process that started this one.
+    with open("/proc/self/status") as status:
+        found = next(line for line in status if line.startswith(f"{field}:"))
+    return int(found.split()[1]) * 1024 / MB
+
+
+def table(pieces: Sequence[Piece], inferred: Inferred) -> Table:
+    """Predictions of a shard, row by row, as the predictions file holds them."""
+    files = list(dict.fromkeys(piece.file for piece in pieces))
+    lengths = [piece.stop - piece.start for piece in pieces]
+    ranges = [np.arange(piece.start, piece.stop, dtype=np.int64) for piece in pieces]
+    return {
+        "z_phot": inferred.z_phot,
+        "z_spec": inferred.z_spec,
+        "row": np.concatenate([np.empty(0, np.int64), *ranges]),
+        "file_index": np.repeat(np.array([files.index(p.file) for p in pieces], np.int32), lengths),
+        "files": files,
+    }
+
+
+def pack(content: Table) -> bytes:
+    """A table as the bytes of an .npz file."""
+    buffer = io.BytesIO()
+    names = np.array(content["files"], dtype=np.str_)
+    np.savez(buffer, **{**content, "files": names})
+    return buffer.getvalue()
+
+
+def to_json(value: object) -> bytes:
+    """JSON for people and programs; refuses NaN, which is not JSON."""
+    return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def write_merged(
+    folder: str, init_id: str | None, parts: Sequence[Mapping[str, Any]], total: Any
+) -> None:
+    """Rank 0 of a job: write the predictions, and the records and metrics of all ranks.
+
+    Args:
+        folder: URL of the run's folder.
+        parts: each rank's record and table, in rank order.
+        total: the ranks' sums, allreduced.
+    """
+    rows = _join([part["table"] for part in parts])
+    merged = metrics.from_sums(total, metrics.nmad(rows["z_phot"], rows["z_spec"]))
+    storage.write(f"{folder}/predictions.npz", _pack_final(rows))
+    content = {"init_id": init_id, "metrics": merged, "records": [p["record"] for p in parts]}
+    storage.write(f"{folder}/merged.json", to_json(content))
+
+
+def summarize(run: RunInfo) -> dict[str, Any]:
+    """Merge a run; see `handlers.summarize`."""
+    _check_complete(run)
+    if run.fmi_enabled:
+        merged = json.loads(storage.read(f"{run.results}/merged.json"))
+        records, numbers = merged["records"], merged["metrics"]
+        _check_current(run, [*records, merged])
+    else:
+        records, numbers = _merge_files(run)
+    result = {
+        "combined_data": f"{run.results}/combined_data.json",
+        "summary_path": f"{run.results}/summary.json",
+        "predictions": f"{run.results}/predictions.npz",
+        "summary": _summary(run, records, numbers),
+        "records": records,
+    }
+    storage.write(result["combined_data"], to_json(records))
+    storage.write(result["summary_path"], to_json(result["summary"]))
+    return result
+
+
+def _check_complete(run: RunInfo) -> None:
+    there = set(storage.names(run.results))
+    missing = [rank for rank in range(run.world_size) if f"{rank}.json" not in there]
+    if missing:
+        raise SummaryError(
+            f"run {run.run}: no record of rank {_ranks(missing)} (of {run.world_size}) in "
+            f"{run.results}: it failed or has not finished; see that rank's own error"
+        )
+    if run.fmi_enabled and "merged.json" not in there:
+        raise SummaryError(
+            f"run {run.run}: no merged.json in {run.results}, which rank 0 writes: "
+            "did the ranks work without the rendezvous (fmi_enabled: false)?"
+        )
+
+
+def _check_current(run: RunInfo, records: Sequence[Mapping[str, Any]]) -> None:
+    old = [r.get("rank", 0) for r in records if r.get("init_id") != run.init_id]
+    if old:
+        raise SummaryError(
+            f"run {run.run}: files of rank {_ranks(old)} in {run.results} are of an earlier run "
+            "of that name: the rank failed or has not finished in this one"
+        )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:10])) + (", ..." if len(ranks) > 10 else "")
+
+
+def _merge_files(run: RunInfo) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+    """Records, and metrics of all rows, of ranks that worked without a rendezvous."""
+    ranks = range(run.world_size)
+    with ThreadPoolExecutor(READERS) as pool:
+        texts = pool.map(lambda r: storage.read(f"{run.results}/{r}.json"), ranks)
+        records = [json.loads(text) for text in texts]
+        _check_current(run, records)
+        tables = list(pool.map(lambda r: _unpack(storage.read(f"{run.results}/{r}.npz")), ranks))
+    rows = _join(tables)
+    storage.write(f"{run.results}/predictions.npz", _pack_final(rows))
+    return records, metrics.compute(rows["z_phot"], rows["z_spec"])
+
+
+def _unpack(data: bytes) -> Table:
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        content = dict(arrays)
+    return {**content, "files": content["files"].tolist()}
+
+
+def _pack_final(rows: Table) -> bytes:
+    return pack({**rows, "z_spec": rows["z_spec"].astype(np.float32)})
+
+
+def _join(tables: Sequence[Table]) -> Table:
+    """Tables one after the other, with one list of files."""
+    files = list(dict.fromkeys(file for content in tables for file in content["files"]))
+    number = {file: index for index, file in enumerate(files)}
+    renumbered = [
+        np.array([number[f] for f in content["files"]], np.int32)[content["file_index"]]
+        for content in tables
+    ]
+    columns = {
+        key: np.concatenate([content[key] for content in tables])
+        for key in ("z_phot", "z_spec", "row")
+    }
+    return {**columns, "file_index": np.concatenate(renumbered), "files": files}
+
+
+def _summary(
+    run: RunInfo, records: Sequence[Mapping[str, Any]], numbers: Mapping[str, float | None]
+) -> dict[str, Any]:
+    rows, bits = (sum(r[key] for r in records) for key in ("rows", "bits"))
+    wall, inference, join, load = (
+        max(r[f"{name}_time (seconds)"] for r in records)
+        for name in ("wall", "inference", "join", "load")
+    )
+    rates = {
+        "rows_per_second": (rows, "sample_persec"),
+        "bits_per_second": (bits, "throughput_bps"),
+    }
+    links = [r["links"] for r in records]
+    return {
+        "run": run.run,
+        "rows": rows,
+        "rows_excluded": sum(r["rows_excluded"] for r in records),
+        "world_size": run.world_size,
+        "batch_size": run.batch_size,
+        "batches": sum(r["num_batches"] for r in records),
+        # Seconds are those of the slowest rank.
+        "wall_seconds": wall,
+        "inference_seconds": inference,
+        "join_seconds": join,
+        "load_seconds": load,
+        # Three rates that differ, and that are easily mistaken for each other.
+        **{
+            name: {
+                "wall_clock": amount / inference if inference else 0.0,
+                "end_to_end": amount / wall if wall else 0.0,
+                "sum_of_ranks": sum(r[key] for r in records),
+            }
+            for name, (amount, key) in rates.items()
+        },
+        "peak_memory_mb": max(r["peak_memory (MB)"] for r in records),
+        "metrics": dict(numbers),
+        "links": {kind: sum(link[kind] for link in links) for kind in ("direct", "relay")},
+        "model": run.model,
+        "data": run.data,
+        "versions": _versions(),
+    }
+
+
+def _link_kinds(stats: Mapping[str, Any] | None) -> dict[str, int]:
+    kinds = [link["kind"] for link in stats["links"].values()] if stats else []
+    return {kind: kinds.count(kind) for kind in ("direct", "relay")}
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    for package in ("cosmic-fmi", "torch", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

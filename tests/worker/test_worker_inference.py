@@ -1,0 +1,67 @@
+"""The inference loop by itself, with models that are easy to foresee."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from lambda_worker import inference, summary
+from lambda_worker.dataset import Shard
+from lambda_worker.shard import Piece
+from tests.worker.worker_data import MakePt, tensors
+
+
+def first_magnitude(images: Tensor, magnitudes: Tensor) -> Tensor:
+    assert images.dtype == magnitudes.dtype == torch.float32
+    return magnitudes[:, 0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 100])
+def test_rows_in_order_over_two_files(make_pt: MakePt, tmp_path: Path, batch_size: int) -> None:
+    names = [str(make_pt(f"{seed}.pt", 7, seed=seed, wide=torch.float64)) for seed in (1, 2)]
+    shard = Shard([Piece(names[0], 1, 7), Piece(names[1], 0, 5)], tmp_path)
+    done: list[tuple[int, int]] = []
+    found = inference.run(first_magnitude, shard, batch_size, lambda *step: done.append(step))
+    first, second = (tensors(7, seed=seed, wide=torch.float64) for seed in (1, 2))
+    assert np.array_equal(found.z_phot, torch.cat((first[1][1:], second[1][:5]))[:, 0].float())
+    assert np.array_equal(found.z_spec, torch.cat((first[2][1:], second[2][:5])))
+    assert found.batches == len(done) == -(-11 // batch_size)
+    assert done[-1] == (11, 11)
+    assert found.bits == 11 * (32 * 5 * 32 * 32 + 64 * 5)  # 164,160 a row, as in the reference
+
+
+def test_rows_that_do_not_count_are_nan(tmp_path: Path) -> None:
+    rows = tensors(6, wide=torch.float64)
+    rows[0][1, 0, 0, 0] = torch.inf
+    rows[1][2, 4] = torch.nan  # the model below does not look at it
+    rows[1][4, 0] = 1e39  # infinite as float32
+    torch.save(TensorDataset(*rows), tmp_path / "a.pt")
+    shard = Shard([Piece(str(tmp_path / "a.pt"), 0, 6)], tmp_path)
+    found = inference.run(first_magnitude, shard, 4)
+    assert found.excluded.tolist() == [1, 2, 4]
+
+
+def test_predictions_that_are_not_finite_do_not_count(make_pt: MakePt, tmp_path: Path) -> None:
+    shard = Shard([Piece(str(make_pt("a.pt", 3)), 0, 3)], tmp_path)
+    answers = torch.tensor([torch.inf, 0.1, torch.nan])
+    assert inference.run(lambda images, magnitudes: answers, shard, 3).excluded.tolist() == [0, 2]
+
+
+def test_empty_shard_never_calls_the_model(tmp_path: Path) -> None:
+    found = inference.run(lambda images, magnitudes: 1 / 0, Shard([], tmp_path), 8)  # type: ignore[arg-type, return-value]
+    assert (found.batches, found.bits, len(found.z_phot)) == (0, 0, 0)
+
+
+def test_peak_memory_remembers_what_was_freed() -> None:
+    before = summary.memory("VmRSS")
+    block = np.ones(30_000_000)  # 240 MB
+    during = summary.memory("VmRSS")
+    del block
+    assert during - before > 200
+    assert summary.memory("VmHWM") > during - 20  # the kernel counts in steps
+    assert summary.memory("VmRSS") < during - 200

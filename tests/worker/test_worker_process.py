@@ -1,0 +1,90 @@
+"""`python -m lambda_worker` as its launcher sees it: JSON lines, exit codes, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.worker.worker_data import MakePt
+
+
+def run(step: str, event: object) -> tuple[int, list[dict[str, Any]], str]:
+    """Exit code, the lines on stdout, and stderr."""
+    text = event if isinstance(event, str) else json.dumps(event)
+    done = subprocess.run(
+        [sys.executable, "-m", "lambda_worker", step],
+        input=text,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=50,
+    )
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def test_the_three_steps(make_pt: MakePt, tmp_path: Path) -> None:
+    event = {"data": str(make_pt("a.pt", 9)), "world_size": 1, "results": str(tmp_path)}
+    code, lines, _ = run("init", event)
+    assert code == 0
+    plan = lines[-1]["result"]
+    code, lines, _ = run("infer", plan["ranks"][0])
+    assert code == 0
+    assert [next(iter(line)) for line in lines] == ["progress"] * (len(lines) - 1) + ["result"]
+    assert lines[0]["progress"] == {"rank": 0, "stage": "join", "rows": 0, "of": 0}
+    assert lines[-1]["result"]["rows"] == 9
+    code, lines, _ = run("summarize", plan)
+    assert code == 0
+    assert Path(lines[-1]["result"]["combined_data"]).is_file()
+
+
+def test_a_rank_that_fails_says_so_in_its_last_line(tmp_path: Path) -> None:
+    event = {"rank": 1, "world_size": 2, "results": str(tmp_path), "shard": [["no.pt", 0, 1]]}
+    code, lines, errors = run("infer", event)
+    assert code == 1
+    error = lines[-1]["error"]
+    assert (error["type"], error["rank"]) == ("DatasetError", 1)
+    assert error["message"].endswith("no.pt: no such file")
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        ({"data": "d", "colour": 1}, "unknown field 'colour'"),
+        ("{", "stdin: expected the event as JSON"),
+        ([], "got [], expected a JSON object"),
+    ],
+)
+def test_bad_event(event: object, message: str) -> None:
+    code, lines, errors = run("init", event)
+    assert code == 1
+    assert lines[0]["error"]["type"] == "EventError"
+    assert message in lines[0]["error"]["message"]
+    assert len(lines) == 1
+    assert errors == ""
+
+
+def test_defect_in_a_library_that_prints(tmp_path: Path) -> None:
+    """stdout has its one line only; stderr has what the library prints, and where it failed."""
+    torch = "import os; os.write(1, b'noise'); print('noise'); raise ZeroDivisionError('boom')"
+    (tmp_path / "torch.py").write_text(torch)
+    done = subprocess.run(
+        [sys.executable, "-m", "lambda_worker", "init"],
+        input=json.dumps({"data": "d"}),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        timeout=50,
+    )
+    error = json.loads(done.stdout)["error"]
+    assert error == {"type": "ZeroDivisionError", "message": "boom", "rank": None}
+    assert done.stderr.count("noise") >= 2
+    assert "Traceback" in done.stderr
+    assert done.returncode == 1

@@ -1,0 +1,22 @@
+"""The command line `cosmic`, with the fake worker and server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+from workflow import cli, local
+
+if __name__ == "__main__":
+    here = Path(__file__).parent
+    local.RunPlan = partial(
+        local.RunPlan,
+        worker=(sys.executable, str(here / "worker.py")),
+        server=(sys.executable, str(here / "server.py")),
+    )
+    if ignored := os.environ.get("COSMIC_IGNORES"):
+        signal.signal(signal.Signals[ignored], signal.SIG_IGN)
+    cli.main()

@@ -1,0 +1,41 @@
+"""What the tests of the launcher have in common: where the fakes are, and who is still alive."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FAKES = Path(__file__).parent / "fakes"
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie that nobody has reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """Wait for a condition that another process brings about, and return its value."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+    return value
+
+
+def pids(folder: Path) -> list[int]:
+    """All processes that the fakes below `folder` have recorded."""
+    found = [int(pid) for path in folder.rglob("*.pid") for pid in path.read_text().split()]
+    servers = [recorded(path.parent, path.name)["pid"] for path in folder.rglob("server.json")]
+    return found + servers
+
+
+def recorded(folder: Path, name: str) -> Any:
+    """What a fake has left in a JSON file; None where it has not."""
+    path = Path(folder, name)
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,189 @@
+"""The command line, as processes: what a shell and a program see of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launched import FAKES, alive, pids, recorded, until
+
+HANG = json.dumps({f"infer {rank}": "hang" for rank in range(4)})
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """Start `cosmic` around the fakes, in an empty folder."""
+    (tmp_path / "tmp").mkdir()
+    settings = {"FAKE_SERVER_FOLDER": str(tmp_path), "TMPDIR": str(tmp_path / "tmp")}
+    root = Path(__file__).parents[2]
+
+    def run(*words: str, **more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(FAKES / "cosmic.py"), *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(root), "COLUMNS": "80", **settings, **more},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return run
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=20)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ([], ["run", "data", "model"]),
+        (["run"], ["--world-size", "[default: 4", "cosmic run --json | jq", "130"]),
+        (["data", "make"], ["--split", "./data/demo-SIZE-SPLIT-SEED.pt"]),
+        (["model", "train"], ["--epochs"]),
+    ],
+)
+def test_help_teaches(start: Start, words: list[str], shown: list[str]) -> None:
+    code, out, _ = finish(start(*words, "--help"))
+    assert code == 0
+    # Line breaks may fall anywhere within a line of help.
+    assert not [text for text in shown if text.replace(" ", "") not in "".join(out.split())]
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from workflow.cli import app; app(['run', '--help'], standalone_mode=False);"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'asyncio', 'boto3', 'rich'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--world-size", "0"], ["'--world-size'", "greater than or equal to 1"]),
+        (["--batch-size", "many"], ["'--batch-size'"]),
+        (["--data", "nowhere"], ["--data", "nowhere does not exist; name a .pt file or a folder"]),
+        (["--data", ".", "--seed", "3"], ["--data", "--seed", "leave them out"]),
+        (["--run", "../up"], ["--run", "use letters, digits"]),
+        (["--rendezvous", "localhost"], ["--rendezvous", "host:port, as in 127.0.0.1:10000"]),
+        (["--rendezvous", "a:1", "--no-fmi"], ["--rendezvous", "--no-fmi"]),
+        (["--data-size", "tiny"], ["'--data-size'", "'small', 'medium', 'large'"]),
+        (["--wrold-size", "2"], ["--wrold-size", "--world-size"]),
+    ],
+)
+def test_wrong_usage_names_the_option(start: Start, words: list[str], says: list[str]) -> None:
+    code, out, err = finish(start("run", *words))
+    assert code == 2
+    assert out == ""
+    assert not [text for text in says if text not in err]
+    assert "Traceback" not in err
+
+
+def test_a_run_ends_with_a_table_and_paths(start: Start, tmp_path: Path) -> None:
+    code, out, err = finish(start("run", "--data", "fake://{}"))
+    assert code == 0, err
+    assert "total   40" in out
+    assert "results: results/fake-run/combined_data.json" in out
+    assert [line.split()[2] for line in err.splitlines()] == [
+        "rendezvous",
+        "init:",
+        "infer:",
+        "summarize:",
+    ]
+    assert recorded(tmp_path, "results/fake-run/init.json")["fmi_enabled"] is True
+
+
+def test_json_is_all_there_is_on_stdout(start: Start) -> None:
+    code, out, err = finish(start("run", "--data", "fake://{}", "--json", "--no-fmi"))
+    assert code == 0, err
+    answer = json.loads(out)
+    assert answer["summary"]["metrics"]["r2"] == 0.92
+    assert len(answer["records"]) == 4
+    assert answer["plot"] is None
+    assert Path(answer["combined_data"]).is_file()
+
+
+def test_a_failed_run_says_whose_fault_it_was(start: Start) -> None:
+    broken = json.dumps({"infer 1": "error"})
+    code, out, err = finish(start("run", "--data", f"fake://{broken}", "--no-fmi", "--json"))
+    assert code == 1
+    error = {"who": "rank 1", "type": "DatasetError", "message": "bad.pt: truncated", "rank": 1}
+    assert json.loads(out) == {"error": error}
+    assert err.splitlines()[-1] == "Error: rank 1 failed: DatasetError: bad.pt: truncated"
+
+
+def test_the_demo_file_is_used_again(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "demo-small-test-5.pt").touch()
+    code, _, err = finish(start("run", "--seed", "5", "--no-fmi", "--world-size", "1"))
+    assert code == 0
+    assert "data/demo-small-test-5.pt is there already" in err
+    assert recorded(tmp_path, "results/fake-run/init.json")["data"] == "data/demo-small-test-5.pt"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_behind(
+    start: Start, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start("run", "--data", f"fake://{HANG}")
+    until(lambda: len(pids(tmp_path)) == 5)
+    process.send_signal(number)
+    code, out, err = finish(process)
+    assert code == 128 + number
+    assert out == ""
+    assert err.splitlines()[-1].startswith(f"Stopped by {number.name}")
+    assert "Traceback" not in err
+    assert not [pid for pid in pids(tmp_path) if alive(pid)]
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_signal_that_the_parent_told_to_ignore(start: Start, tmp_path: Path) -> None:
+    process = start("run", "--data", f"fake://{HANG}", COSMIC_IGNORES="SIGHUP")
+    until(lambda: len(pids(tmp_path)) == 5)
+    process.send_signal(signal.SIGHUP)  # as under nohup
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 128 + signal.SIGTERM
+
+
+def test_no_process_outlives_a_killed_launcher(start: Start, tmp_path: Path) -> None:
+    process = start("run", "--data", f"fake://{HANG}")
+    until(lambda: len(pids(tmp_path)) == 5)
+    process.kill()
+    finish(process)
+    until(lambda: not [pid for pid in pids(tmp_path) if alive(pid)])
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_data_make_writes_a_dataset(start: Start, tmp_path: Path) -> None:
+    code, out, err = finish(start("data", "make", "--rows", "3", "--split", "val"))
+    assert code == 0, err
+    assert out == "data/demo-3-val-0.pt\n"
+    assert (tmp_path / "data" / "demo-3-val-0.pt").stat().st_size > 3 * 5 * 32 * 32 * 4
+
+
+def test_data_that_cannot_be_written(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, out, err = finish(start("data", "make", "--rows", "1", "--out", "file/x.pt"))
+    assert code == 1
+    assert out == ""
+    assert err.splitlines()[-1].startswith("Error: cannot write file/x.pt")
+
+
+def test_model_train_writes_a_model(start: Start, tmp_path: Path) -> None:
+    code, out, err = finish(start("model", "train", "--rows", "16", "--epochs", "1"))
+    assert code == 0, err
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert "on 16 held-out galaxies: NMAD 0." in out
+    assert out.endswith("use it: cosmic run --model model/model.safetensors\n")

@@ -1,0 +1,1 @@
+"""The workflow around the workers: launchers, data, command line."""

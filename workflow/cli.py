@@ -1,0 +1,331 @@
+"""The command line: ``cosmic run``, ``cosmic data make``, ``cosmic model train``.
+
+Whatever is heavy is imported inside the commands, so that ``cosmic --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from workflow.local import Event, RunPlan, RunResult
+    from workflow.progress import View
+
+__all__ = ["app", "main"]
+
+
+def _group(text: str) -> typer.Typer:
+    return typer.Typer(
+        help=text,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+app = _group("Redshift inference by ranks that meet at a rendezvous and then talk directly.")
+_data = _group("Demo datasets: SDSS-like galaxies with real magnitudes and redshifts.")
+_model = _group("The demo model.")
+app.add_typer(_data, name="data")
+app.add_typer(_model, name="model")
+
+
+class Size(StrEnum):
+    small = "small"
+    medium = "medium"
+    large = "large"
+
+
+class Split(StrEnum):
+    train = "train"
+    val = "val"
+    test = "test"
+
+
+_RUN_EXAMPLES = """\b
+Examples:
+  cosmic run                                     demo data, 4 ranks
+  cosmic run --world-size 2 --batch-size 64
+  cosmic run --data ./mine --results ./out       your .pt files
+  cosmic run --json | jq .summary.metrics        for programs
+
+\b
+Exit code: 0 done, 1 the run failed, 2 wrong usage, 130 stopped by Ctrl-C.
+"""
+
+
+@app.command(epilog=_RUN_EXAMPLES)
+def run(
+    world_size: Annotated[
+        int, typer.Option(metavar="N", min=1, max=10_000, help="Number of ranks.")
+    ] = 4,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Rows per call of the model.")
+    ] = 128,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            help="A .pt file, a folder of them, or an s3:// URL  [default: demo data]",
+        ),
+    ] = None,
+    data_size: Annotated[
+        Size | None,
+        typer.Option(help="Demo data: 1,253, 25,000 or 100,000 rows  [default: small]"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PLACE", help="A .safetensors file or URL  [default: the demo model]"),
+    ] = None,
+    results: Annotated[
+        str, typer.Option(metavar="PLACE", help="Folder or s3:// URL for the results.")
+    ] = "./results",
+    name: Annotated[
+        str | None,
+        typer.Option("--run", metavar="NAME", help="Name of the run  [default: by time]"),
+    ] = None,
+    no_fmi: Annotated[
+        bool, typer.Option("--no-fmi", help="Ranks do not talk; summarize merges their records.")
+    ] = False,
+    rendezvous: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="A running server  [default: start one here]"),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1, help="Limit for the whole run.")
+    ] = 3600,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Seed of the demo data  [default: 0]")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write JSON, and only JSON, to stdout.")
+    ] = False,
+) -> None:
+    """Run a job on this machine: init, one process per rank, summarize.
+
+    Ends with a table of all ranks, combined_data.json and a plot of predicted against
+    spectroscopic redshift. Without --data it first makes a demo dataset, under ./data.
+    """
+    from lambda_worker.storage import StorageError
+    from workflow.local import RunFailed, RunPlan
+
+    _check_data(data, demo_options=data_size is not None or seed is not None)
+    _check_run(name, rendezvous, no_fmi)
+    plan = RunPlan(
+        data=data or str(_demo_path(data_size or Size.small, Split.test, seed or 0)),
+        world_size=world_size,
+        batch_size=batch_size,
+        model=model,
+        results=results,
+        run=name,
+        fmi=not no_fmi,
+        rendezvous=rendezvous,
+        timeout=timeout,
+    )
+    try:
+        result, plot = _run(plan, demo=None if data else (data_size or Size.small, seed or 0))
+    except (RunFailed, StorageError, OSError) as error:
+        if as_json:
+            print(json.dumps({"error": _as_json(error)}))
+        _fail(error)
+    _show(result, plot, as_json)
+
+
+def _check_data(data: str | None, demo_options: bool) -> None:
+    if data is None:
+        return
+    if demo_options:
+        raise _wrong("--data", "--data-size and --seed are for the demo data; leave them out")
+    if "://" not in data and not Path(data).exists():
+        text = f"{data} does not exist; name a .pt file or a folder, or leave it out for demo data"
+        raise _wrong("--data", text)
+
+
+def _check_run(name: str | None, rendezvous: str | None, no_fmi: bool) -> None:
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise _wrong("--run", f"{name!r}: use letters, digits and . _ -, at most 100")
+    if rendezvous is None:
+        return
+    if no_fmi:
+        raise _wrong("--rendezvous", "with --no-fmi nobody joins a rendezvous; leave one out")
+    host, _, port = rendezvous.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise _wrong("--rendezvous", f"{rendezvous!r} is not host:port, as in 127.0.0.1:10000")
+
+
+def _wrong(option: str, text: str) -> typer.BadParameter:
+    return typer.BadParameter(text, param_hint=option)
+
+
+def _as_json(error: Exception) -> dict[str, object]:
+    from workflow.local import RunFailed
+
+    if isinstance(error, RunFailed):
+        return error.as_json()
+    return {"who": "cosmic", "type": type(error).__name__, "message": str(error), "rank": None}
+
+
+def _fail(error: Exception) -> NoReturn:
+    text = re.sub(r"^\[Errno \d+\] ", "", str(error))
+    print(f"Error: {text}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def _run(plan: RunPlan, demo: tuple[Size, int] | None) -> tuple[RunResult, str | None]:
+    """Run the plan, on a demo dataset of this size and seed if given, and draw the plot."""
+    from workflow.local import RankProgress, run_job
+    from workflow.plot import save_plot
+    from workflow.processes import run_until_signal
+    from workflow.progress import open_view
+
+    with open_view() as view:
+        if demo:
+            _make_once(Path(plan.data), *demo, view)
+
+        def show(event: Event) -> None:
+            if isinstance(event, RankProgress):
+                view.update(f"rank {event.rank}", event.stage, event.rows, event.of)
+            else:
+                view.step(event.text)
+
+        result = run_until_signal(run_job(plan, show))
+        if not result.summary["rows"] - result.summary["rows_excluded"]:
+            return result, None
+        view.step("plot: predicted against spectroscopic redshift")
+        plot = result.combined_data.rpartition("/")[0] + "/redshift.png"
+        save_plot(result.predictions, result.summary["metrics"], plot)
+    return result, plot
+
+
+def _make_once(path: Path, size: Size, seed: int, view: View) -> None:
+    if path.exists():
+        view.step(f"demo data: {path} is there already")
+        return
+    from lambda_worker.events import DATA_SIZES
+
+    _make(path, DATA_SIZES[size], Split.test, seed, view)
+
+
+def _make(path: Path, rows: int, split: Split, seed: int, view: View) -> None:
+    view.step(f"demo data: simulating {rows:,} galaxies for {path}")
+    from workflow.datasets import make
+
+    make(path, rows, split.value, seed, lambda stage, n, of: view.update("data", stage, n, of))
+
+
+def _demo_path(size: Size, split: Split, seed: int) -> Path:
+    return Path("data", f"demo-{size}-{split}-{seed}.pt")
+
+
+def _show(result: RunResult, plot: str | None, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(result) | {"plot": plot}))
+        return
+    from workflow.table import print_result
+
+    print_result(result, plot)
+
+
+@_data.command("make")
+def data_make(
+    size: Annotated[Size, typer.Option(help="1,253, 25,000 or 100,000 rows.")] = Size.small,
+    rows: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Another number of rows.")
+    ] = None,
+    split: Annotated[
+        Split, typer.Option(help="Which galaxies; the demo model never saw those of test.")
+    ] = Split.test,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Seed of noise, shapes, order.")
+    ] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The .pt file  [default: ./data/demo-SIZE-SPLIT-SEED.pt]"),
+    ] = None,
+) -> None:
+    """Simulate SDSS-like galaxies and write them as a .pt file, a TensorDataset.
+
+    Magnitudes and redshifts are real, the 32 x 32 ugriz cutouts are painted to them.
+    """
+    from lambda_worker.events import DATA_SIZES
+    from workflow.progress import open_view
+
+    path = out or Path("data", f"demo-{rows or size}-{split}-{seed}.pt")
+    try:
+        with open_view() as view:
+            _make(path, rows or DATA_SIZES[size], split, seed, view)
+    except OSError as error:
+        _fail(error)
+    print(path)
+
+
+@_model.command("train")
+def model_train(
+    out: Annotated[Path, typer.Option(help="Folder for the three files.")] = Path("model"),
+    epochs: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Passes over the training rows.")
+    ] = 30,
+    rows: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=16, help="Only so many rows of each split, for a quick try."),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of data and start.")] = 0,
+) -> None:
+    """Train the demo model on the catalogue's train split; some minutes on two cores.
+
+    Keeps the epoch that is best on val, and judges it once on test, whose galaxies it has never
+    seen. Writes model.safetensors, training_log.json and metrics.json.
+    """
+    from workflow.progress import open_view
+
+    try:
+        with open_view("steps") as view:
+            view.step(f"model: training {epochs} epochs")
+            from workflow.demo.train import train
+
+            done = train(
+                out,
+                epochs=epochs,
+                rows=rows,
+                seed=seed,
+                progress=lambda stage, n, of: view.update("model", stage, n, of),
+            )
+    except OSError as error:
+        _fail(error)
+    names = {"NMAD": "nmad", "bias": "bias", "R²": "r2"}
+    values = ", ".join(f"{name} {done[key]:.4f}" for name, key in names.items())
+    print(f"{out / 'model.safetensors'}: {done['parameters']:,} parameters")
+    print(f"on {done['n']:,} held-out galaxies: {values}")
+    print(f"use it: cosmic run --model {out / 'model.safetensors'}")
+
+
+def main() -> None:
+    """Entry point of ``cosmic``."""
+    from workflow.processes import stop_signals
+
+    # SIGTERM and SIGHUP would end this process where it stands, half-written files and all.
+    for number in stop_signals():
+        signal.signal(number, _stop)
+    try:
+        app(prog_name="cosmic")
+    except SystemExit as end:
+        if isinstance(end.code, int) and end.code > 128:
+            name = signal.Signals(end.code - 128).name
+            print(f"Stopped by {name}; nothing is left running.", file=sys.stderr)
+        raise
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

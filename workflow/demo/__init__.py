@@ -1,0 +1,1 @@
+"""Demo data and demo model: real catalogue rows, simulated pixels, a small AstroMAE."""
