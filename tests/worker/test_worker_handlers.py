@@ -363,7 +363,7 @@ def test_progress_names_the_stages(payload: dict[str, Any]) -> None:
     handlers.infer(plan["ranks"][0], None, lambda *step: seen.append(step))
     batches = [("infer", 20, 41), ("infer", 40, 41), ("infer", 41, 41)]
     assert seen == [
-        *(("join", 0, 0), ("load", 0, 41)),
+        *(("join", 0, 0), ("load", 0, 0), ("load", 0, 41)),
         *batches,
         *(("gather", 41, 41), ("done", 41, 41)),
     ]
