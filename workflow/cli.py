@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from workflow.demo import data_path
+
 if TYPE_CHECKING:
     from workflow.local import Event, RunPlan, RunResult
     from workflow.progress import View
@@ -124,7 +126,7 @@ def run(
     _check_data(data, demo_options=data_size is not None or seed is not None)
     _check_run(name, rendezvous, no_fmi)
     plan = RunPlan(
-        data=data or str(_demo_path(data_size or Size.small, Split.test, seed or 0)),
+        data=data or str(data_path(data_size or Size.small, Split.test, seed or 0)),
         world_size=world_size,
         batch_size=batch_size,
         model=model,
@@ -225,10 +227,6 @@ def _make(path: Path, rows: int, split: Split, seed: int, view: View) -> None:
     make(path, rows, split.value, seed, lambda stage, n, of: view.update("data", stage, n, of))
 
 
-def _demo_path(size: Size, split: Split, seed: int) -> Path:
-    return Path("data", f"demo-{size}-{split}-{seed}.pt")
-
-
 def _show(result: RunResult, plot: str | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(result) | {"plot": plot}))
@@ -252,7 +250,7 @@ def data_make(
     ] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(help="The .pt file  [default: ./data/demo-SIZE-SPLIT-SEED.pt]"),
+        typer.Option(help="The .pt file  [default: ./data/demo-SIZE-SPLIT-SEED-VERSION.pt]"),
     ] = None,
 ) -> None:
     """Simulate SDSS-like galaxies and write them as a .pt file, a TensorDataset.
@@ -262,7 +260,7 @@ def data_make(
     from lambda_worker.events import DATA_SIZES
     from workflow.progress import open_view
 
-    path = out or Path("data", f"demo-{rows or size}-{split}-{seed}.pt")
+    path = out or data_path(str(rows or size), split, seed)
     try:
         with open_view() as view:
             _make(path, rows or DATA_SIZES[size], split, seed, view)

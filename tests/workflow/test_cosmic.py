@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from launched import FAKES, alive, pids, recorded, until
 
+from workflow.demo import data_path
+
 HANG = json.dumps({f"infer {rank}": "hang" for rank in range(4)})
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -47,7 +49,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     [
         ([], ["run", "data", "model"]),
         (["run"], ["--world-size", "[default: 4", "cosmic run --json | jq", "130"]),
-        (["data", "make"], ["--split", "./data/demo-SIZE-SPLIT-SEED.pt"]),
+        (["data", "make"], ["--split", "./data/demo-SIZE-SPLIT-SEED-VERSION.pt"]),
         (["model", "train"], ["--epochs"]),
     ],
 )
@@ -125,12 +127,13 @@ def test_a_failed_run_says_whose_fault_it_was(start: Start) -> None:
 
 
 def test_the_demo_file_is_used_again(start: Start, tmp_path: Path) -> None:
+    path = data_path("small", "test", 5)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "demo-small-test-5.pt").touch()
+    (tmp_path / path).touch()
     code, _, err = finish(start("run", "--seed", "5", "--no-fmi", "--world-size", "1"))
     assert code == 0
-    assert "data/demo-small-test-5.pt is there already" in err
-    assert recorded(tmp_path, "results/fake-run/init.json")["data"] == "data/demo-small-test-5.pt"
+    assert f"{path} is there already" in err
+    assert recorded(tmp_path, "results/fake-run/init.json")["data"] == str(path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -169,8 +172,9 @@ def test_no_process_outlives_a_killed_launcher(start: Start, tmp_path: Path) -> 
 def test_data_make_writes_a_dataset(start: Start, tmp_path: Path) -> None:
     code, out, err = finish(start("data", "make", "--rows", "3", "--split", "val"))
     assert code == 0, err
-    assert out == "data/demo-3-val-0.pt\n"
-    assert (tmp_path / "data" / "demo-3-val-0.pt").stat().st_size > 3 * 5 * 32 * 32 * 4
+    path = data_path("3", "val", 0)
+    assert out == f"{path}\n"
+    assert (tmp_path / path).stat().st_size > 3 * 5 * 32 * 32 * 4
 
 
 def test_data_that_cannot_be_written(start: Start, tmp_path: Path) -> None:
