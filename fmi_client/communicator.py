@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,15 +13,14 @@ from fmi_client.endpoint import Endpoint, MemoryEndpoint
 from fmi_client.errors import FmiError
 from fmi_client.joining import (
     LEAVE_SECONDS,
-    MISSING_SECONDS,
     JoinRequest,
     SocketEndpoint,
+    ask_before,
     resolve,
 )
-from fmi_client.operations import Call, Operations
+from fmi_client.operations import LAST_SECONDS, STUCK_SECONDS, Call, Operations, UnderWay
 from fmi_client.payloads import allocate
 from fmi_client.protocol.peer import Receive
-from fmi_client.transport.link import Send
 from fmi_client.transport.reactor import AsyncReactor
 
 
@@ -54,51 +53,66 @@ class Communicator(Operations):
     async def _perform(
         self, step: Step, call: Call, deadline: float, loop: asyncio.AbstractEventLoop
     ) -> Receive | None:
-        sent, received = self._post(step, call)
-        for half in (sent, received):
-            if half is not None and not half.done:
-                await self._wait(half, deadline, loop, step, received)
-        if (sent is not None and not sent.done) or (received is not None and not received.done):
-            self._late(step, sent, received, call)
-        self._check(step, sent, received, call)
-        return received
+        under_way = self._post(step, call)
+        if not under_way.done:
+            await self._wait(under_way, min(deadline, loop.time() + STUCK_SECONDS), loop)
+        if not under_way.done:
+            await self._wait_longer(call, under_way, deadline, loop)
+        if not under_way.done:
+            self._late(call, under_way)
+            await self._wait(under_way, loop.time() + LAST_SECONDS, loop)
+        self._check(call, under_way)
+        return under_way.received
+
+    async def _wait_longer(
+        self, call: Call, under_way: UnderWay, deadline: float, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        if not call.stuck:
+            await self._wait(under_way, deadline, loop)
+            return
+        self._endpoint.make_room(True)
+        try:
+            await self._wait(under_way, deadline, loop)
+        finally:
+            self._endpoint.make_room(False)
 
     async def _wait(
-        self,
-        half: Send | Receive,
-        deadline: float,
-        loop: asyncio.AbstractEventLoop,
-        step: Step,
-        received: Receive | None,
+        self, under_way: UnderWay, deadline: float, loop: asyncio.AbstractEventLoop
     ) -> None:
-        """Wait until half a step is done, or the deadline has passed."""
+        """Wait until a step is done, or the deadline has passed."""
         future = loop.create_future()
 
-        def wake() -> None:
-            if not future.done():
+        def wake(late: bool = False) -> None:
+            if (late or under_way.done) and not future.done():
                 future.set_result(None)
 
-        half.on_done = wake
-        timer = loop.call_at(deadline, wake)
+        for half in under_way.halves():
+            half.on_done = wake
+        timer = loop.call_at(deadline, wake, True)
         try:
             await future
-        except asyncio.CancelledError:
-            if received is not None and step.source is not None:
-                self._endpoint.link(self._group[step.source]).cancel(received)
-            raise
         finally:
-            half.on_done = None
             timer.cancel()
+            for half in under_way.halves():
+                half.on_done = None
 
     def _child(self, group: list[int], context: int) -> Self:
-        return type(self)(self._endpoint, group, context, self.timeout)
+        return type(self)(self._endpoint, group, context, self.timeout, whole_job=False)
+
+    def abort(self, reason: str = "") -> Awaitable[None]:
+        super().abort(reason)
+        return _Done()
 
     async def close(self) -> None:
-        """Leave the job in order."""
-        self._endpoint.leave()
-        if not self._endpoint.left:
-            await _until(self._endpoint, lambda: self._endpoint.left, LEAVE_SECONDS)
-        self._endpoint.close()
+        """Leave the job in order; a communicator made by `split` leaves nothing."""
+        if not self._whole_job:
+            return
+        try:
+            self._endpoint.leave()
+            if not self._endpoint.left:
+                await _until(self._endpoint, lambda: self._endpoint.left, LEAVE_SECONDS)
+        finally:
+            self._endpoint.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -112,6 +126,13 @@ class Communicator(Operations):
         if error is not None:
             self._tell_error(error)
         await self.close()
+
+
+class _Done:
+    """Nothing to wait for."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from ()
 
 
 class Connecting:
@@ -183,11 +204,14 @@ async def _join(request: JoinRequest) -> Communicator:
 
 
 async def _wait_ready(endpoint: SocketEndpoint, timeout: float) -> None:
-    if not await _until(endpoint, lambda: endpoint.ready or endpoint.failure is not None, timeout):
+    def settled() -> bool:
+        return endpoint.ready or endpoint.failure is not None
+
+    ask = ask_before(timeout)
+    if not await _until(endpoint, settled, timeout - ask):
         endpoint.ask_missing()
-        if endpoint.observed is not None:
-            await _until(endpoint, lambda: endpoint.missing is not None, MISSING_SECONDS)
-        raise endpoint.join_error()
+        if not await _until(endpoint, settled, ask):
+            raise endpoint.join_error()
     if endpoint.failure is not None:
         raise endpoint.failure.fresh()
 

@@ -7,11 +7,14 @@ ends the job, `fail` ends everything that waits, on every communicator, with tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from fmi_client.errors import (
     Aborted,
     CollectiveMismatch,
+    CollectiveTimeout,
     FmiError,
     RankFailed,
     RendezvousError,
@@ -21,6 +24,9 @@ from fmi_client.protocol.peer import STAGE_BYTES as PEER_STAGE_BYTES
 from fmi_client.protocol.rendezvous import JobAborted
 from fmi_client.transport.link import Link
 from fmi_client.transport.memory import STAGE_BYTES, MemoryLink
+
+GRACE_SECONDS = 0.08
+"""How long reports of other ranks are awaited before the missing ones are named."""
 
 Allocate = Callable[[int], memoryview]
 """Makes a writable buffer of so many bytes."""
@@ -39,6 +45,10 @@ class Endpoint:
         self._allocate = allocate
         self._running: dict[int, tuple[int, bytes]] = {}
         self._early: dict[tuple[int, int], tuple[int, bytes]] = {}
+        self._late: JobAborted | None = None
+        self._waited_for: set[int] = set()
+        self._waiting: set[int] = set()
+        self._rooms = 0
 
     # ---------------------------------------------------------------------- links
     def link(self, peer: int) -> Link:
@@ -46,7 +56,17 @@ class Endpoint:
         link = self.links.get(peer)
         if link is None:
             link = self.links[peer] = self._self_link() if peer == self.rank else self._make(peer)
+            link.make_room(self._rooms > 0)
         return link
+
+    def make_room(self, room: bool) -> None:
+        """While a send is stuck (calls may nest), take in what nobody awaits from all peers.
+
+        The peer may be stuck, too, in a send to us or to a third rank that is.
+        """
+        self._rooms += 1 if room else -1
+        for link in self.links.values():
+            link.make_room(self._rooms > 0)
 
     def _make(self, peer: int) -> Link:
         raise NotImplementedError
@@ -84,13 +104,64 @@ class Endpoint:
         ours, others = mine.decode(errors="replace"), theirs.decode(errors="replace")
         details = f"rank {self.rank} called {ours}; rank {peer} called {others}"
         op = ours.split("(")[0]
-        self.tell("mismatch", details, op, seq)
+        self.tell(JobAborted(self.rank, "mismatch", details, op, seq))
         self.fail(CollectiveMismatch(details=details, rank=self.rank, peer=peer, op=op, seq=seq))
 
+    # ------------------------------------------------------------------- lateness
+    def late(self, event: JobAborted) -> None:
+        """A collective's deadline passed, here or (as we were told) at another rank.
+
+        Whoever still waits says for whom. After `GRACE_SECONDS` those who were waited for
+        and did not report themselves waiting are the ones that are missing, on every rank.
+        """
+        self._waited_for.update(event.ranks)
+        self._waiting.add(event.by)
+        if self._late is not None or self.failure is not None:
+            return
+        self._late = event
+        waited_for = tuple(p for p, link in self.links.items() if link.busy and p != self.rank)
+        if waited_for:
+            mine = replace(event, by=self.rank, ranks=waited_for)
+            self._waited_for.update(waited_for)
+            self._waiting.add(self.rank)
+            self.tell(mine)
+        self._later(GRACE_SECONDS, self._conclude)
+
+    def _conclude(self) -> None:
+        event = self._late
+        assert event is not None
+        missing = sorted(self._waited_for - self._waiting) or sorted(self._waited_for)
+        self.fail(
+            CollectiveTimeout(
+                f"no answer from rank {some_ranks(missing)} {event.reason}",
+                missing=missing,
+                rank=self.rank,
+                op=event.op,
+                seq=event.seq,
+            )
+        )
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        raise NotImplementedError
+
     # -------------------------------------------------------------------- failure
-    def tell(self, kind: str, reason: str, op: str | None = None, seq: int | None = None) -> None:
+    def tell(self, event: JobAborted) -> None:
         """Let all other ranks of the job know that it is over, and why."""
         raise NotImplementedError
+
+    def give_up(self, error: FmiError) -> None:
+        """End the job everywhere for a reason that only this rank has noticed."""
+        if self.failure is not None:
+            return
+        event = JobAborted(self.rank, "abort", error.message, error.op, error.seq)
+        if isinstance(error, RankFailed) and error.rank is not None:
+            event = replace(event, kind="lost", ranks=(error.rank,))
+        self.tell(event)
+        self.fail(error)
+
+    def excuse(self, peer: int) -> FmiError | None:
+        """Return why `peer` cannot answer, where that is known and says more than a timeout."""
+        return None
 
     def fail(self, error: FmiError) -> None:
         """End everything that waits, and everything later, with `error`."""
@@ -102,8 +173,11 @@ class Endpoint:
         self.on_change()
 
     def told(self, event: JobAborted) -> None:
-        """Another rank ended the job."""
-        self.fail(_abort_error(event, self.rank))
+        """Another rank ended the job, or waits in vain."""
+        if event.kind == "timeout":
+            self.late(event)
+        else:
+            self.fail(_abort_error(event, self.rank))
 
     @property
     def left(self) -> bool:
@@ -116,7 +190,8 @@ class Endpoint:
             link.close()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give everything back; what is called or still waits from now on fails."""
+        self.fail(FmiError("this communicator is closed", rank=self.rank))
 
 
 def _abort_error(event: JobAborted, rank: int) -> FmiError:
@@ -124,6 +199,8 @@ def _abort_error(event: JobAborted, rank: int) -> FmiError:
         return CollectiveMismatch(
             details=event.reason, rank=rank, peer=event.by, op=event.op, seq=event.seq
         )
+    if event.kind == "lost" and event.ranks:
+        return RankFailed(event.reason, rank=event.ranks[0])
     if event.by < 0:
         return RendezvousError(event.reason, rank=rank)
     return Aborted(by=event.by, reason=event.reason, rank=rank, op=event.op, seq=event.seq)
@@ -149,10 +226,13 @@ class MemoryEndpoint(Endpoint):
             link.abort(self._gone[peer])
         return link
 
-    def tell(self, kind: str, reason: str, op: str | None = None, seq: int | None = None) -> None:
+    def tell(self, event: JobAborted) -> None:
         for other in self._world:
             if other is not self:
-                other.told(JobAborted(self.rank, kind, reason, op, seq))
+                other.told(event)
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_later(seconds, call)
 
     def leave(self) -> None:
         super().leave()
@@ -171,3 +251,9 @@ class MemoryEndpoint(Endpoint):
 def left_error(peer: int) -> RankFailed:
     """Return what it means to need a rank that said goodbye."""
     return RankFailed(f"rank {peer} has left the job, but is needed", rank=peer)
+
+
+def some_ranks(ranks: Sequence[int]) -> str:
+    """Return the ranks as text, the first ten of them."""
+    shown = ", ".join(map(str, ranks[:10]))
+    return f"{shown}, …" if len(ranks) > 10 else shown

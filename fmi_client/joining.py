@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
-from fmi_client.endpoint import Allocate, Endpoint, left_error
-from fmi_client.errors import FmiError, JoinTimeout, PunchFailed, RankFailed, RendezvousError
+from fmi_client.endpoint import Allocate, Endpoint, left_error, some_ranks
+from fmi_client.errors import FmiError, JoinTimeout, RankFailed, RendezvousError
 from fmi_client.protocol import auth
 from fmi_client.protocol.rendezvous import (
     MAX_JOB_NAME,
@@ -39,7 +40,8 @@ first. For so long the server's word is awaited before the neighbour is blamed."
 PUNCH_SECONDS = 10.0
 
 MISSING_SECONDS = 0.5
-"""After the deadline of a join, how long the server may take to say who is missing."""
+"""How long the server may take to say who is missing. It is asked before the deadline: ranks
+that give up at the same moment would otherwise name each other."""
 
 LEAVE_SECONDS = 0.5
 """How long the server may take to hear our goodbye."""
@@ -121,7 +123,6 @@ class SocketEndpoint(Endpoint):
         self.ready = False
         self.missing: list[int] | None = None
         """Ranks that had not joined when we asked; None before the answer."""
-        self.observed: Address | None = None
         self.join_seconds = 0.0
         self._left: set[int] = set()
         self._leaving = False
@@ -147,14 +148,14 @@ class SocketEndpoint(Endpoint):
 
     def ask_missing(self) -> None:
         """Ask the server who has not come; `missing` holds the answer."""
-        if self._control.side is not None and self.observed is not None:
+        if self._control.side is not None and self._control.welcomed:
             self._control.side.who()
             self._control.flush()
 
     def join_error(self) -> FmiError:
         """Return what to raise when the time for joining was not enough."""
         timeout, where = self._request.timeout, "{}:{}".format(*self._request.server)
-        if self.observed is None:
+        if not self._control.welcomed:
             return RendezvousError(
                 f"cannot join through the rendezvous server {where} within {timeout:.3g} s "
                 f"({self._control.last_error}); is it running, and is the address right?",
@@ -162,7 +163,7 @@ class SocketEndpoint(Endpoint):
                 op="connect",
             )
         missing = self.missing or []
-        who = f": {_some(missing)}" if missing else ""
+        who = f": {some_ranks(missing)}" if missing else ""
         return JoinTimeout(
             f"job {self._request.job!r}: {len(missing) or 'some'} of {self.size} ranks "
             f"did not join within {timeout:.3g} s{who}",
@@ -174,8 +175,6 @@ class SocketEndpoint(Endpoint):
     # ------------------------------------------------------------- the server's word
     def _on_event(self, event: Event) -> None:
         match event:
-            case Welcome(observed):
-                self.observed = observed
             case Ready():
                 self.ready = True
                 self.join_seconds = self._reactor.now() - self._started
@@ -191,7 +190,7 @@ class SocketEndpoint(Endpoint):
                 self._gone(event)
             case JobAborted():
                 self.told(event)
-            case Draining() | Want():
+            case Draining() | Want() | Welcome():
                 pass
 
     def _on_lost(self, error: FmiError) -> None:
@@ -204,8 +203,8 @@ class SocketEndpoint(Endpoint):
             self.fail(self._lost_control)
             return
         for link in list(self.links.values()):
-            if link.kind == "pending" and link.peer not in self._punches:
-                link.abort(self._lost_control)
+            if isinstance(link, SocketLink) and link.pending and link.peer not in self._punches:
+                link.fail(self._lost_control)
 
     def _gone(self, gone: Gone) -> None:
         if not gone.clean:
@@ -213,16 +212,33 @@ class SocketEndpoint(Endpoint):
             return
         self._left.add(gone.rank)
         link = self.links.get(gone.rank)
-        if link is not None and (link.kind == "pending" or getattr(link, "lost", False)):
-            link.abort(left_error(gone.rank))
+        if not isinstance(link, SocketLink):
+            return
+        if link.lost:
+            link.fail(left_error(gone.rank))
+        elif link.pending and gone.rank in self._punches:
+            # It may have finished with us already, and its last word and data be on their way.
+            self._reactor.call_later(VERDICT_SECONDS, lambda: self._never_linked(link))
+        else:
+            self._never_linked(link)
+
+    def _never_linked(self, link: SocketLink) -> None:
+        if link.pending:
+            self._forget_punch(link.peer)
+            link.fail(left_error(link.peer))
+
+    def _forget_punch(self, peer: int) -> None:
+        punch = self._punches.pop(peer, None)
+        if punch is not None:
+            punch.cancel()
 
     # ---------------------------------------------------------------------- links
     def _make(self, peer: int) -> SocketLink:
         link = SocketLink(peer, self._reactor, self._inbox(peer, hold=True), self._link_lost)
         if peer in self._left:
-            link.abort(left_error(peer))
+            link.fail(left_error(peer))
         elif self._lost_control is not None:
-            link.abort(self._lost_control)
+            link.fail(self._lost_control)
         elif self._control.side is not None:
             self._control.side.link(peer)
             self._control.flush()
@@ -231,7 +247,7 @@ class SocketEndpoint(Endpoint):
     def _punch(self, instruction: Punch) -> None:
         peer = instruction.peer
         link = self.links.get(peer)
-        if not isinstance(link, SocketLink) or link.kind != "pending" or peer in self._punches:
+        if not isinstance(link, SocketLink) or not link.pending or peer in self._punches:
             return
         punch = PunchAttempt(
             self._reactor,
@@ -252,9 +268,14 @@ class SocketEndpoint(Endpoint):
         del self._punches[link.peer]
         link.attach(sock, "direct", first)
 
-    def _unlinked(self, link: SocketLink, error: PunchFailed) -> None:
+    def _unlinked(self, link: SocketLink, error: FmiError) -> None:
         del self._punches[link.peer]
-        link.abort(error)
+        link.fail(error)
+
+    def excuse(self, peer: int) -> FmiError | None:
+        punch = self._punches.get(peer)
+        silent = punch is not None and (punch.stranger is not None or not punch.connected)
+        return punch.error() if punch is not None and silent else None
 
     def _link_lost(self, link: SocketLink) -> None:
         """A link broke: wait for the server to say who died before blaming the neighbour."""
@@ -271,30 +292,38 @@ class SocketEndpoint(Endpoint):
             link.fail(RankFailed(f"the link to rank {link.peer} broke: {because}", rank=link.peer))
 
     # --------------------------------------------------------------------- ending
-    def tell(self, kind: str, reason: str, op: str | None = None, seq: int | None = None) -> None:
+    def tell(self, event: JobAborted) -> None:
         if self._control.side is not None:
-            self._control.side.abort(kind, reason, op, seq)
+            self._control.side.abort(event)
             self._control.flush()
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        self._reactor.call_later(seconds, call)
 
     @property
     def left(self) -> bool:
         return self._control.closed
 
     def leave(self) -> None:
-        super().leave()
+        if self._leaving:
+            return
         self._leaving = True
+        # First, or a handshake that ends just now would make a link that nobody closes.
+        for peer in list(self._punches):
+            self._forget_punch(peer)
+        self._lobby.close()
+        super().leave()
         self._control.leave()
 
     def close(self) -> None:
-        for punch in self._punches.values():
-            punch.cancel()
         self._lobby.close()
         self._control.close()
+        super().close()
 
 
-def _some(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:10]))
-    return f"{shown}, …" if len(ranks) > 10 else shown
+def ask_before(timeout: float) -> float:
+    """Return how many seconds before the end of `timeout` to ask who is missing."""
+    return min(MISSING_SECONDS, timeout / 4)
 
 
 def resolve(host: str, port: int) -> Address:

@@ -7,15 +7,16 @@ Each method checks its arguments, chooses the algorithm and hands it to the driv
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from fmi_client import collectives
 from fmi_client.collectives import Item, Steps
-from fmi_client.endpoint import Endpoint
+from fmi_client.endpoint import Endpoint, some_ranks
 from fmi_client.errors import Aborted, CollectiveTimeout, FmiError
 from fmi_client.ops import SUM, Op, as_op
 from fmi_client.payloads import Array, is_array, is_tensor, pack, unpack
@@ -23,15 +24,46 @@ from fmi_client.protocol.peer import (
     COLLECTIVE,
     POINT_TO_POINT,
     Key,
+    Payload,
     Receive,
     SignatureMismatch,
 )
+from fmi_client.protocol.rendezvous import JobAborted
 from fmi_client.transport.link import Send
 from fmi_client.values import ArrayValue, as_like, as_numpy, check_out, make_value
 
 OpLike = Op | Callable[[Any, Any], Any]
 
 MAX_TAG = 2**63 - 1
+
+STUCK_SECONDS = 0.05
+"""A send that takes longer may wait for a peer that itself waits to send; see `make_room`."""
+
+LAST_SECONDS = 1.0
+"""After the deadline of a collective, how long the search for the missing ranks may take."""
+
+MAX_SECONDS = 1e8
+"""Three years: "for ever" in a form that every clock can add to."""
+
+
+class UnderWay(NamedTuple):
+    """A step that was started, and its two halves."""
+
+    step: collectives.Step
+    sent: Send | None
+    received: Receive | None
+
+    def halves(self) -> list[Send | Receive]:
+        return [half for half in (self.sent, self.received) if half is not None]
+
+    @property
+    def done(self) -> bool:
+        sent, received = self.sent, self.received
+        return (sent is None or sent.done) and (received is None or received.done)
+
+    @property
+    def only_sending(self) -> bool:
+        return self.received is None or self.received.done
 
 
 @dataclass(slots=True)
@@ -43,10 +75,20 @@ class Call:
     signature: bytes
     steps: Steps[Any]
     timeout: float
+    under_way: UnderWay | None = None
 
     @property
     def collective(self) -> bool:
         return self.key[0] == COLLECTIVE
+
+    @property
+    def stuck(self) -> bool:
+        """Whether only a send is left, whose peer may be stuck in one itself.
+
+        In a collective the steps match, and what is under way is bound to be received.
+        """
+        under_way = self.under_way
+        return not self.collective and under_way is not None and under_way.only_sending
 
 
 class Operations:
@@ -61,7 +103,16 @@ class Operations:
     Results of reductions are the same bits on every rank.
     """
 
-    def __init__(self, endpoint: Endpoint, group: Sequence[int], context: int, timeout: float):
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        group: Sequence[int],
+        context: int,
+        timeout: float,
+        *,
+        whole_job: bool = True,
+    ) -> None:
+        self._whole_job = whole_job  # closing a part of it must not leave the job
         self._endpoint = endpoint
         self._group = group
         self._context = context
@@ -119,13 +170,16 @@ class Operations:
     ) -> Any:
         """Return the root's `obj` on every rank; the others' `obj` is ignored."""
         self._check_rank(root, "root")
-        return self._collective(f"bcast(root={root})", self._bcast(obj, root, out), timeout)
+        payload = pack(obj) if self.rank == root else None
+        steps = self._bcast(obj, payload, root, out, _memory(out))
+        return self._collective(f"bcast(root={root})", steps, timeout)
 
-    def _bcast(self, obj: Any, root: int, out: Any) -> Steps[Any]:
-        if self.rank == root:
-            yield from collectives.bcast(pack(obj), self.rank, self.size, root)
+    def _bcast(
+        self, obj: Any, payload: Payload | None, root: int, out: Any, into: memoryview | None
+    ) -> Steps[Any]:
+        if payload is not None:
+            yield from collectives.bcast(payload, self.rank, self.size, root)
             return obj if out is None else _fill(out, obj)
-        into = _memory(out)
         meta, data = yield from collectives.bcast(None, self.rank, self.size, root, into)
         got = unpack(meta, data)
         return got if out is None else _fill(out, got)
@@ -135,18 +189,18 @@ class Operations:
     ) -> Any:
         """Return the list of everybody's `obj` in rank order at the root, None elsewhere."""
         self._check_rank(root, "root")
-        return self._collective(f"gather(root={root})", self._gather(obj, root, out), timeout)
+        return self._collective(f"gather(root={root})", self._gather(pack(obj), root, out), timeout)
 
-    def _gather(self, obj: Any, root: int, out: Any) -> Steps[Any]:
-        items = yield from collectives.gather(pack(obj), self.rank, self.size, root)
+    def _gather(self, payload: Payload, root: int, out: Any) -> Steps[Any]:
+        items = yield from collectives.gather(payload, self.rank, self.size, root)
         return None if items is None else _collected(items, out, self.rank)
 
     def allgather(self, obj: Any, *, out: Any = None, timeout: float | None = None) -> Any:
         """Return the list of everybody's `obj` in rank order, on every rank."""
-        return self._collective("allgather()", self._allgather(obj, out), timeout)
+        return self._collective("allgather()", self._allgather(pack(obj), out), timeout)
 
-    def _allgather(self, obj: Any, out: Any) -> Steps[Any]:
-        items = yield from collectives.allgather(pack(obj), self.rank, self.size)
+    def _allgather(self, payload: Payload, out: Any) -> Steps[Any]:
+        items = yield from collectives.allgather(payload, self.rank, self.size)
         return _collected(items, out, self.rank)
 
     def scatter(
@@ -159,26 +213,26 @@ class Operations:
     ) -> Any:
         """Return item `rank` of the root's list of `size` items; the others' is ignored."""
         self._check_rank(root, "root")
+        payloads = own = None
         if self.rank == root:
-            self._check_items(objs, "scatter")
-        return self._collective(f"scatter(root={root})", self._scatter(objs, root, out), timeout)
+            items = self._check_items(objs, "scatter")
+            payloads, own = [pack(obj) for obj in items], items[root]
+        steps = self._scatter(payloads, own, root, out)
+        return self._collective(f"scatter(root={root})", steps, timeout)
 
-    def _scatter(self, objs: Sequence[Any] | None, root: int, out: Any) -> Steps[Any]:
-        mine = self.rank == root and objs is not None
-        payloads = [pack(obj) for obj in objs] if mine and objs is not None else None
+    def _scatter(self, payloads: list[Payload] | None, own: Any, root: int, out: Any) -> Steps[Any]:
         item = yield from collectives.scatter(payloads, self.rank, self.size, root)
-        got = objs[root] if mine and objs is not None else _item(item)
+        got = _item(item) if payloads is None else own
         return got if out is None else _fill(out, got)
 
     def alltoall(
         self, objs: Sequence[Any], *, out: Any = None, timeout: float | None = None
     ) -> Any:
         """Send ``objs[i]`` to rank i; return the list of what each rank sent to us."""
-        self._check_items(objs, "alltoall")
-        return self._collective("alltoall()", self._alltoall(objs, out), timeout)
+        payloads = [pack(obj) for obj in self._check_items(objs, "alltoall")]
+        return self._collective("alltoall()", self._alltoall(payloads, out), timeout)
 
-    def _alltoall(self, objs: Sequence[Any], out: Any) -> Steps[Any]:
-        payloads = [pack(obj) for obj in objs]
+    def _alltoall(self, payloads: list[Payload], out: Any) -> Steps[Any]:
         items = yield from collectives.alltoall(payloads, self.rank, self.size)
         return _collected(items, out, self.rank)
 
@@ -198,7 +252,8 @@ class Operations:
         """
         self._check_rank(root, "root")
         op = as_op(op)
-        value = make_value(obj, op, out)
+        # Elsewhere than at the root, `out` must not see the partial results.
+        value = make_value(obj, op, out if self.rank == root else None)
         steps = collectives.reduce(value, self.rank, self.size, root, op.commutative)
         signature = f"reduce({op.name}, root={root}, {value.description})"
         return self._collective(
@@ -273,12 +328,12 @@ class Operations:
 
         A rank with color None takes part in the call, but gets None. The links are shared.
         """
-        if color is not None and (isinstance(color, bool) or not isinstance(color, int)):
-            raise TypeError(f"color must be an int or None, not {color!r}")
-        return self._collective("split()", self._split(color, key, self._seq), timeout)
+        group = None if color is None else operator.index(color)
+        steps = self._split(group, operator.index(key), self._seq)
+        return self._collective("split()", steps, timeout)
 
     def _split(self, color: int | None, key: int, seq: int) -> Steps[Self | None]:
-        everybody = yield from self._allgather([color, key], None)
+        everybody = yield from self._allgather(pack([color, key]), None)
         if color is None:
             return None
         members = sorted((k, r) for r, (c, k) in enumerate(everybody) if c == color)
@@ -286,14 +341,17 @@ class Operations:
         context = int.from_bytes(hashlib.blake2b(label, digest_size=8).digest(), "big")
         return self._child([self._group[r] for _, r in members], context)
 
-    def abort(self, reason: str = "") -> None:
+    def abort(self, reason: str = "") -> Any:
         """End the job on all ranks: whatever they wait for raises `Aborted(by, reason)`.
 
-        Does not raise here; the next operation on this rank does. Blocking-free on both
-        communicators: not to be awaited.
+        Takes effect at once (awaiting it is allowed, not needed) and does not raise here; the
+        next operation on this rank does.
         """
+        self._abort(reason)
+
+    def _abort(self, reason: str) -> None:
         by = self._endpoint.rank
-        self._endpoint.tell("abort", reason)
+        self._endpoint.tell(JobAborted(by, "abort", reason))
         self._endpoint.fail(Aborted(by=by, reason=reason, rank=by))
 
     def stats(self) -> dict[str, Any]:
@@ -312,6 +370,7 @@ class Operations:
                 "messages_received": link.inbox.messages,
             }
             for peer, link in sorted(self._endpoint.links.items())
+            if peer != self._endpoint.rank
         }
         joined = getattr(self._endpoint, "join_seconds", 0.0)
         return {"join_seconds": joined, "operations": self._seq, "links": links}
@@ -327,21 +386,20 @@ class Operations:
         seq = self._seq
         self._seq += 1
         name = signature.split("(")[0]
-        return self._run(
-            Call(
-                name,
-                (COLLECTIVE, self._context, seq),
-                signature.encode(),
-                steps,
-                self.timeout if timeout is None else timeout,
-            )
-        )
+        key = (COLLECTIVE, self._context, seq)
+        return self._run(Call(name, key, signature.encode(), steps, self._seconds(timeout)))
 
     def _point(self, op: str, tag: int, steps: Steps[Any], timeout: float | None) -> Any:
-        if not 0 <= tag <= MAX_TAG:
+        if not 0 <= operator.index(tag) <= MAX_TAG:
             raise ValueError(f"tag must be from 0 to 2**63 - 1, not {tag}")
-        key = (POINT_TO_POINT, self._context, tag)
-        return self._run(Call(op, key, b"", steps, self.timeout if timeout is None else timeout))
+        key = (POINT_TO_POINT, self._context, int(tag))
+        return self._run(Call(op, key, b"", steps, self._seconds(timeout)))
+
+    def _seconds(self, timeout: float | None) -> float:
+        seconds = self.timeout if timeout is None else timeout
+        if not seconds >= 0:
+            raise ValueError(f"timeout={timeout} is not a number of seconds")
+        return min(seconds, MAX_SECONDS)
 
     def _begin(self, call: Call) -> None:
         if self._endpoint.failure is None and call.collective:
@@ -353,7 +411,7 @@ class Operations:
         if failure is not None:
             raise failure.fresh().at(rank=self._endpoint.rank, op=call.op, seq=_seq(call))
 
-    def _post(self, step: collectives.Step, call: Call) -> tuple[Send | None, Receive | None]:
+    def _post(self, step: collectives.Step, call: Call) -> UnderWay:
         """Start a step: the receive first, so that what comes finds its place."""
         self._raise_failure(call)  # it may have come while the last step was ending
         received = sent = None
@@ -364,65 +422,77 @@ class Operations:
         if dest is not None:
             link = self._endpoint.link(self._group[dest])
             sent = link.send(call.key, call.signature, payload)
-        return sent, received
+        call.under_way = UnderWay(step, sent, received)
+        return call.under_way
 
-    def _check(
-        self, step: collectives.Step, sent: Send | None, received: Receive | None, call: Call
-    ) -> None:
+    def _check(self, call: Call, under_way: UnderWay) -> None:
         """Raise what went wrong in a step that is done."""
+        step, sent, received = under_way
         for half, peer in ((received, step.source), (sent, step.dest)):
-            error = None if half is None else half.error
-            if error is None or peer is None:
+            if half is None or half.error is None or peer is None:
                 continue
+            world, error = self._group[peer], half.error
             if isinstance(error, SignatureMismatch):
-                world = self._group[peer]
                 self._endpoint.mismatch(world, call.signature, error.theirs, call.key[2])
-                self._raise_failure(call)
             self._raise_failure(call)
             if isinstance(error, FmiError):
                 error = error.fresh().at(
-                    rank=self._endpoint.rank, peer=self._group[peer], op=call.op, seq=_seq(call)
+                    rank=self._endpoint.rank, peer=world, op=call.op, seq=_seq(call)
                 )
-                self._broken(call, error)
+                if call.collective:
+                    self._endpoint.give_up(error)
             raise error
 
-    def _late(
-        self, step: collectives.Step, sent: Send | None, received: Receive | None, call: Call
-    ) -> None:
-        """The deadline passed in a step: raise, naming the ranks that it waited for."""
+    def _late(self, call: Call, under_way: UnderWay) -> None:
+        """The deadline passed: raise, or (in a collective) let all ranks find who is missing."""
         self._raise_failure(call)
-        missing, intact = set(), True
-        if received is not None and not received.done and step.source is not None:
-            missing.add(self._group[step.source])
-            intact = self._endpoint.link(self._group[step.source]).cancel(received)
-        if sent is not None and not sent.done and step.dest is not None:
-            missing.add(self._group[step.dest])
-            intact = False
+        step, sent, received = under_way
+        pairs = ((received, step.source), (sent, step.dest))
+        missing = {self._group[p] for half, p in pairs if half and not half.done and p is not None}
+        within = f"within {call.timeout:.3g} s"
+        for peer in missing:
+            excuse = self._endpoint.excuse(peer)
+            if excuse is not None:
+                self._endpoint.give_up(excuse.at(op=call.op, seq=_seq(call)))
+                self._raise_failure(call)
+        if call.collective:
+            event = JobAborted(
+                self._endpoint.rank, "timeout", within, call.op, _seq(call), tuple(missing)
+            )
+            self._endpoint.late(event)
+            return
+        intact = self._withdraw(under_way)
         error = CollectiveTimeout(
-            f"no answer from rank {', '.join(map(str, sorted(missing)))} "
-            f"within {call.timeout:.3g} s",
+            f"no answer from rank {some_ranks(sorted(missing))} {within}",
             missing=sorted(missing),
             rank=self._endpoint.rank,
             op=call.op,
-            seq=_seq(call),
         )
-        if call.collective or not intact:
-            self._broken(call, error)
+        if not intact:
+            self._endpoint.give_up(error)
         raise error
 
-    def _broken(self, call: Call, error: FmiError) -> None:
-        if call.collective or not isinstance(error, CollectiveTimeout):
-            self._endpoint.fail(error)
+    def _withdraw(self, under_way: UnderWay) -> bool:
+        """Take back a step; False if a message has left in part, so that its link is useless."""
+        step, sent, received = under_way
+        if received is not None and not received.done and step.source is not None:
+            self._endpoint.link(self._group[step.source]).cancel(received)
+        if sent is None or sent.done or step.dest is None:
+            return True
+        return self._endpoint.link(self._group[step.dest]).withdraw(sent)
 
     def _interrupted(self, call: Call, error: BaseException) -> None:
         """Something of ours stopped the call in the middle: the others must not wait for it."""
-        if self._endpoint.failure is None and call.collective:
-            self.abort(f"rank {self._endpoint.rank}: {type(error).__name__} in {call.op}: {error}")
+        if self._endpoint.failure is not None:
+            return
+        intact = call.under_way is None or self._withdraw(call.under_way)
+        if call.collective or not intact:
+            self._abort(f"rank {self._endpoint.rank}: {type(error).__name__} in {call.op}: {error}")
 
     def _tell_error(self, error: BaseException) -> None:
         """The caller's code raised: the others would wait for us in vain."""
         if self._endpoint.failure is None:
-            self.abort(f"rank {self._endpoint.rank} raised {type(error).__name__}: {error}")
+            self._abort(f"rank {self._endpoint.rank} raised {type(error).__name__}: {error}")
 
     # -------------------------------------------------------------------- checks
     def _check_rank(self, rank: int, name: str) -> None:
@@ -431,11 +501,11 @@ class Operations:
         if not 0 <= rank < self.size:
             raise ValueError(f"{name}={rank} is not a rank of a communicator of {self.size}")
 
-    def _check_items(self, objs: Sequence[Any] | None, name: str) -> None:
-        count = -1 if objs is None else len(objs)
-        if count != self.size:
-            found = "None" if objs is None else f"{count} items"
+    def _check_items(self, objs: Sequence[Any] | None, name: str) -> Sequence[Any]:
+        if objs is None or len(objs) != self.size:
+            found = "None" if objs is None else f"{len(objs)} items"
             raise ValueError(f"{name} needs a list of {self.size} items, one a rank, not {found}")
+        return objs
 
 
 def _seq(call: Call) -> int | None:
@@ -457,6 +527,8 @@ def _memory(out: Any) -> memoryview | None:
     if out is None:
         return None
     array = as_numpy(out)
+    if not array.flags.writeable:
+        raise ValueError("out= is read-only")
     in_place = is_tensor(out) or array is out
     if not in_place or not array.nbytes:
         return None
@@ -482,7 +554,10 @@ def _item(item: Item) -> Any:
 
 def _collected(items: list[Item], out: Any, own: int) -> list[Any]:
     if out is not None:
-        return [_fill(out[i], _item(item)) for i, item in enumerate(items)]
+        places = (
+            list(out) if isinstance(out, list | tuple) else [out[i, ...] for i in range(len(out))]
+        )
+        return [_fill(place, _item(item)) for place, item in zip(places, items, strict=True)]
     # Our own item lies in the caller's memory, which the result must not share.
     items[own] = items[own]._replace(data=bytearray(items[own].data or b""))
     return [_item(item) for item in items]

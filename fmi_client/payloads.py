@@ -46,6 +46,19 @@ def flat_bytes(array: Array) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
+def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as contiguous memory of the CPU, the same object where it is that already.
+
+    Raises:
+        TypeError: it is sparse or otherwise not strided.
+    """
+    import torch
+
+    if tensor.layout != torch.strided:
+        raise TypeError(f"a tensor of layout {tensor.layout} cannot be sent; use to_dense()")
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+
+
 def tensor_bytes(tensor: torch.Tensor) -> Array:
     """Return the memory of a contiguous CPU tensor of any dtype as uint8, without a copy."""
     import torch
@@ -64,7 +77,7 @@ def pack(obj: object) -> Payload:
         TypeError: the object (or the array's dtype) can only be pickled, which we never do.
     """
     if is_tensor(obj):
-        tensor = obj.detach().cpu().contiguous()
+        tensor = plain_tensor(obj)
         meta = ["t", str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
         return Payload(_packb(meta), [tensor_bytes(tensor).data])
     if isinstance(obj, np.ndarray | np.generic):

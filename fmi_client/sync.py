@@ -7,24 +7,29 @@ event loop. Not to be shared between threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from fmi_client.collectives import Step
+from fmi_client.endpoint import Endpoint
 from fmi_client.errors import FmiError
 from fmi_client.joining import (
     LEAVE_SECONDS,
-    MISSING_SECONDS,
     JoinRequest,
     SocketEndpoint,
+    ask_before,
     resolve,
 )
-from fmi_client.operations import Call, Operations
+from fmi_client.operations import LAST_SECONDS, STUCK_SECONDS, Call, Operations, UnderWay
 from fmi_client.payloads import allocate
 from fmi_client.protocol.peer import Receive
 from fmi_client.transport.reactor import SyncReactor
 
 __all__ = ["Communicator", "connect"]
+
+POLL_SECONDS = 0.001
+"""At most so long a loop of calls that all find their data ready is deaf to everything else."""
 
 
 class Communicator(Operations):
@@ -32,18 +37,24 @@ class Communicator(Operations):
 
     def __init__(
         self,
-        endpoint: SocketEndpoint,
+        endpoint: Endpoint,
         reactor: SyncReactor,
-        group: Any,
+        group: Sequence[int],
         context: int,
         timeout: float,
+        *,
+        whole_job: bool = True,
     ) -> None:
-        super().__init__(endpoint, group, context, timeout)
+        super().__init__(endpoint, group, context, timeout, whole_job=whole_job)
         self._reactor = reactor
 
     def _run(self, call: Call) -> Any:
-        deadline = self._reactor.now() + call.timeout
+        reactor = self._reactor
+        now = reactor.now()
+        deadline = now + call.timeout
         try:
+            if now - reactor.polled > POLL_SECONDS and not reactor.closed:
+                reactor.poll(0.0)  # calls that need not wait must still hear of an abort
             self._begin(call)
             step = call.steps.send(None)
             while True:
@@ -57,26 +68,48 @@ class Communicator(Operations):
             raise
 
     def _perform(self, step: Step, call: Call, deadline: float) -> Receive | None:
-        sent, received = self._post(step, call)
+        under_way = self._post(step, call)
+        if not under_way.done:
+            self._wait(call, under_way, deadline)
+        self._check(call, under_way)
+        return under_way.received
+
+    def _wait(self, call: Call, under_way: UnderWay, deadline: float) -> None:
+        reactor = self._reactor
 
         def done() -> bool:
-            return (sent is None or sent.done) and (received is None or received.done)
+            return under_way.done
 
-        if not done() and not self._reactor.run_until(done, deadline):
-            self._late(step, sent, received, call)
-        self._check(step, sent, received, call)
-        return received
+        if reactor.run_until(done, min(deadline, reactor.now() + STUCK_SECONDS)):
+            return
+        stuck = call.stuck
+        if stuck:
+            self._endpoint.make_room(True)
+        try:
+            in_time = reactor.run_until(done, deadline)
+        finally:
+            if stuck:
+                self._endpoint.make_room(False)
+        if not in_time:
+            self._late(call, under_way)
+            reactor.run_until(done, reactor.now() + LAST_SECONDS)
 
     def _child(self, group: list[int], context: int) -> Self:
-        assert isinstance(self._endpoint, SocketEndpoint)
-        return type(self)(self._endpoint, self._reactor, group, context, self.timeout)
+        return type(self)(
+            self._endpoint, self._reactor, group, context, self.timeout, whole_job=False
+        )
 
     def close(self) -> None:
-        """Leave the job in order."""
-        self._endpoint.leave()
-        self._reactor.run_until(lambda: self._endpoint.left, self._reactor.now() + LEAVE_SECONDS)
-        self._endpoint.close()
-        self._reactor.close()
+        """Leave the job in order; a communicator made by `split` leaves nothing."""
+        reactor = self._reactor
+        if not self._whole_job or reactor.closed:
+            return
+        try:
+            self._endpoint.leave()
+            reactor.run_until(lambda: self._endpoint.left, reactor.now() + LEAVE_SECONDS)
+        finally:
+            self._endpoint.close()
+            reactor.close()
 
     def __enter__(self) -> Self:
         return self
@@ -121,11 +154,10 @@ def _wait_ready(endpoint: SocketEndpoint, reactor: SyncReactor, timeout: float) 
     def settled() -> bool:
         return endpoint.ready or endpoint.failure is not None
 
-    if not reactor.run_until(settled, reactor.now() + timeout):
+    end = reactor.now() + timeout
+    if not reactor.run_until(settled, end - ask_before(timeout)):
         endpoint.ask_missing()
-        if endpoint.observed is not None:
-            answered = reactor.now() + MISSING_SECONDS
-            reactor.run_until(lambda: endpoint.missing is not None, answered)
-        raise endpoint.join_error()
+        if not reactor.run_until(settled, end):
+            raise endpoint.join_error()
     if endpoint.failure is not None:
         raise endpoint.failure.fresh()

@@ -7,6 +7,7 @@ combination writes into the result's own memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from fmi_client.payloads import (
     is_array,
     is_tensor,
     pack_object,
+    plain_tensor,
     tensor_bytes,
     unpack_object,
 )
@@ -109,7 +111,7 @@ class ArrayValue:
         self._like = obj
         self._out = out
         self.source = as_numpy(obj)
-        self.dtype_name = _dtype_name(obj, self.source)
+        self.dtype_name = _dtype_name(obj.dtype)
         self.description = f"{self.dtype_name} {list(self.source.shape)}"
         self.combine = _combine(obj, op, self.source.dtype)
         self.current = self.source
@@ -169,7 +171,7 @@ def as_numpy(obj: Any) -> Array:
     """
     if not is_tensor(obj):
         return np.asarray(obj, order="C")
-    tensor = obj.detach().cpu().contiguous()
+    tensor = plain_tensor(obj)
     if numpy_has(tensor):
         array: Array = tensor.numpy()
         return array
@@ -178,7 +180,7 @@ def as_numpy(obj: Any) -> Array:
 
 def numpy_has(tensor: torch.Tensor) -> bool:
     """Whether numpy has the tensor's dtype."""
-    return str(tensor.dtype).removeprefix("torch.") in np.sctypeDict
+    return _dtype_name(tensor.dtype) in np.sctypeDict
 
 
 def as_like(array: Array, like: Any, out: Any = None) -> Any:
@@ -234,8 +236,9 @@ def check_out(out: Any, like: Any, shape: tuple[int, ...]) -> None:
         raise ValueError("out= is read-only")
 
 
-def _dtype_name(obj: Any, array: Array) -> str:
-    return str(obj.dtype).removeprefix("torch.") if is_tensor(obj) else str(array.dtype)
+@cache
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _combine(obj: Any, op: Op, dtype: np.dtype[Any]) -> Combine:

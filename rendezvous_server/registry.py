@@ -8,7 +8,8 @@ A job lives through two states::
     WAITING   ranks come and may go; a rank that is lost frees its place
     RUNNING   all came ("ready" was sent); whoever is lost is announced; nobody new
 
-and ends when its last rank leaves. Its name is free again at once.
+and ends when its last rank leaves. Its name is free again at once, and for a rank that said
+goodbye even before: a loop of jobs under one name does not depend on who is fastest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from fmi_client.errors import JobFull, ProtocolError, RankTaken, RendezvousError, ServerDraining
 from fmi_client.protocol import auth, frames
@@ -26,6 +26,7 @@ from fmi_client.protocol.rendezvous import (
     Address,
     Hello,
     JobAborted,
+    abort_message,
     pack_ranks,
     read_abort,
 )
@@ -81,7 +82,8 @@ class Registry:
         self._max_jobs = max_jobs
         self._max_ranks = max_ranks
         self._make_cookie = make_cookie
-        self.jobs: dict[str, Job] = {}
+        self.jobs: dict[Job, None] = {}  # a set, in the order of their beginning
+        self._by_name: dict[str, Job] = {}
         self.ranks = 0
         self.draining = False
         self.punches = 0
@@ -113,8 +115,10 @@ class Registry:
         return member, outbox
 
     def _find_job(self, hello: Hello, now: float) -> tuple[Job, Outbox]:
-        job = self.jobs.get(hello.job)
+        job = self._by_name.get(hello.job)
         outbox: Outbox = []
+        if job is not None and hello.epoch == job.epoch and _finished(job, hello.rank):
+            job = None  # the next job of that name: this rank is the first to come back
         if job is not None and hello.epoch > job.epoch:
             reason = f"job {job.name!r} was started again with epoch {hello.epoch}"
             outbox = self._end(job, "superseded", reason)
@@ -123,7 +127,8 @@ class Registry:
             if len(self.jobs) >= self._max_jobs:
                 raise RendezvousError(f"the server holds {self._max_jobs} jobs already")
             job = Job(hello.job, hello.size, hello.epoch, now + self._ttl)
-            self.jobs[hello.job] = job
+            self._by_name[hello.job] = job
+            self.jobs[job] = None
             return job, outbox
         if hello.epoch < job.epoch:
             raise RendezvousError(
@@ -153,12 +158,13 @@ class Registry:
         return [(each, message) for each in job.members.values()]
 
     def _forget(self, job: Job) -> None:
-        if self.jobs.get(job.name) is job:
-            del self.jobs[job.name]
+        self.jobs.pop(job, None)
+        if self._by_name.get(job.name) is job:
+            del self._by_name[job.name]
 
     def _end(self, job: Job, kind: str, reason: str) -> Outbox:
         """End a job for all its ranks; their connections are the caller's to close."""
-        message = _aborted(JobAborted(SERVER, kind, reason, None, None))
+        message = abort_message("aborted", JobAborted(SERVER, kind, reason))
         outbox = [(member, message) for member in job.members.values()]
         self.ranks -= len(job.members)
         job.members.clear()
@@ -167,7 +173,7 @@ class Registry:
 
     def expire(self, now: float) -> Outbox:
         """End the jobs whose time is over."""
-        late = [job for job in self.jobs.values() if job.expires <= now]
+        late = [job for job in self.jobs if job.expires <= now]
         return [
             pair
             for job in late
@@ -180,7 +186,7 @@ class Registry:
         """Take nobody new. Ranks of incomplete jobs are told to come back elsewhere."""
         self.draining = True
         outbox: Outbox = []
-        for job in list(self.jobs.values()):
+        for job in self.jobs:
             if job.running:
                 outbox += [(member, {"t": "draining"}) for member in job.members.values()]
             else:
@@ -200,7 +206,7 @@ class Registry:
             case "link":
                 return self._link(member, frames.field(message, "peer", int))
             case "abort":
-                aborted = _aborted(read_abort(message, member.rank))
+                aborted = abort_message("aborted", read_abort(message, member.rank))
                 return [(other, aborted) for other in _others(member)]
             case "who":
                 return [(member, self._missing(member.job))]
@@ -226,20 +232,14 @@ class Registry:
         return {"t": "missing", "ranks": pack_ranks(absent, job.size)}
 
 
+def _finished(job: Job, rank: int) -> bool:
+    """Whether a rank said goodbye to a job that the others may still be leaving."""
+    return rank in job.gone and job.gone[rank]["clean"] is True
+
+
 def _punch(peer: Member, cookie: bytes) -> Message:
     at = [list(address) for address in peer.addresses]
     return {"t": "punch", "peer": peer.rank, "at": at, "cookie": cookie}
-
-
-def _aborted(event: JobAborted) -> dict[str, Any]:
-    return {
-        "t": "aborted",
-        "by": event.by,
-        "kind": event.kind,
-        "reason": event.reason,
-        "op": event.op,
-        "seq": event.seq,
-    }
 
 
 def _others(member: Member) -> Iterable[Member]:

@@ -94,17 +94,13 @@ class Server:
         """Stop in order: nobody new, waiters sent away, running jobs given time to end."""
         if self._listener is not None:
             self._listener.close()
-        waiting = {
-            m
-            for job in self.registry.jobs.values()
-            if not job.running
-            for m in job.members.values()
-        }
+        waiting = {m for job in self.registry.jobs if not job.running for m in job.members.values()}
         self.deliver(self.registry.drain())
         for member in waiting:
             _connection(member).close_soon()
         log.info("draining", waiting=len(waiting), running=self.registry.ranks - len(waiting))
         if self.registry.ranks:
+            self.emptied.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.emptied.wait(), DRAIN_SECONDS)
 

@@ -91,12 +91,14 @@ def make_token(server_secret: bytes | str, *, job: str, size: int, expires: floa
     """Return the token that admits the `size` ranks of `job` to the server.
 
     Args:
-        server_secret: the server's secret, as in its ``--secret-file``.
+        server_secret: the server's secret, as in its ``--secret-file``; white space at the
+            end (the file's last line feed) does not count, there as here.
         job: the job's name, as given to ``connect``.
         size: the job's number of ranks.
         expires: Unix time in seconds from which the server refuses the token.
     """
     secret = server_secret.encode() if isinstance(server_secret, str) else bytes(server_secret)
+    secret = secret.rstrip()
     if not secret:
         raise ValueError("the server secret is empty")
     until = math.ceil(expires)

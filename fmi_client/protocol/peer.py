@@ -178,18 +178,13 @@ class SignatureMismatch(Exception):
         self.theirs = theirs
 
 
-class Receive:
-    """One expected message. `done` turns true with either `data` or `error` set."""
+class Pending:
+    """Something under way: `done` turns true when it has ended, well or with `error`."""
 
-    __slots__ = ("data", "done", "error", "into", "key", "meta", "on_done", "signature")
+    __slots__ = ("done", "error", "on_done")
 
-    def __init__(self, key: Key, signature: bytes, into: memoryview | None) -> None:
-        self.key = key
-        self.signature = signature
-        self.into = into
-        self.meta = b""
-        self.data: memoryview = memoryview(b"")
-        self.done = False
+    def __init__(self, done: bool = False) -> None:
+        self.done = done
         self.error: Exception | None = None
         self.on_done: Callable[[], None] | None = None
 
@@ -198,6 +193,24 @@ class Receive:
         self.done = True
         if self.on_done:
             self.on_done()
+
+
+class Receive(Pending):
+    """One expected message; when it is done without error, `meta` and `data` hold it.
+
+    `into`, where given, is the place for the payload. A point-to-point payload of another
+    size is left in memory of its own, for the caller to say what is wrong.
+    """
+
+    __slots__ = ("data", "into", "key", "meta", "signature")
+
+    def __init__(self, key: Key, signature: bytes, into: memoryview | None) -> None:
+        super().__init__()
+        self.key = key
+        self.signature = signature
+        self.into = into
+        self.meta = b""
+        self.data: memoryview = memoryview(b"")
 
 
 class _Arrival:
@@ -240,7 +253,7 @@ class Inbox:
         self._on_unexpected = on_unexpected
         self._stage = memoryview(bytearray(stage_bytes))
         self._filled = 0
-        self._hold = hold
+        self._hold = self._may_hold = hold
         self.held = False
         """Whether reading must wait until the next receive is posted."""
         self._current: _Arrival | None = None
@@ -276,16 +289,34 @@ class Inbox:
             self.waiting += 1
             arrival.receive = receive
 
-    def cancel(self, receive: Receive) -> bool:
-        """Take back a receive; False if its message has begun to arrive."""
+    def cancel(self, receive: Receive) -> None:
+        """Take back a receive; what has come of its message is kept for the next one."""
         queue = self._awaited.get(receive.key)
-        if queue is None or receive not in queue:
-            return receive.done
-        queue.remove(receive)
-        if not queue:
-            del self._awaited[receive.key]
-        self.waiting -= 1
-        return True
+        current = self._current
+        if queue is not None and receive in queue:
+            queue.remove(receive)
+            if not queue:
+                del self._awaited[receive.key]
+            self.waiting -= 1
+        elif current is not None and current.receive is receive:
+            self.waiting -= 1
+            self._detach(current)
+
+    def _detach(self, arrival: _Arrival) -> None:
+        """Let a message go on arriving in memory of its own, ahead of those behind it."""
+        arrival.receive = None
+        place = self._allocate(len(arrival.data))
+        place[: arrival.filled] = arrival.data[: arrival.filled]
+        arrival.data = place
+        self._unexpected.setdefault(arrival.key, deque()).appendleft(arrival)
+        self.unexpected_bytes += len(place)
+
+    def make_room(self, room: bool) -> None:
+        """Whether to take in what nobody awaits: while we are stuck, others may be, on us."""
+        self._hold = self._may_hold and not room
+        if self.held and not self._hold:
+            self.held = False
+            self._parse()
 
     def fail(self, error: Exception) -> None:
         """No more bytes will come: end all that is awaited."""
@@ -424,11 +455,12 @@ class Inbox:
     def _deliver(self, receive: Receive, arrival: _Arrival) -> None:
         into = receive.into
         if into is not None and arrival.data is not into:
-            if len(into) != len(arrival.data):
+            if len(into) == len(arrival.data):
+                into[:] = arrival.data
+                arrival.data = into
+            elif receive.key[0] == COLLECTIVE:
                 receive.finish(_wrong_size(len(into), len(arrival.data)))
                 return
-            into[:] = arrival.data
-            arrival.data = into
         receive.meta = arrival.meta
         receive.data = arrival.data
         receive.finish()

@@ -21,6 +21,7 @@ end without "leave" is how the server notices that a rank died.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -45,6 +46,7 @@ MAX_JOB_NAME = 256
 MAX_SIZE = 100_000
 MAX_CANDIDATES = 8
 MAX_REASON = 2048
+MAX_RANKS_NAMED = 1000
 
 ERRORS: dict[str, type[RendezvousError]] = {
     "auth": AuthenticationFailed,
@@ -110,9 +112,18 @@ def _addresses(message: Message, name: str) -> tuple[Address, ...]:
 
 def _address(pair: object) -> Address:
     match pair:
-        case [str(host), int(port)] if len(host) <= 45 and 0 < port < 65536:
+        case [str(host), int(port)] if _is_ip(host) and 0 < port < 65536:
             return host, port
     raise ProtocolError("an address must be a pair of IP address and port")
+
+
+def _is_ip(host: str) -> bool:
+    """A name would be looked up by whoever connects there, at our command."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 # ------------------------------------------------------------------ the server's side
@@ -303,8 +314,10 @@ class JobAborted:
     by: int
     kind: str
     reason: str
-    op: str | None
-    seq: int | None
+    op: str | None = None
+    seq: int | None = None
+    ranks: tuple[int, ...] = ()
+    """Whom it is about: who was lost, or whom `by` waited for in vain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,11 +399,9 @@ class ClientSide:
         """Ask which ranks are missing."""
         self.outgoing += encode({"t": "who"})
 
-    def abort(self, kind: str, reason: str, op: str | None, seq: int | None) -> None:
+    def abort(self, event: JobAborted) -> None:
         """End the job for all ranks."""
-        self.outgoing += encode(
-            {"t": "abort", "kind": kind, "reason": reason[:MAX_REASON], "op": op, "seq": seq}
-        )
+        self.outgoing += encode(abort_message("abort", event))
 
     def leave(self) -> None:
         """Say goodbye: the end of this connection is no death."""
@@ -413,15 +424,32 @@ def _gone(message: Message) -> Gone:
     )
 
 
+def abort_message(kind: str, event: JobAborted) -> Message:
+    """Return the wire form of an abort, "abort" to the server and "aborted" from it."""
+    return {
+        "t": kind,
+        "by": event.by,
+        "kind": event.kind,
+        "reason": event.reason[:MAX_REASON],
+        "op": event.op,
+        "seq": event.seq,
+        "ranks": list(event.ranks[:MAX_RANKS_NAMED]),
+    }
+
+
 def read_abort(message: Message, by: int) -> JobAborted:
     """Read an abort, from a rank (the server knows who it is) or from the server."""
     op, seq = message.get("op"), message.get("seq")
+    ranks = frames.field(message, "ranks", list, high=MAX_RANKS_NAMED)
+    if not all(isinstance(rank, int) and 0 <= rank < MAX_SIZE for rank in ranks):
+        raise ProtocolError("abort: not ranks")
     return JobAborted(
         by,
         frames.field(message, "kind", str, high=32),
         frames.field(message, "reason", str, high=MAX_REASON),
         op if isinstance(op, str) else None,
         seq if isinstance(seq, int) else None,
+        tuple(ranks),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from fmi_client.errors import FmiError, RendezvousError
 from fmi_client.protocol import auth
-from fmi_client.protocol.rendezvous import Address, ClientSide, Event, Hello
+from fmi_client.protocol.rendezvous import Address, ClientSide, Event, Hello, Ready, Welcome
 from fmi_client.transport.reactor import Reactor
 from fmi_client.transport.sockets import IN_PROGRESS, RETRY, bound_socket, keep_alive
 
@@ -57,6 +57,9 @@ class Control:
         self._pause = FIRST_PAUSE
         self.side: ClientSide | None = None
         self.last_error = "no answer yet"
+        self.joined = False
+        """Whether all ranks are there: until then a lost connection is made anew."""
+        self.welcomed = False
 
     @property
     def closed(self) -> bool:
@@ -88,14 +91,29 @@ class Control:
         self.flush()
 
     def _try_again(self, code: int) -> None:
-        self._open_socket().close()
-        self._sock = None
-        self.last_error = os.strerror(code)
-        if code not in RETRY:
+        self._drop()
+        self.last_error = os.strerror(code) if code else "the server closed the connection"
+        if code and code not in RETRY:
             self._lose(RendezvousError(f"cannot connect: {self.last_error}"))
             return
         self._reactor.call_later(random.uniform(0, self._pause), self.connect)
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    def _interrupted(self, code: int) -> None:
+        """The connection ended and the server did not say why (code 0: in order)."""
+        if self._leaving or self.joined:
+            why = os.strerror(code) if code else "closed by the server"
+            self._lose(RendezvousError(f"connection to the server lost: {why}"))
+        else:
+            self._try_again(code)
+
+    def _drop(self) -> None:
+        sock, self._sock = self._sock, None
+        self.side = None
+        self.welcomed = False
+        if sock is not None:
+            self._reactor.unwatch(sock)
+            sock.close()
 
     def flush(self) -> None:
         """Write what the conversation has queued, as far as the kernel takes it."""
@@ -108,7 +126,7 @@ class Control:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._lose(RendezvousError(f"connection to the server lost: {error.strerror}"))
+            self._interrupted(error.errno or 0)
             return
         self._reactor.watch(self._sock, self._read, self.flush if out else None)
 
@@ -118,10 +136,10 @@ class Control:
         except BlockingIOError:
             return
         except OSError as error:
-            self._lose(RendezvousError(f"connection to the server lost: {error.strerror}"))
+            self._interrupted(error.errno or 0)
             return
         if not data:
-            self._lose(RendezvousError("the server closed the connection"))
+            self._interrupted(0)
         elif not self._leaving:
             self._handle(data)
 
@@ -134,6 +152,8 @@ class Control:
             return
         self.flush()
         for event in events:
+            self.welcomed = self.welcomed or isinstance(event, Welcome)
+            self.joined = self.joined or isinstance(event, Ready)
             self._on_event(event)
 
     def _open_socket(self) -> socket.socket:
@@ -164,8 +184,4 @@ class Control:
     def close(self) -> None:
         """Close at once."""
         self._closed = True
-        sock, self._sock = self._sock, None
-        self.side = None
-        if sock is not None:
-            self._reactor.unwatch(sock)
-            sock.close()
+        self._drop()

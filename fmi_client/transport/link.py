@@ -8,13 +8,14 @@ kernel reads from the caller's memory and writes to the receiver's.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
 from fmi_client.errors import ProtocolError
-from fmi_client.protocol.peer import Buffer, Inbox, Key, Payload, Receive, head
+from fmi_client.protocol.peer import Buffer, Inbox, Key, Payload, Pending, Receive, head
 from fmi_client.transport.reactor import Reactor
 
 JOIN_BYTES = 16 * 1024
@@ -26,21 +27,15 @@ UNEXPECTED_BYTES = 1024 * 1024
 _GATHER = 64  # buffers in one sendmsg; the kernel allows 1,024
 
 
-class Send:
-    """A message on its way. `done` turns true when the kernel has all of it, or on `error`."""
+class Send(Pending):
+    """A message on its way; it is done when the system has taken all of it."""
 
-    __slots__ = ("done", "error", "on_done")
+    __slots__ = ("started", "views")
 
-    def __init__(self, done: bool = False) -> None:
-        self.done = done
-        self.error: Exception | None = None
-        self.on_done: Callable[[], None] | None = None
-
-    def finish(self, error: Exception | None = None) -> None:
-        self.error = error
-        self.done = True
-        if self.on_done:
-            self.on_done()
+    def __init__(self, *views: memoryview, done: bool = False) -> None:
+        super().__init__(done)
+        self.views = deque(views)
+        self.started = False
 
 
 class Link(Protocol):
@@ -52,11 +47,21 @@ class Link(Protocol):
     inbox: Inbox
     bytes_sent: int
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is awaited from the peer, or has not been taken by it."""
+
     def send(self, key: Key, signature: bytes, payload: Payload) -> Send: ...
 
     def post(self, receive: Receive) -> None: ...
 
-    def cancel(self, receive: Receive) -> bool: ...
+    def cancel(self, receive: Receive) -> None: ...
+
+    def withdraw(self, sent: Send) -> bool:
+        """Take back a message; False if the peer may have some of it already."""
+
+    def make_room(self, room: bool) -> None:
+        """Whether to read what nobody awaits; see `Inbox.make_room`."""
 
     def close(self) -> None:
         """End in order: what was sent arrives."""
@@ -81,12 +86,12 @@ class SocketLink:
         self._reactor = reactor
         self._on_lost = on_lost
         self._sock: socket.socket | None = None
-        self._queue: deque[memoryview | Send] = deque()
+        self._queue: deque[Send] = deque()
+        self._room = False
         self._interest = (False, False)
 
     def attach(self, sock: socket.socket, kind: str, first: bytes) -> None:
         """Start to carry data over `sock`; `first` was read from it already."""
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
         self.kind = kind
         self._guarded(lambda: self.inbox.feed(first))
@@ -99,40 +104,37 @@ class SocketLink:
         start = head(key, signature, payload, nbytes)
         self.bytes_sent += nbytes
         if self.error is not None:
-            done = Send()
-            done.finish(self.error)
-            return done
+            failed = Send()
+            failed.finish(self.error)
+            return failed
         if nbytes <= JOIN_BYTES:
             return self._send_small(b"".join((start, *payload.parts)))
-        done = Send()
-        self._queue.append(memoryview(start))
-        self._queue.extend(_flat(part) for part in payload.parts if len(part))
-        self._queue.append(done)
+        views = (_flat(part) for part in payload.parts if len(part))
+        message = Send(memoryview(start), *views)
+        self._queue.append(message)
         self._flush()
-        return done
+        return message
 
-    def _send_small(self, message: bytes) -> Send:
-        sent = 0
-        if self._sock is not None and not self._queue:
+    def _send_small(self, whole: bytes) -> Send:
+        message = Send(memoryview(whole))
+        self._queue.append(message)
+        if len(self._queue) > 1:
+            return message
+        if self._sock is not None:
             try:
-                sent = self._sock.send(message)
+                self._advance(self._sock.send(whole))
             except BlockingIOError:
-                sent = 0
+                pass
             except OSError as error:
                 self._lose(error)
-            if sent == len(message):
-                return Send(done=True)
-        done = Send()
-        self._queue.append(memoryview(message)[sent:])
-        self._queue.append(done)
-        self._update_interest()
-        return done
+        if not message.done:
+            self._update_interest()
+        return message
 
     def _flush(self) -> None:
-        while self._queue and self._sock is not None and not self.lost:
-            views = self._next_views()
+        while self._queue and self._sock is not None:
             try:
-                sent = self._sock.sendmsg(views)
+                sent = self._sock.sendmsg(self._next_views())
             except BlockingIOError:
                 break
             except OSError as error:
@@ -142,27 +144,27 @@ class SocketLink:
         self._update_interest()
 
     def _next_views(self) -> list[memoryview]:
-        views: list[memoryview] = []
-        for item in self._queue:
-            if isinstance(item, memoryview):
-                views.append(item)
-                if len(views) == _GATHER:
-                    break
-        return views
+        return list(itertools.islice((v for m in self._queue for v in m.views), _GATHER))
 
     def _advance(self, sent: int) -> None:
-        queue = self._queue
-        while queue:
-            item = queue[0]
-            if isinstance(item, Send):
-                queue.popleft()
-                item.finish()
-            elif len(item) <= sent:
-                sent -= len(item)
-                queue.popleft()
-            else:
-                queue[0] = item[sent:]
+        while self._queue and (sent or not self._queue[0].views):
+            message = self._queue[0]
+            views = message.views
+            message.started = True
+            while views and sent >= len(views[0]):
+                sent -= len(views.popleft())
+            if views:
+                views[0] = views[0][sent:]
                 return
+            self._queue.popleft()
+            message.finish()
+
+    def withdraw(self, sent: Send) -> bool:
+        if sent in self._queue and not sent.started:
+            self._queue.remove(sent)
+            self._update_interest()
+            return True
+        return sent.done
 
     # ------------------------------------------------------------------ receiving
     def post(self, receive: Receive) -> None:
@@ -175,8 +177,13 @@ class SocketLink:
         elif not self._interest[0]:
             self._update_interest()
 
-    def cancel(self, receive: Receive) -> bool:
-        return self.inbox.cancel(receive)
+    def cancel(self, receive: Receive) -> None:
+        self.inbox.cancel(receive)
+
+    def make_room(self, room: bool) -> None:
+        self._room = room
+        self._guarded(lambda: self.inbox.make_room(room))
+        self._update_interest()
 
     def read(self) -> None:
         """Read once, if there is something to read."""
@@ -204,6 +211,15 @@ class SocketLink:
             self._lose(error.at(peer=self.peer))
 
     # --------------------------------------------------------------------- ending
+    @property
+    def busy(self) -> bool:
+        return self.inbox.waiting > 0 or bool(self._queue)
+
+    @property
+    def pending(self) -> bool:
+        """Whether its connection has still to be made."""
+        return self._sock is None and not self.lost and self.error is None
+
     def close(self) -> None:
         sock = self._sock
         if sock is None:
@@ -228,9 +244,8 @@ class SocketLink:
         """Fail all that waits, now and later, with `error`."""
         self.error = self.error or error
         queue, self._queue = self._queue, deque()
-        for item in queue:
-            if isinstance(item, Send):
-                item.finish(error)
+        for message in queue:
+            message.finish(error)
         self.inbox.fail(error)
 
     def _lose(self, error: Exception) -> None:
@@ -254,7 +269,7 @@ class SocketLink:
         if self._sock is None:
             return
         inbox = self.inbox
-        full = inbox.held or inbox.unexpected_bytes > UNEXPECTED_BYTES
+        full = inbox.held or (inbox.unexpected_bytes > UNEXPECTED_BYTES and not self._room)
         wants = (inbox.waiting > 0 or not full, bool(self._queue))
         if wants != self._interest:
             self._interest = wants

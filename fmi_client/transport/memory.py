@@ -20,6 +20,10 @@ class MemoryLink:
         self.bytes_sent = 0
         self.partner: MemoryLink | None = None
 
+    @property
+    def busy(self) -> bool:
+        return self.inbox.waiting > 0
+
     def send(self, key: Key, signature: bytes, payload: Payload) -> Send:
         nbytes = payload.nbytes
         self.bytes_sent += nbytes
@@ -40,8 +44,14 @@ class MemoryLink:
             self.inbox.cancel(receive)
             receive.finish(self.error)
 
-    def cancel(self, receive: Receive) -> bool:
-        return self.inbox.cancel(receive)
+    def cancel(self, receive: Receive) -> None:
+        self.inbox.cancel(receive)
+
+    def withdraw(self, sent: Send) -> bool:
+        return True
+
+    def make_room(self, room: bool) -> None:
+        pass
 
     def close(self) -> None:
         if self.partner is not None and self.partner is not self:

@@ -8,13 +8,12 @@ the first that does; the higher one follows; the rest are closed afterwards.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import random
 import socket
 from collections.abc import Callable
 
-from fmi_client.errors import AuthenticationFailed, ProtocolError, PunchFailed
+from fmi_client.errors import AuthenticationFailed, FmiError, ProtocolError, PunchFailed
 from fmi_client.protocol.peer import HELLO_BYTES, Handshake, read_hello
 from fmi_client.protocol.rendezvous import Address
 from fmi_client.protocol.rendezvous import Punch as PunchNow
@@ -35,6 +34,9 @@ LOBBY_SECONDS = 5.0
 
 LOBBY_SEATS = 128
 
+MAX_TRIALS = 16
+"""Connections tried at once for one peer: whoever forges hellos gets no more than these."""
+
 _NOT_THE_PEER = OSError(errno.ECONNRESET, "connected, but not to the peer")
 
 
@@ -50,6 +52,8 @@ class _Trial:
             punch.rank, punch.peer, punch.epoch, punch.key, punch.instruction.cookie
         )
         keep_alive(sock)
+        # From here on: the handshake is four small messages, each of which Nagle would delay.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         punch.reactor.watch(sock, self.read)
         self._write()
 
@@ -68,7 +72,11 @@ class _Trial:
     def take(self, data: bytes) -> None:
         try:
             self.handshake.receive(data)
-        except (AuthenticationFailed, ProtocolError):
+        except AuthenticationFailed as error:
+            self.punch.stranger = error
+            self.punch.drop(self)
+            return
+        except ProtocolError:
             self.punch.drop(self)
             return
         if self._write():
@@ -116,7 +124,7 @@ class Punch:
         port: int,
         seconds: float,
         on_linked: Callable[[socket.socket, bytes], None],
-        on_failed: Callable[[PunchFailed], None],
+        on_failed: Callable[[FmiError], None],
     ) -> None:
         self.reactor = reactor
         self.instruction = instruction
@@ -133,6 +141,8 @@ class Punch:
         self._connecting: set[socket.socket] = set()
         self._over = False
         self._last_error = "no answer"
+        self.stranger: AuthenticationFailed | None = None
+        """Set when somebody answered in the peer's place, or the peer without our key."""
         self._timer = reactor.call_later(seconds, self._expire)
 
     def start(self) -> None:
@@ -180,7 +190,7 @@ class Punch:
 
     def adopt(self, sock: socket.socket, hello: bytes) -> None:
         """Take over a connection that the peer made to our listener."""
-        if self._over:
+        if self._over or len(self._trials) >= MAX_TRIALS:
             sock.close()
             return
         trial = _Trial(self, sock, None)
@@ -218,15 +228,38 @@ class Punch:
         self.cancel()
         self._on_linked(trial.sock, trial.handshake.rest())
 
+    @property
+    def connected(self) -> bool:
+        """Whether somebody is at the other end, proven or not."""
+        return bool(self._trials)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether a proven connection only waits for the peer's last word."""
+        return self._picked is not None
+
     def _expire(self) -> None:
+        if self._trials and self.stranger is None:
+            # Connected, but not answered: the peer computes. The operation's deadline decides.
+            self._timer = self.reactor.call_later(self._seconds, self._expire)
+            return
         self.cancel()
-        self._on_failed(
-            PunchFailed(
-                f"no direct connection within {self._seconds:.3g} s (last: {self._last_error}); "
-                "a symmetric NAT or a firewall may be in the way",
+        self._on_failed(self.error())
+
+    def error(self) -> FmiError:
+        """Return why there is no link."""
+        if self.stranger is not None:
+            return AuthenticationFailed(
+                f"rank {self.peer} cannot be authenticated: {self.stranger.message}; "
+                "all ranks of a job need the same key, or none",
                 rank=self.rank,
                 peer=self.peer,
             )
+        return PunchFailed(
+            f"no direct connection within {self._seconds:.3g} s (last: {self._last_error}); "
+            "a symmetric NAT or a firewall may be in the way",
+            rank=self.rank,
+            peer=self.peer,
         )
 
     def cancel(self) -> None:
@@ -319,8 +352,8 @@ class Lobby:
             sock.close()
 
     def close(self) -> None:
+        """Close the listener, and the door on who still waits; harmless the second time."""
         for sock in list(self._callers):
             self._dismiss(sock)
-        with contextlib.suppress(OSError):
-            self._reactor.unwatch(self._sock)
+        self._reactor.unwatch(self._sock)
         self._sock.close()

@@ -90,6 +90,8 @@ class SyncReactor:
         self._callbacks: dict[int, tuple[Callback | None, Callback | None]] = {}
         self._timers: list[tuple[float, int, _SyncTimer]] = []
         self._order = itertools.count()
+        self.polled = self.now()
+        """When sockets were last looked at."""
 
     def watch(
         self, sock: socket.socket, read: Callback | None, write: Callback | None = None
@@ -126,11 +128,16 @@ class SyncReactor:
         return True
 
     def poll(self, timeout: float) -> None:
-        """Serve what is ready, waiting at most `timeout` seconds for something to be."""
-        self._run_timers()
+        """Serve what is ready, waiting at most `timeout` seconds for something to be.
+
+        Sockets come before timers: after a long computation, an answer that is there counts
+        more than a deadline that has passed meanwhile.
+        """
         if self._timers:
             timeout = max(0.0, min(timeout, self._timers[0][0] - self.now()))
-        for fd, events in self._epoll.poll(timeout):
+        events_now = self._epoll.poll(timeout)
+        self.polled = self.now()
+        for fd, events in events_now:
             # A callback may have removed a later descriptor's watch.
             read, write = self._callbacks.get(fd, (None, None))
             if write and events & (select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP):
@@ -145,6 +152,10 @@ class SyncReactor:
             _, _, timer = heapq.heappop(self._timers)
             if not timer.cancelled:
                 timer.callback()
+
+    @property
+    def closed(self) -> bool:
+        return self._epoll.closed
 
     def close(self) -> None:
         self._epoll.close()

@@ -229,6 +229,161 @@ async def test_a_rank_that_left_is_named_when_it_is_needed(link: Any) -> None:
         assert "left" in str(error)
 
 
+@pytest.mark.parametrize("link", LINKS)
+async def test_all_name_the_same_missing_ranks(link: Any) -> None:
+    """Not only those that waited for them directly, and whatever their own deadline is."""
+
+    async def rank(comm: Communicator) -> Any:
+        await comm.barrier()
+        if comm.rank in (2, 5):
+            return None
+        return await outcome(comm.allreduce(np.ones(4), timeout=0.2 + 5 * (comm.rank == 0)))
+
+    results = await run_ranks(7, rank, link)
+    for error in results[:2] + results[3:5] + results[6:]:
+        assert isinstance(error, CollectiveTimeout)
+        assert error.missing == [2, 5]
+        assert (error.op, error.seq) == ("allreduce", 1)
+
+
+@pytest.mark.parametrize("link", LINKS)
+async def test_all_name_the_same_rank_that_left(link: Any) -> None:
+    async def rank(comm: Communicator) -> Any:
+        await comm.barrier()
+        if comm.rank == 7:
+            await comm.close()
+            return None
+        return await outcome(comm.allreduce(1))
+
+    errors = (await run_ranks(8, rank, link))[:7]
+    assert [(type(error), error.rank) for error in errors] == [(RankFailed, 7)] * 7
+
+
+@pytest.mark.parametrize("cancel", [False, True], ids=["timeout", "cancelled"])
+async def test_a_send_that_was_given_up_is_not_delivered_later(cancel: bool) -> None:
+    """The system took part of it: the job ends, rather than that the peer gets a mixture."""
+
+    async def rank(comm: Communicator) -> Any:
+        await comm.barrier()
+        if comm.rank == 1:
+            await asyncio.wait([given_up], timeout=10)
+            return await outcome(comm.recv(0))
+        data = np.ones(30_000_000, "u1")
+        if cancel:
+            sending = asyncio.wait_for(comm.send(data, 1), 0.05)
+        else:
+            sending = comm.send(data, 1, timeout=0.05)
+        with pytest.raises(TimeoutError if cancel else CollectiveTimeout):
+            await sending
+        data[:] = 7
+        given_up.set_result(None)
+        return await outcome(comm.send(data, 1))
+
+    given_up = asyncio.get_running_loop().create_future()
+    results = await run_ranks(2, rank, "tcp")
+    assert all(isinstance(error, Aborted) and error.by == 0 for error in results) or not cancel
+    assert all(isinstance(error, FmiError) for error in results)
+
+
+async def test_a_send_that_has_not_begun_is_taken_back_without_harm() -> None:
+    async def rank(comm: Communicator) -> Any:
+        if comm.rank == 0:
+            big = np.ones(30_000_000, "u1")
+            first = asyncio.ensure_future(comm.send(big, 1))
+            await asyncio.sleep(0)
+            with pytest.raises(CollectiveTimeout):
+                await comm.send("never", 1, tag=1, timeout=0.05)
+            given_up.set_result(None)
+            await first
+            return await comm.send("later", 1, tag=1)
+        await asyncio.wait([given_up], timeout=10)
+        return len(await comm.recv(0)), await comm.recv(0, tag=1)
+
+    given_up = asyncio.get_running_loop().create_future()
+    assert (await run_ranks(2, rank, "tcp"))[1] == (30_000_000, "later")
+
+
+async def test_a_receive_that_was_given_up_loses_nothing() -> None:
+    """Also when its message had begun to arrive: it is there for the next receive."""
+
+    async def rank(comm: Communicator) -> Any:
+        if comm.rank == 0:
+            await comm.send(np.arange(5_000_000), 1)
+            return await comm.send("second", 1)
+        out = np.zeros(5_000_000, int)
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                first = await comm.recv(0, out=out, timeout=0.0002)
+                break
+            except CollectiveTimeout:
+                seen = out.copy()
+                await asyncio.sleep(0)
+                assert (out == seen).all()  # nobody writes there any more
+        return tries > 1 and (first == np.arange(5_000_000)).all() and await comm.recv(0)
+
+    assert (await run_ranks(2, rank, "tcp"))[1] == "second"
+
+
+async def test_ranks_that_all_send_first_are_served() -> None:
+    async def rank(comm: Communicator) -> Any:
+        right, left = (comm.rank + 1) % 3, (comm.rank - 1) % 3
+        await comm.send(np.full(20_000_000, comm.rank, "u1"), right)
+        return int((await comm.recv(left)).max())
+
+    assert await run_ranks(3, rank, "tcp") == [2, 0, 1]
+
+
+@pytest.mark.parametrize("link", LINKS)
+async def test_after_close_everything_says_so(link: Any) -> None:
+    async def rank(comm: Communicator) -> Any:
+        await comm.barrier()
+        waiting = asyncio.ensure_future(outcome(comm.recv(1 - comm.rank)))
+        await asyncio.sleep(0)
+        await comm.close()
+        await comm.close()
+        return [await waiting, await outcome(comm.barrier()), await outcome(comm.send(1, 1))]
+
+    for errors in await run_ranks(2, rank, link):
+        assert all("closed" in str(e) or "left" in str(e) for e in errors)
+
+
+async def test_closing_a_group_leaves_the_job_alone() -> None:
+    async def rank(comm: Communicator) -> Any:
+        async with await comm.split(comm.rank % 2) as half:
+            await half.barrier()
+        await half.close()
+        return await comm.allreduce(1)
+
+    assert await run_ranks(4, rank, "tcp") == [4] * 4
+
+
+async def test_abort_may_be_awaited() -> None:
+    comm = memory_world(2)[0]
+    await comm.abort("x")
+    assert isinstance(await outcome(comm.barrier()), Aborted)
+
+
+async def test_out_that_does_not_fit_is_refused_and_harms_nothing() -> None:
+    async def rank(comm: Communicator) -> Any:
+        if comm.rank == 0:
+            for _ in range(3):
+                await comm.send(np.ones(4), 1)
+            return None
+        frozen = np.zeros(4)
+        frozen.flags.writeable = False
+        with pytest.raises(ValueError, match="read-only"):
+            await comm.recv(0, out=frozen)
+        with pytest.raises(ValueError, match="shape"):
+            await comm.recv(0, out=np.zeros(5))
+        with pytest.raises(ValueError, match="dtype"):
+            await comm.recv(0, out=np.zeros(8, "f4"))
+        return (await comm.recv(0, out=np.zeros(4))).sum()
+
+    assert (await run_ranks(2, rank))[1] == 4
+
+
 def test_errors_can_be_pickled_and_copied_with_all_they_carry() -> None:
     for error in (
         RankFailed("gone", rank=3, op="barrier", seq=7),

@@ -19,6 +19,7 @@ from fmi_client.protocol.rendezvous import (
     Authenticated,
     ClientSide,
     Hello,
+    JobAborted,
     Punch,
     Ready,
     Request,
@@ -26,6 +27,7 @@ from fmi_client.protocol.rendezvous import (
     Welcome,
     error_message,
     pack_ranks,
+    read_abort,
     unpack_ranks,
 )
 
@@ -67,13 +69,13 @@ def test_a_rank_with_a_token_is_admitted_and_recognises_the_server(step: int) ->
     assert at_client == [Welcome(SEEN)]
     assert [event.hello for event in at_server] == [HELLO]
     client.link(3)
-    client.abort("abort", "why", None, 5)
+    client.abort(JobAborted(2, "abort", "why", None, 5, (1,)))
     server.outgoing += frames.encode({"t": "ready"})
     punch = {"t": "punch", "peer": 3, "at": [["10.0.0.8", 1]], "cookie": b"c" * 16}
     server.outgoing += frames.encode(punch)
     at_client, at_server = converse(client, server, step)
     assert at_server[0] == Request({"t": "link", "peer": 3})
-    assert at_server[1].message["reason"] == "why"
+    assert read_abort(at_server[1].message, 2) == JobAborted(2, "abort", "why", None, 5, (1,))
     assert at_client == [Ready(), Punch(3, (("10.0.0.8", 1),), b"c" * 16)]
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import fmi_client
-from fmi_client.errors import FmiError, PunchFailed, RendezvousError
+from fmi_client.errors import AuthenticationFailed, FmiError, RankFailed, RendezvousError
 from fmi_client.protocol.peer import Handshake
+from rendezvous_server.config import Config
+from rendezvous_server.server import Server
 from tests.support import KEY, run_ranks, serving
 
 
@@ -31,7 +33,8 @@ async def test_ranks_that_cannot_prove_themselves_get_no_link(
         ranks = await asyncio.gather(*(join(address, r, key=keys[r]) for r in range(2)))
         results = await asyncio.gather(*(c.barrier() for c in ranks), return_exceptions=True)
         for comm, error in zip(ranks, results, strict=True):
-            assert isinstance(error, PunchFailed)
+            assert isinstance(error, AuthenticationFailed)
+            assert "same key" in str(error)
             assert error.peer == 1 - comm.rank
             assert error.op == "barrier"
             await comm.close()
@@ -119,3 +122,49 @@ async def test_a_rank_lost_before_the_link_is_made_is_named() -> None:
             await pending
         for comm in ranks:
             await comm.close()
+
+
+@pytest.mark.parametrize("loops", [0, 3, 8, 15])
+async def test_a_peer_that_leaves_while_the_link_is_made_is_noticed(loops: int) -> None:
+    """Whatever moment it chooses: an answer or RankFailed at once, never a wait in vain."""
+    async with serving() as (_, address):
+        ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
+        pending = asyncio.ensure_future(ranks[0].recv(1, timeout=5))
+        for _ in range(loops):
+            await asyncio.sleep(0)
+        await ranks[1].close()
+        with pytest.raises(RankFailed, match="left"):
+            await pending
+        await ranks[0].close()
+
+
+async def test_a_link_works_at_once() -> None:
+    """Its four handshake messages must not wait for delayed acknowledgements (40 ms each)."""
+    async with serving() as (_, address):
+        loop = asyncio.get_running_loop()
+        best = 1.0
+        for _ in range(5):
+            pair = await asyncio.gather(*(join(address, r) for r in range(2)))
+            begun = loop.time()
+            await asyncio.gather(*(comm.barrier() for comm in pair))
+            best = min(best, loop.time() - begun)
+            for comm in pair:
+                await comm.close()
+        assert best < 0.03
+
+
+async def test_ranks_that_wait_rejoin_a_server_that_comes_back() -> None:
+    async with serving() as (server, address):
+        port = int(address.split(":")[1])
+        waiting = asyncio.ensure_future(join(address, 0))
+        while not server.registry.ranks:
+            await asyncio.wait([waiting], timeout=0.01)
+        await server.stop()
+    config = Config("127.0.0.1", port, -1, None, False, 600.0)
+    again = Server(config)
+    await again.start()
+    second = await join(address, 1)
+    first = await waiting
+    assert await asyncio.gather(first.allreduce(1), second.allreduce(2)) == [3, 3]
+    await asyncio.gather(first.close(), second.close())
+    await again.stop()

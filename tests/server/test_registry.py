@@ -94,6 +94,23 @@ def test_a_name_is_free_again_when_the_last_rank_left(
     join(registry, 0, size=1)
 
 
+def test_a_rank_that_left_may_come_back_for_the_next_job_of_that_name(
+    registry: Registry, members: list[Member]
+) -> None:
+    registry.leave(members[1], clean=True, why="left")
+    again, outbox = join(registry, 1)
+    assert outbox == []
+    assert again.job is not members[0].job
+    with pytest.raises(RankTaken):
+        join(registry, 1)
+    # The old job goes on, and ends without touching the new one.
+    assert said(registry.request(members[0], {"t": "link", "peer": 2})) == [("job/2", "want")]
+    registry.leave(members[0], clean=True, why="left")
+    registry.leave(members[2], clean=True, why="left")
+    join(registry, 0)
+    assert [text for _, text in said(join(registry, 2)[1])] == ["ready"] * 3
+
+
 def test_both_sides_punch_when_both_asked(registry: Registry, members: list[Member]) -> None:
     assert said(registry.request(members[0], {"t": "link", "peer": 2})) == [("job/2", "want")]
     outbox = registry.request(members[2], {"t": "link", "peer": 0})
@@ -114,7 +131,14 @@ def test_a_link_with_who_has_gone_is_answered_with_that(
 
 @pytest.mark.parametrize(
     "message",
-    [{"t": "link", "peer": 0}, {"t": "link", "peer": 3}, {"t": "link"}, {"t": "x"}, {"t": "abort"}],
+    [
+        {"t": "abort", "kind": "abort", "reason": "", "ranks": ["x"]},
+        {"t": "link", "peer": 0},
+        {"t": "link", "peer": 3},
+        {"t": "link"},
+        {"t": "x"},
+        {"t": "abort"},
+    ],
 )
 def test_senseless_requests_are_protocol_errors(
     registry: Registry, members: list[Member], message: Any
@@ -124,7 +148,9 @@ def test_senseless_requests_are_protocol_errors(
 
 
 def test_an_abort_reaches_all_others(registry: Registry, members: list[Member]) -> None:
-    outbox = registry.request(members[1], {"t": "abort", "kind": "abort", "reason": "why"})
+    outbox = registry.request(
+        members[1], {"t": "abort", "kind": "abort", "reason": "why", "ranks": []}
+    )
     assert said(outbox) == [("job/0", "aborted"), ("job/2", "aborted")]
     assert (outbox[0][1]["by"], outbox[0][1]["reason"]) == (1, "why")
 
