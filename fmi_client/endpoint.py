@@ -28,6 +28,9 @@ from fmi_client.transport.memory import STAGE_BYTES, MemoryLink
 GRACE_SECONDS = 0.08
 """How long reports of other ranks are awaited before the missing ones are named."""
 
+MAX_SECONDS = 1e8
+"""Three years: "for ever" in a form that every clock can add to."""
+
 Allocate = Callable[[int], memoryview]
 """Makes a writable buffer of so many bytes."""
 

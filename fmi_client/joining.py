@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
-from fmi_client.endpoint import Allocate, Endpoint, left_error, some_ranks
+from fmi_client.endpoint import MAX_SECONDS, Allocate, Endpoint, left_error, some_ranks
 from fmi_client.errors import FmiError, JoinTimeout, RankFailed, RendezvousError
 from fmi_client.protocol import auth
 from fmi_client.protocol.rendezvous import (
@@ -95,7 +95,7 @@ class JoinRequest:
             int(rank),
             int(size),
             int(epoch),
-            float(timeout),
+            min(float(timeout), MAX_SECONDS),
             auth.parse_key(key),
             auth.Token.parse(token) if token else None,
         )
@@ -216,8 +216,10 @@ class SocketEndpoint(Endpoint):
             return
         if link.lost:
             link.fail(left_error(gone.rank))
-        elif link.pending and gone.rank in self._punches:
-            # It may have finished with us already, and its last word and data be on their way.
+            return
+        punch = self._punches.get(gone.rank)
+        if punch is not None and punch.chosen:
+            # For the peer the link exists: it may have sent all that we need before it left.
             self._reactor.call_later(VERDICT_SECONDS, lambda: self._never_linked(link))
         else:
             self._never_linked(link)

@@ -16,7 +16,7 @@ import numpy as np
 
 from fmi_client import collectives
 from fmi_client.collectives import Item, Steps
-from fmi_client.endpoint import Endpoint, some_ranks
+from fmi_client.endpoint import MAX_SECONDS, Endpoint, some_ranks
 from fmi_client.errors import Aborted, CollectiveTimeout, FmiError
 from fmi_client.ops import SUM, Op, as_op
 from fmi_client.payloads import Array, is_array, is_tensor, pack, unpack
@@ -41,9 +41,6 @@ STUCK_SECONDS = 0.05
 
 LAST_SECONDS = 1.0
 """After the deadline of a collective, how long the search for the missing ranks may take."""
-
-MAX_SECONDS = 1e8
-"""Three years: "for ever" in a form that every clock can add to."""
 
 
 class UnderWay(NamedTuple):
@@ -487,12 +484,12 @@ class Operations:
             return
         intact = call.under_way is None or self._withdraw(call.under_way)
         if call.collective or not intact:
-            self._abort(f"rank {self._endpoint.rank}: {type(error).__name__} in {call.op}: {error}")
+            self._abort(f"{_name(error)} during {call.op}")
 
     def _tell_error(self, error: BaseException) -> None:
         """The caller's code raised: the others would wait for us in vain."""
         if self._endpoint.failure is None:
-            self._abort(f"rank {self._endpoint.rank} raised {type(error).__name__}: {error}")
+            self._abort(_name(error))
 
     # -------------------------------------------------------------------- checks
     def _check_rank(self, rank: int, name: str) -> None:
@@ -506,6 +503,10 @@ class Operations:
             found = "None" if objs is None else f"{len(objs)} items"
             raise ValueError(f"{name} needs a list of {self.size} items, one a rank, not {found}")
         return objs
+
+
+def _name(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _seq(call: Call) -> int | None:

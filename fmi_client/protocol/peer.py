@@ -331,6 +331,11 @@ class Inbox:
             if not receive.done:
                 receive.finish(error)
 
+    @property
+    def receiving(self) -> bool:
+        """Whether a payload has begun to arrive, and has its place."""
+        return self._current is not None
+
     # ----------------------------------------------------------------- their side
     def get_buffer(self) -> memoryview:
         """Return where the next bytes of the stream belong; never empty."""

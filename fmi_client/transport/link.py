@@ -269,8 +269,9 @@ class SocketLink:
         if self._sock is None:
             return
         inbox = self.inbox
-        full = inbox.held or (inbox.unexpected_bytes > UNEXPECTED_BYTES and not self._room)
-        wants = (inbox.waiting > 0 or not full, bool(self._queue))
+        much = inbox.unexpected_bytes > UNEXPECTED_BYTES and not self._room
+        read = inbox.waiting > 0 or inbox.receiving or not (inbox.held or much)
+        wants = (read, bool(self._queue))
         if wants != self._interest:
             self._interest = wants
             self._reactor.watch(
