@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from fmi_client.calls import LAST_SECONDS, STUCK_SECONDS, Call, UnderWay
 from fmi_client.collectives import Step
 from fmi_client.endpoint import Endpoint
 from fmi_client.errors import FmiError
@@ -21,7 +22,7 @@ from fmi_client.joining import (
     ask_before,
     resolve,
 )
-from fmi_client.operations import LAST_SECONDS, STUCK_SECONDS, Call, Operations, UnderWay
+from fmi_client.operations import Operations
 from fmi_client.payloads import allocate
 from fmi_client.protocol.peer import Receive
 from fmi_client.transport.reactor import SyncReactor

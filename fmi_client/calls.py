@@ -1,0 +1,231 @@
+"""Running an operation: what the async and the blocking driver have in common.
+
+A `Call` is one operation under way. A driver asks `_begin`, then feeds its steps to `_post`,
+waits until they are done, and lets `_check` or `_late` say what that means.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fmi_client import collectives
+from fmi_client.collectives import Steps
+from fmi_client.endpoint import MAX_SECONDS, Endpoint, some_ranks
+from fmi_client.errors import Aborted, CollectiveTimeout, FmiError
+from fmi_client.protocol.peer import (
+    COLLECTIVE,
+    POINT_TO_POINT,
+    Key,
+    Receive,
+    SignatureMismatch,
+)
+from fmi_client.protocol.rendezvous import JobAborted
+from fmi_client.transport.link import Send
+
+MAX_TAG = 2**63 - 1
+
+STUCK_SECONDS = 0.05
+"""A send that takes longer may wait for a peer that itself waits to send; see `make_room`."""
+
+LAST_SECONDS = 1.0
+"""After the deadline of a collective, how long the search for the missing ranks may take."""
+
+
+class UnderWay(NamedTuple):
+    """A step that was started, and its two halves."""
+
+    step: collectives.Step
+    sent: Send | None
+    received: Receive | None
+
+    def halves(self) -> list[Send | Receive]:
+        return [half for half in (self.sent, self.received) if half is not None]
+
+    @property
+    def done(self) -> bool:
+        sent, received = self.sent, self.received
+        return (sent is None or sent.done) and (received is None or received.done)
+
+    @property
+    def only_sending(self) -> bool:
+        return self.received is None or self.received.done
+
+
+@dataclass(slots=True)
+class Call:
+    """One operation under way: what the driver needs to run it and to speak of it."""
+
+    op: str
+    key: Key
+    signature: bytes
+    steps: Steps[Any]
+    timeout: float
+    under_way: UnderWay | None = None
+
+    @property
+    def collective(self) -> bool:
+        return self.key[0] == COLLECTIVE
+
+    @property
+    def stuck(self) -> bool:
+        """Whether only a send is left, whose peer may be stuck in one itself.
+
+        In a collective the steps match, and what is under way is bound to be received.
+        """
+        under_way = self.under_way
+        return not self.collective and under_way is not None and under_way.only_sending
+
+
+class Caller:
+    """A rank's place in a communicator, and the operations that it has under way."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        group: Sequence[int],
+        context: int,
+        timeout: float,
+        *,
+        whole_job: bool = True,
+    ) -> None:
+        self._whole_job = whole_job  # closing a part of it must not leave the job
+        self._endpoint = endpoint
+        self._group = group
+        self._context = context
+        self._seq = 0
+        self.timeout = timeout
+        self.rank = group.index(endpoint.rank)
+        """This process's number in the communicator, from 0."""
+        self.size = len(group)
+        """How many ranks the communicator has."""
+
+    def _run(self, call: Call) -> Any:
+        raise NotImplementedError
+
+    def _collective(self, signature: str, steps: Steps[Any], timeout: float | None) -> Any:
+        seq = self._seq
+        self._seq += 1
+        name = signature.split("(")[0]
+        key = (COLLECTIVE, self._context, seq)
+        return self._run(Call(name, key, signature.encode(), steps, self._seconds(timeout)))
+
+    def _point(self, op: str, tag: int, steps: Steps[Any], timeout: float | None) -> Any:
+        if not 0 <= operator.index(tag) <= MAX_TAG:
+            raise ValueError(f"tag must be from 0 to 2**63 - 1, not {tag}")
+        key = (POINT_TO_POINT, self._context, int(tag))
+        return self._run(Call(op, key, b"", steps, self._seconds(timeout)))
+
+    def _seconds(self, timeout: float | None) -> float:
+        seconds = self.timeout if timeout is None else timeout
+        if not seconds >= 0:
+            raise ValueError(f"timeout={timeout} is not a number of seconds")
+        return min(seconds, MAX_SECONDS)
+
+    def _begin(self, call: Call) -> None:
+        if self._endpoint.failure is None and call.collective:
+            self._endpoint.begin(self._context, call.key[2], call.signature)
+        self._raise_failure(call)
+
+    def _raise_failure(self, call: Call) -> None:
+        failure = self._endpoint.failure
+        if failure is not None:
+            raise failure.fresh().at(rank=self._endpoint.rank, op=call.op, seq=_seq(call))
+
+    def _post(self, step: collectives.Step, call: Call) -> UnderWay:
+        """Start a step: the receive first, so that what comes finds its place."""
+        self._raise_failure(call)  # it may have come while the last step was ending
+        received = sent = None
+        dest, payload, source, into = step
+        if source is not None:
+            received = Receive(call.key, call.signature, into)
+            self._endpoint.link(self._group[source]).post(received)
+        if dest is not None:
+            link = self._endpoint.link(self._group[dest])
+            sent = link.send(call.key, call.signature, payload)
+        call.under_way = UnderWay(step, sent, received)
+        return call.under_way
+
+    def _check(self, call: Call, under_way: UnderWay) -> None:
+        """Raise what went wrong in a step that is done."""
+        step, sent, received = under_way
+        for half, peer in ((received, step.source), (sent, step.dest)):
+            if half is None or half.error is None or peer is None:
+                continue
+            world, error = self._group[peer], half.error
+            if isinstance(error, SignatureMismatch):
+                self._endpoint.mismatch(world, call.signature, error.theirs, call.key[2])
+            self._raise_failure(call)
+            if isinstance(error, FmiError):
+                error = error.fresh().at(
+                    rank=self._endpoint.rank, peer=world, op=call.op, seq=_seq(call)
+                )
+                if call.collective:
+                    self._endpoint.give_up(error)
+            raise error
+
+    def _late(self, call: Call, under_way: UnderWay) -> None:
+        """The deadline passed: raise, or (in a collective) let all ranks find who is missing."""
+        self._raise_failure(call)
+        step, sent, received = under_way
+        pairs = ((received, step.source), (sent, step.dest))
+        missing = {self._group[p] for half, p in pairs if half and not half.done and p is not None}
+        within = f"within {call.timeout:.3g} s"
+        for peer in missing:
+            excuse = self._endpoint.excuse(peer)
+            if excuse is not None:
+                self._endpoint.give_up(excuse.at(op=call.op, seq=_seq(call)))
+                self._raise_failure(call)
+        if call.collective:
+            event = JobAborted(
+                self._endpoint.rank, "timeout", within, call.op, _seq(call), tuple(missing)
+            )
+            self._endpoint.late(event)
+            return
+        intact = self._withdraw(under_way)
+        error = CollectiveTimeout(
+            f"no answer from rank {some_ranks(sorted(missing))} {within}",
+            missing=sorted(missing),
+            rank=self._endpoint.rank,
+            op=call.op,
+        )
+        if not intact:
+            self._endpoint.give_up(error)
+        raise error
+
+    def _withdraw(self, under_way: UnderWay) -> bool:
+        """Take back a step; False if a message has left in part, so that its link is useless."""
+        step, sent, received = under_way
+        if received is not None and not received.done and step.source is not None:
+            self._endpoint.link(self._group[step.source]).cancel(received)
+        if sent is None or sent.done or step.dest is None:
+            return True
+        return self._endpoint.link(self._group[step.dest]).withdraw(sent)
+
+    def _interrupted(self, call: Call, error: BaseException) -> None:
+        """Something of ours stopped the call in the middle: the others must not wait for it."""
+        if self._endpoint.failure is not None:
+            return
+        intact = call.under_way is None or self._withdraw(call.under_way)
+        if call.collective or not intact:
+            self._abort(f"{_name(error)} during {call.op}")
+
+    def _tell_error(self, error: BaseException) -> None:
+        """The caller's code raised: the others would wait for us in vain."""
+        if self._endpoint.failure is None:
+            self._abort(_name(error))
+
+    def _abort(self, reason: str) -> None:
+        by = self._endpoint.rank
+        self._endpoint.tell(JobAborted(by, "abort", reason))
+        self._endpoint.fail(Aborted(by=by, reason=reason, rank=by))
+
+
+def _name(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _seq(call: Call) -> int | None:
+    return call.key[2] if call.collective else None
