@@ -119,6 +119,7 @@ class SocketEndpoint(Endpoint):
     ) -> None:
         super().__init__(request.rank, request.size, allocate)
         self._reactor = reactor
+        self._address = address
         self._request = request
         self.ready = False
         self.missing: list[int] | None = None
@@ -258,17 +259,18 @@ class SocketEndpoint(Endpoint):
             epoch=self._request.epoch,
             key=self._request.key,
             port=self._port,
+            server=self._address,
             seconds=PUNCH_SECONDS,
-            on_linked=lambda sock, first: self._linked(link, sock, first),
+            on_linked=lambda sock, kind, first: self._linked(link, sock, kind, first),
             on_failed=lambda error: self._unlinked(link, error),
         )
         self._punches[peer] = punch
         punch.start()
         self._lobby.call(punch)
 
-    def _linked(self, link: SocketLink, sock: socket.socket, first: bytes) -> None:
+    def _linked(self, link: SocketLink, sock: socket.socket, kind: str, first: bytes) -> None:
         del self._punches[link.peer]
-        link.attach(sock, "direct", first)
+        link.attach(sock, kind, first)
 
     def _unlinked(self, link: SocketLink, error: FmiError) -> None:
         del self._punches[link.peer]

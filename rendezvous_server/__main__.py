@@ -80,6 +80,14 @@ def main(
             help="Let ranks without a token join, from anywhere.",
         ),
     ] = False,
+    no_relay: Annotated[
+        bool,
+        typer.Option(
+            "--no-relay",
+            envvar=ENV + "NO_RELAY",
+            help="Do not pass on data between ranks whose NATs keep them apart: they fail.",
+        ),
+    ] = False,
     job_ttl: Annotated[
         float,
         typer.Option(envvar=ENV + "JOB_TTL", min=1, help="Seconds after which any job is ended."),
@@ -113,6 +121,7 @@ def main(
             allow_anonymous=allow_anonymous,
             job_ttl=job_ttl,
             admin_required=admin_port is not None,
+            relay=not no_relay,
         )
         uvloop.run(_serve(config))
     except ConfigError as error:

@@ -26,6 +26,8 @@ class _Metrics:
             ("lost_ranks", "Ranks whose connection ended without goodbye", counters.lost),
             ("jobs_started", "Jobs whose ranks were all present", counters.jobs_started),
             ("punches", "Pairs told to punch", server.registry.punches),
+            ("relays", "Pairs that met here because they could not punch", server.relayed.pairs),
+            ("relayed_bytes", "Bytes passed on between ranks", server.relayed.bytes),
         ):
             yield CounterMetricFamily(f"rendezvous_{name}", text, value=value)
         for name, text, value in (

@@ -19,6 +19,7 @@ class Config:
         admin_required: False: where that port is taken, do without it.
         secret: what tokens are made with; None: tokens cannot be checked.
         allow_anonymous: whether ranks without a token may join.
+        relay: whether ranks that cannot be linked directly may meet here.
         job_ttl: seconds after which any job is ended.
     """
 
@@ -29,6 +30,7 @@ class Config:
     allow_anonymous: bool
     job_ttl: float
     admin_required: bool = True
+    relay: bool = True
 
 
 class ConfigError(ValueError):

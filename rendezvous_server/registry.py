@@ -18,7 +18,14 @@ import os
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
-from fmi_client.errors import JobFull, ProtocolError, RankTaken, RendezvousError, ServerDraining
+from fmi_client.errors import (
+    AuthenticationFailed,
+    JobFull,
+    ProtocolError,
+    RankTaken,
+    RendezvousError,
+    ServerDraining,
+)
 from fmi_client.protocol import auth, frames
 from fmi_client.protocol.frames import Message
 from fmi_client.protocol.rendezvous import (
@@ -30,6 +37,9 @@ from fmi_client.protocol.rendezvous import (
     pack_ranks,
     read_abort,
 )
+
+TICKET_SECONDS = 120.0
+"""A rank may compute for a while between the server's word and its next call."""
 
 SERVER = -1
 """The `by` of an abort that no rank asked for."""
@@ -43,6 +53,27 @@ class Member:
     rank: int
     connection: Hashable
     addresses: tuple[Address, ...]
+    """Where it may be reached: as we see it, and as it sees itself."""
+
+    @property
+    def public(self) -> bool:
+        """Whether no NAT is between us."""
+        return len(self.addresses) == 1
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether its NAT changes the port: then it gives the next connection another one."""
+        return len({port for _, port in self.addresses}) > 1
+
+
+@dataclass(slots=True, eq=False)
+class RelayPair:
+    """Two ranks that may meet on the server; `first` is the handle of the leg that waits."""
+
+    job: Job
+    ranks: tuple[int, int]
+    expires: float
+    first: Hashable | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +99,7 @@ class Registry:
     Args:
         ttl: seconds after which a job is ended, whatever it does.
         max_jobs, max_ranks: bounds of what the server holds at once.
+        relay: whether ranks that cannot be linked directly may meet here.
         make_cookie: source of the pairs' random cookies.
     """
 
@@ -76,12 +108,15 @@ class Registry:
         ttl: float,
         max_jobs: int = 10_000,
         max_ranks: int = 100_000,
+        relay: bool = True,
         make_cookie: Callable[[], bytes] = lambda: os.urandom(auth.COOKIE_BYTES),
     ) -> None:
         self._ttl = ttl
         self._max_jobs = max_jobs
         self._max_ranks = max_ranks
+        self._relay = relay
         self._make_cookie = make_cookie
+        self._tickets: dict[bytes, RelayPair] = {}
         self.jobs: dict[Job, None] = {}  # a set, in the order of their beginning
         self._by_name: dict[str, Job] = {}
         self.ranks = 0
@@ -172,7 +207,9 @@ class Registry:
         return outbox
 
     def expire(self, now: float) -> Outbox:
-        """End the jobs whose time is over."""
+        """End the jobs, and forget the tickets, whose time is over."""
+        for ticket in [t for t, pair in self._tickets.items() if pair.expires <= now]:
+            del self._tickets[ticket]
         late = [job for job in self.jobs if job.expires <= now]
         return [
             pair
@@ -196,7 +233,7 @@ class Registry:
         return outbox
 
     # ------------------------------------------------------------------- requests
-    def request(self, member: Member, message: Message) -> Outbox:
+    def request(self, member: Member, message: Message, now: float) -> Outbox:
         """Answer an authenticated rank's message.
 
         Raises:
@@ -204,7 +241,7 @@ class Registry:
         """
         match message["t"]:
             case "link":
-                return self._link(member, frames.field(message, "peer", int))
+                return self._link(member, frames.field(message, "peer", int), now)
             case "abort":
                 aborted = abort_message("aborted", read_abort(message, member.rank))
                 return [(other, aborted) for other in _others(member)]
@@ -212,7 +249,7 @@ class Registry:
                 return [(member, self._missing(member.job))]
         raise ProtocolError(f"unknown request {message['t']!r}")
 
-    def _link(self, member: Member, peer: int) -> Outbox:
+    def _link(self, member: Member, peer: int, now: float) -> Outbox:
         job = member.job
         if peer >= job.size or peer == member.rank or not job.running:
             raise ProtocolError(f"link: there is no peer {peer}")
@@ -224,8 +261,33 @@ class Registry:
             return [(other, {"t": "want", "peer": member.rank})]
         job.wanted.discard((peer, member.rank))
         self.punches += 1
+        return self._introduce(member, other, now)
+
+    def _introduce(self, one: Member, other: Member, now: float) -> Outbox:
         cookie = self._make_cookie()
-        return [(member, _punch(other, cookie)), (other, _punch(member, cookie))]
+        symmetric, public = one.symmetric or other.symmetric, one.public or other.public
+        common = {"t": "punch", "cookie": cookie, "hopeless": symmetric and not public}
+        pair = RelayPair(one.job, (one.rank, other.rank), now + TICKET_SECONDS)
+        outbox: Outbox = []
+        for member, peer in ((one, other), (other, one)):
+            message = common | {"peer": peer.rank, "at": [list(at) for at in peer.addresses]}
+            if self._relay:
+                ticket = os.urandom(auth.COOKIE_BYTES)
+                self._tickets[ticket] = pair
+                message["ticket"] = ticket
+            outbox.append((member, message))
+        return outbox
+
+    def claim(self, ticket: bytes, now: float) -> RelayPair:
+        """Use up a ticket.
+
+        Raises:
+            AuthenticationFailed: there is no such ticket (any more).
+        """
+        pair = self._tickets.pop(ticket, None)
+        if pair is None or pair.expires <= now:
+            raise AuthenticationFailed("authentication failed")
+        return pair
 
     def _missing(self, job: Job) -> Message:
         absent = set(range(job.size)) - job.members.keys()
@@ -235,11 +297,6 @@ class Registry:
 def _finished(job: Job, rank: int) -> bool:
     """Whether a rank said goodbye to a job that the others may still be leaving."""
     return rank in job.gone and job.gone[rank]["clean"] is True
-
-
-def _punch(peer: Member, cookie: bytes) -> Message:
-    at = [list(address) for address in peer.addresses]
-    return {"t": "punch", "peer": peer.rank, "at": at, "cookie": cookie}
 
 
 def _others(member: Member) -> Iterable[Member]:

@@ -16,12 +16,14 @@ from fmi_client.protocol.rendezvous import (
     Address,
     Admission,
     Authenticated,
+    RelayLeg,
     Request,
     ServerSide,
     error_message,
 )
 from rendezvous_server.config import Config
 from rendezvous_server.registry import Member, Outbox, Registry
+from rendezvous_server.relay import Leg, Traffic
 
 log = structlog.get_logger()
 
@@ -52,7 +54,8 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.registry = Registry(config.job_ttl)
+        self.registry = Registry(config.job_ttl, relay=config.relay)
+        self.relayed = Traffic()
         # Where only this machine can reach the port, no secret means no need for one.
         anonymous = config.allow_anonymous or config.secret is None
         self.admission = Admission(config.secret, anonymous)
@@ -110,6 +113,8 @@ class Server:
             self._ticker.cancel()
         for connection in list(self.open):
             connection.close_soon()
+        for leg in list(self.relayed.legs):
+            leg.abort()
         if self._listener is not None:
             self._listener.close()
         await asyncio.sleep(0)
@@ -164,14 +169,34 @@ class Connection(asyncio.Protocol):
             self._refuse(error)
         self._flush()
 
-    def _handle(self, event: Authenticated | Request) -> None:
+    def _handle(self, event: Authenticated | RelayLeg | Request) -> None:
         if isinstance(event, Authenticated):
             self._join(event)
+        elif isinstance(event, RelayLeg):
+            self._become_leg(event.ticket)
         elif event.message["t"] == "leave":
             self._clean = True
             self.close_soon()
         elif self._member is not None:
-            self._server.deliver(self._server.registry.request(self._member, event.message))
+            self._server.deliver(
+                self._server.registry.request(self._member, event.message, time.time())
+            )
+
+    def _become_leg(self, ticket: bytes) -> None:
+        """Hand the connection over to the relay."""
+        server, transport = self._server, self._transport
+        assert transport is not None
+        pair = server.registry.claim(ticket, time.time())
+        self._cancel_deadline()
+        self._keep_alive()
+        server.open.discard(self)
+        leg = Leg(transport, pair, server.relayed)
+        transport.set_protocol(leg)
+        self._transport = self._side = None
+        if isinstance(pair.first, Leg) and pair.first.waiting:
+            leg.meet(pair.first)
+        else:
+            pair.first = leg
 
     def _join(self, event: Authenticated) -> None:
         assert self._side is not None

@@ -19,16 +19,27 @@ RankFunction = Callable[[Communicator], Awaitable[Any]]
 
 @asynccontextmanager
 async def serving(
-    secret: bytes | None = None, *, allow_anonymous: bool = False, job_ttl: float = 600.0
+    secret: bytes | None = None,
+    *,
+    allow_anonymous: bool = False,
+    job_ttl: float = 600.0,
+    relay: bool = True,
 ) -> AsyncIterator[tuple[Server, str]]:
     """Run a rendezvous server in this loop; gives it and its address."""
-    config = Config("127.0.0.1", 0, -1, secret, allow_anonymous, job_ttl)
+    config = Config("127.0.0.1", 0, -1, secret, allow_anonymous, job_ttl, relay=relay)
     server = Server(config)
     port = await server.start()
     try:
         yield server, f"127.0.0.1:{port}"
     finally:
         await server.stop()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Let the loop run until `condition()`."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 (it has no event to wait for)
+            await asyncio.sleep(0)
 
 
 async def run_ranks(

@@ -10,13 +10,20 @@
                                     ◄──    ready                            all ranks are here
     link(peer)                      ──►
                                     ◄──    want(peer)       that peer asked for a link with you
-                                    ◄──    punch(peer, addresses, cookie)   to both at once
+                                    ◄──    punch(peer, addresses, cookie, ticket)  to both at once
     abort(kind, reason) / leave     ──►
                                     ◄──    lost(rank) / left(rank) / aborted(by, …) / draining
 
 Both codes cover the entire hello and both nonces, each under its own label, with the
 job's admission key (see `auth`). The connection stays open for the life of the job: its
 end without "leave" is how the server notices that a rank died.
+
+Where a punch fails, both ranks open a second connection to the server::
+
+    0x00, relay(ticket)             ──►
+                                    ◄──    0x01 once the peer's leg is there
+
+and from then on the server passes on bytes, which are those of a direct connection.
 """
 
 from __future__ import annotations
@@ -154,6 +161,13 @@ class Authenticated:
 
 
 @dataclass(frozen=True, slots=True)
+class RelayLeg:
+    """Not a rank that joins, but the second connection of one that did: its ticket."""
+
+    ticket: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """An authenticated rank's message: link, abort, who or leave."""
 
@@ -189,7 +203,7 @@ class ServerSide:
         self.outgoing = bytearray()
         """Bytes to write; the caller takes and clears them."""
 
-    def receive(self, data: bytes, now: float) -> list[Authenticated | Request]:
+    def receive(self, data: bytes, now: float) -> list[Authenticated | RelayLeg | Request]:
         """Take bytes from the rank and return what they mean.
 
         Raises:
@@ -207,9 +221,13 @@ class ServerSide:
                 events.append(event)
         return events
 
-    def _handle(self, message: Message, body: bytes, now: float) -> Authenticated | Request | None:
+    def _handle(
+        self, message: Message, body: bytes, now: float
+    ) -> Authenticated | RelayLeg | Request | None:
         if self._joined:
             return Request(message)
+        if self._hello is None and message["t"] == "relay":
+            return RelayLeg(_sixteen(message, "ticket"))
         if self._hello is None:
             self._hello, self._hello_body = Hello.decode(message), body
             self._challenge = auth.nonce()
@@ -233,6 +251,22 @@ class ServerSide:
     def greeted(self) -> bool:
         """Whether a complete hello came: who sent less gets no answer, only the end."""
         return self._hello is not None
+
+
+def _sixteen(message: Message, name: str) -> bytes:
+    ticket: bytes = frames.field(
+        message, name, bytes, low=auth.COOKIE_BYTES, high=auth.COOKIE_BYTES
+    )
+    return ticket
+
+
+def relay_request(ticket: bytes) -> bytes:
+    """Return what opens a relay leg."""
+    return frames.PREFACE + encode({"t": "relay", "ticket": ticket})
+
+
+RELAY_GO = b"\x01"
+"""The server's only byte on a relay leg: the peer's leg is there, all that follows is its."""
 
 
 def encode_address(address: Address) -> bytes:
@@ -305,6 +339,10 @@ class Punch:
     peer: int
     addresses: tuple[Address, ...]
     cookie: bytes
+    ticket: bytes | None = None
+    """For a relay leg, where the server relays."""
+    hopeless: bool = False
+    """One side's NAT gives every connection another port: relay at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,7 +450,9 @@ def _punch(message: Message) -> Punch:
     return Punch(
         frames.field(message, "peer", int),
         _addresses(message, "at"),
-        frames.field(message, "cookie", bytes, low=auth.COOKIE_BYTES, high=auth.COOKIE_BYTES),
+        _sixteen(message, "cookie"),
+        _sixteen(message, "ticket") if "ticket" in message else None,
+        frames.field(message, "hopeless", bool),
     )
 
 

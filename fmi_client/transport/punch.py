@@ -4,6 +4,9 @@ Both sides connect to each other from the port that the server saw, at the same 
 listen on it too: whichever way round a connection comes about (ours, theirs, or TCP's
 simultaneous open), each one is a `_Trial` that must prove itself. The lower rank keeps
 the first that does; the higher one follows; the rest are closed afterwards.
+
+A leg through the server's relay is one more trial, begun when there is no hope for a direct
+connection or none has come about soon; it proves itself like the others.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from fmi_client.protocol.peer import HELLO_BYTES, Handshake, read_hello
 from fmi_client.protocol.rendezvous import Address
 from fmi_client.protocol.rendezvous import Punch as PunchNow
 from fmi_client.transport.reactor import Callback, Reactor
+from fmi_client.transport.relay import Dial
 from fmi_client.transport.sockets import (
     IN_PROGRESS,
     RETRY,
@@ -28,6 +32,12 @@ from fmi_client.transport.sockets import (
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.25
 """Seconds between attempts at one address; jittered, so that two sides do not miss in step."""
+
+RELAY_AFTER = 0.4
+"""Seconds of punching before the relay is asked, too, where there is hope without it."""
+
+RELAY_GRACE = 0.05
+"""Seconds for which a proven relay leg lets a direct connection come first."""
 
 LOBBY_SECONDS = 5.0
 """How long a caller may take to say who it is, or wait for the server to announce it."""
@@ -43,9 +53,12 @@ _NOT_THE_PEER = OSError(errno.ECONNRESET, "connected, but not to the peer")
 class _Trial:
     """One connection on which the handshake runs."""
 
-    def __init__(self, punch: Punch, sock: socket.socket, address: Address | None) -> None:
+    def __init__(
+        self, punch: Punch, sock: socket.socket, address: Address | None, kind: str = "direct"
+    ) -> None:
         self.punch = punch
         self.sock = sock
+        self.kind = kind
         self.address = address
         """Where we connected to, or None if the peer connected to us."""
         self.handshake = Handshake(
@@ -109,7 +122,9 @@ class Punch:
 
     Args:
         instruction: the server's "punch now": addresses and cookie of this pair.
-        on_linked: given the chosen socket and the bytes that came behind the handshake.
+        server: where relay legs go.
+        on_linked: given the chosen socket, its kind ("direct" or "relay"), and the bytes that
+            came behind the handshake.
         on_failed: given the error when `seconds` have passed in vain.
     """
 
@@ -122,8 +137,9 @@ class Punch:
         epoch: int,
         key: bytes | None,
         port: int,
+        server: Address,
         seconds: float,
-        on_linked: Callable[[socket.socket, bytes], None],
+        on_linked: Callable[[socket.socket, str, bytes], None],
         on_failed: Callable[[FmiError], None],
     ) -> None:
         self.reactor = reactor
@@ -133,6 +149,8 @@ class Punch:
         self.epoch = epoch
         self.key = key
         self._port = port
+        self._server = server
+        self._relay: Dial | None = None
         self._on_linked = on_linked
         self._on_failed = on_failed
         self._seconds = seconds
@@ -148,6 +166,9 @@ class Punch:
     def start(self) -> None:
         for address in self.instruction.addresses:
             self._attempt(address, FIRST_PAUSE)
+        if self.instruction.ticket is not None:
+            wait = 0.0 if self.instruction.hopeless else RELAY_AFTER
+            self.reactor.call_later(wait, self._dial_relay)
 
     # ----------------------------------------------------------------- connecting
     def _attempt(self, address: Address, pause: float) -> None:
@@ -188,6 +209,19 @@ class Punch:
             wait = pause * random.uniform(0.5, 1.5)
             self.reactor.call_later(wait, lambda: self._attempt(address, later))
 
+    def _dial_relay(self) -> None:
+        ticket = self.instruction.ticket
+        if not self._over and ticket is not None:
+            self._relay = Dial(
+                self.reactor, self._server, ticket, self._met_at_relay, self._no_relay
+            )
+
+    def _met_at_relay(self, sock: socket.socket) -> None:
+        self._trials.append(_Trial(self, sock, None, "relay"))
+
+    def _no_relay(self, reason: str) -> None:
+        self._last_error = f"relay: {reason}"
+
     def adopt(self, sock: socket.socket, hello: bytes) -> None:
         """Take over a connection that the peer made to our listener."""
         if self._over or len(self._trials) >= MAX_TRIALS:
@@ -205,6 +239,13 @@ class Punch:
         if trial.handshake.complete:
             self._win(trial)
         elif trial.handshake.low and trial.handshake.proven and self._picked is None:
+            if trial.kind == "relay":
+                self.reactor.call_later(RELAY_GRACE, lambda: self._pick(trial))
+            else:
+                self._pick(trial)
+
+    def _pick(self, trial: _Trial) -> None:
+        if not self._over and self._picked is None and trial in self._trials:
             self._picked = trial
             trial.pick()
 
@@ -226,12 +267,12 @@ class Punch:
         self.reactor.unwatch(trial.sock)
         self._trials.remove(trial)
         self.cancel()
-        self._on_linked(trial.sock, trial.handshake.rest())
+        self._on_linked(trial.sock, trial.kind, trial.handshake.rest())
 
     @property
     def connected(self) -> bool:
-        """Whether somebody is at the other end, proven or not."""
-        return bool(self._trials)
+        """Whether somebody is at the other end, proven or not, or awaited at the relay."""
+        return bool(self._trials) or (self._relay is not None and self._relay.waiting)
 
     @property
     def chosen(self) -> bool:
@@ -239,7 +280,7 @@ class Punch:
         return self._picked is not None
 
     def _expire(self) -> None:
-        if self._trials and self.stranger is None:
+        if self.connected and self.stranger is None:
             # Connected, but not answered: the peer computes. The operation's deadline decides.
             self._timer = self.reactor.call_later(self._seconds, self._expire)
             return
@@ -256,8 +297,8 @@ class Punch:
                 peer=self.peer,
             )
         return PunchFailed(
-            f"no direct connection within {self._seconds:.3g} s (last: {self._last_error}); "
-            "a symmetric NAT or a firewall may be in the way",
+            f"no connection within {self._seconds:.3g} s (last: {self._last_error}); a symmetric "
+            "NAT or a firewall may be in the way, and the server does not relay",
             rank=self.rank,
             peer=self.peer,
         )
@@ -266,6 +307,8 @@ class Punch:
         """Stop trying and close what is open."""
         self._over = True
         self._timer.cancel()
+        if self._relay is not None:
+            self._relay.cancel()
         for trial in self._trials:
             trial.close()
         for sock in self._connecting:

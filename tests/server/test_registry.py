@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from fmi_client.errors import JobFull, ProtocolError, RankTaken, RendezvousError, ServerDraining
+from fmi_client.errors import (
+    AuthenticationFailed,
+    JobFull,
+    ProtocolError,
+    RankTaken,
+    RendezvousError,
+    ServerDraining,
+)
 from fmi_client.protocol.rendezvous import Hello, unpack_ranks
 from rendezvous_server.registry import Member, Outbox, Registry
 
@@ -46,7 +53,7 @@ def test_all_are_told_when_the_last_rank_is_there(registry: Registry) -> None:
 
 def test_who_is_missing(registry: Registry) -> None:
     member, _ = join(registry, 1)
-    ((_, message),) = registry.request(member, {"t": "who"})
+    ((_, message),) = registry.request(member, {"t": "who"}, NOW)
     assert unpack_ranks(message["ranks"]) == [0, 2]
 
 
@@ -104,7 +111,7 @@ def test_a_rank_that_left_may_come_back_for_the_next_job_of_that_name(
     with pytest.raises(RankTaken):
         join(registry, 1)
     # The old job goes on, and ends without touching the new one.
-    assert said(registry.request(members[0], {"t": "link", "peer": 2})) == [("job/2", "want")]
+    assert said(registry.request(members[0], {"t": "link", "peer": 2}, NOW)) == [("job/2", "want")]
     registry.leave(members[0], clean=True, why="left")
     registry.leave(members[2], clean=True, why="left")
     join(registry, 0)
@@ -112,21 +119,59 @@ def test_a_rank_that_left_may_come_back_for_the_next_job_of_that_name(
 
 
 def test_both_sides_punch_when_both_asked(registry: Registry, members: list[Member]) -> None:
-    assert said(registry.request(members[0], {"t": "link", "peer": 2})) == [("job/2", "want")]
-    outbox = registry.request(members[2], {"t": "link", "peer": 0})
+    assert said(registry.request(members[0], {"t": "link", "peer": 2}, NOW)) == [("job/2", "want")]
+    outbox = registry.request(members[2], {"t": "link", "peer": 0}, NOW)
     assert said(outbox) == [("job/2", "punch"), ("job/0", "punch")]
     assert outbox[0][1]["peer"] == 0
     assert outbox[0][1]["at"] == [["203.0.113.0", 2000], ["10.0.0.1", 1000]]
     assert outbox[0][1]["cookie"] == outbox[1][1]["cookie"] == b"c" * 16
+    assert outbox[0][1]["ticket"] != outbox[1][1]["ticket"]
+    # Rank and server saw different ports: no punch gets through two such NATs.
+    assert outbox[0][1]["hopeless"] is True
     # The pair may ask again, for instance when the punch failed.
-    assert said(registry.request(members[2], {"t": "link", "peer": 0})) == [("job/0", "want")]
+    assert said(registry.request(members[2], {"t": "link", "peer": 0}, NOW)) == [("job/0", "want")]
+
+
+@pytest.mark.parametrize(
+    ("seen", "local", "public"),
+    [
+        (("203.0.113.2", 1000), ("10.0.0.1", 1000), False),
+        (("10.0.0.1", 1000), ("10.0.0.1", 1000), False),
+        (("203.0.113.2", 2000), ("10.0.0.1", 1000), True),
+    ],
+    ids=["a NAT that keeps the port", "public", "the other one is public"],
+)
+def test_where_there_is_hope_for_a_punch(
+    registry: Registry, seen: Any, local: Any, public: bool
+) -> None:
+    other = ("198.51.100.7", 3000)
+    hello = replace(HELLO, size=2, candidates=(local,))
+    one, _ = registry.join(hello, seen, "one", NOW)
+    at = other if public else ("203.0.113.9", 3000)
+    two, _ = registry.join(replace(hello, rank=1, candidates=(other,)), at, "two", NOW)
+    registry.request(one, {"t": "link", "peer": 1}, NOW)
+    assert registry.request(two, {"t": "link", "peer": 0}, NOW)[0][1]["hopeless"] is False
+
+
+def test_tickets_are_good_once_and_not_for_ever(registry: Registry, members: list[Member]) -> None:
+    registry.request(members[0], {"t": "link", "peer": 1}, NOW)
+    tickets = [m["ticket"] for _, m in registry.request(members[1], {"t": "link", "peer": 0}, NOW)]
+    pair = registry.claim(tickets[0], NOW)
+    assert pair.ranks == (1, 0)
+    for ticket, now in ((tickets[0], NOW), (tickets[1], NOW + 1000), (b"x" * 16, NOW)):
+        with pytest.raises(AuthenticationFailed):
+            registry.claim(ticket, now)
+    silent = Registry(ttl=60, relay=False)
+    one, two = (join(silent, rank, size=2)[0] for rank in range(2))
+    silent.request(one, {"t": "link", "peer": 1}, NOW)
+    assert "ticket" not in silent.request(two, {"t": "link", "peer": 0}, NOW)[0][1]
 
 
 def test_a_link_with_who_has_gone_is_answered_with_that(
     registry: Registry, members: list[Member]
 ) -> None:
     registry.leave(members[1], clean=True, why="left")
-    assert said(registry.request(members[0], {"t": "link", "peer": 1})) == [("job/0", "gone")]
+    assert said(registry.request(members[0], {"t": "link", "peer": 1}, NOW)) == [("job/0", "gone")]
 
 
 @pytest.mark.parametrize(
@@ -144,13 +189,12 @@ def test_senseless_requests_are_protocol_errors(
     registry: Registry, members: list[Member], message: Any
 ) -> None:
     with pytest.raises(ProtocolError):
-        registry.request(members[0], message)
+        registry.request(members[0], message, NOW)
 
 
 def test_an_abort_reaches_all_others(registry: Registry, members: list[Member]) -> None:
-    outbox = registry.request(
-        members[1], {"t": "abort", "kind": "abort", "reason": "why", "ranks": []}
-    )
+    message = {"t": "abort", "kind": "abort", "reason": "why", "ranks": []}
+    outbox = registry.request(members[1], message, NOW)
     assert said(outbox) == [("job/0", "aborted"), ("job/2", "aborted")]
     assert (outbox[0][1]["by"], outbox[0][1]["reason"]) == (1, "why")
 

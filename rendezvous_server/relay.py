@@ -1,0 +1,100 @@
+"""Passing on bytes between two ranks that cannot reach each other."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from fmi_client.protocol.rendezvous import RELAY_GO
+from rendezvous_server.registry import TICKET_SECONDS, RelayPair
+
+log = structlog.get_logger()
+
+BUFFER_BYTES = 64 * 1024
+"""What one read takes, and what may wait to be written before reading stops: a receiver that
+stalls costs the server twice this per direction."""
+
+
+class Traffic:
+    """What is relayed, and what was since the start."""
+
+    def __init__(self) -> None:
+        self.legs: set[Leg] = set()
+        self.pairs = 0
+        self.bytes = 0
+
+
+class Leg(asyncio.BufferedProtocol):
+    """One of the two connections of a relayed pair; takes over from `Connection`.
+
+    Args:
+        traffic: where it counts itself and its bytes.
+    """
+
+    def __init__(self, transport: asyncio.Transport, pair: RelayPair, traffic: Traffic) -> None:
+        self._transport = transport
+        self._pair = pair
+        self._traffic = traffic
+        traffic.legs.add(self)
+        self._peer: Leg | None = None
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._passed = 0
+        loop = asyncio.get_running_loop()
+        self._patience: asyncio.TimerHandle | None = loop.call_later(
+            TICKET_SECONDS, transport.abort
+        )
+        transport.set_write_buffer_limits(high=BUFFER_BYTES)
+        transport.pause_reading()
+
+    def meet(self, first: Leg) -> None:
+        """Both legs are there: let the bytes flow."""
+        for leg, peer in ((self, first), (first, self)):
+            leg._peer = peer
+            if leg._patience is not None:
+                leg._patience.cancel()
+            leg._transport.write(RELAY_GO)
+            leg._transport.resume_reading()
+        self._traffic.pairs += 1
+        log.info("relaying", job=self._pair.job.name, ranks=self._pair.ranks)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is here, alone."""
+        return self._peer is None and not self._transport.is_closing()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._peer is not None:
+            self._passed += nbytes
+            self._traffic.bytes += nbytes
+            self._peer._transport.write(bytes(self._buffer[:nbytes]))
+
+    def pause_writing(self) -> None:
+        """This side does not keep up: stop reading from the other."""
+        if self._peer is not None:
+            self._peer._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._peer is not None and not self._peer._transport.is_closing():
+            self._peer._transport.resume_reading()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._traffic.legs.discard(self)
+        if self._patience is not None:
+            self._patience.cancel()
+        if self._peer is None:
+            return
+        if not self._peer._transport.is_closing():
+            log.info(
+                "relay ended",
+                job=self._pair.job.name,
+                ranks=self._pair.ranks,
+                bytes=self._passed + self._peer._passed,
+            )
+        self._peer._transport.close()  # after what is still to be written

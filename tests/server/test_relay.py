@@ -1,0 +1,128 @@
+"""Ranks that cannot be linked directly meet on the server, and do not notice."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fmi_client
+from fmi_client.errors import PunchFailed, RankFailed
+from fmi_client.protocol.rendezvous import relay_request
+from fmi_client.transport.punch import Punch
+from rendezvous_server.relay import BUFFER_BYTES
+from tests.support import KEY, serving, until
+
+
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind NATs that no punch gets through: no attempt at an address comes to anything."""
+    monkeypatch.setattr(Punch, "_attempt", lambda *_: None)
+
+
+async def join(address: str, rank: int, size: int = 2, **more: Any) -> Any:
+    arguments: dict[str, Any] = {"job": "job", "key": KEY, "timeout": 10} | more
+    return await fmi_client.connect(address, rank=rank, size=size, **arguments)
+
+
+async def close(ranks: list[Any]) -> None:
+    await asyncio.gather(*(comm.close() for comm in ranks))
+
+
+@pytest.mark.usefixtures("unreachable")
+async def test_collectives_do_not_know() -> None:
+    async with serving() as (server, address):
+        ranks = await asyncio.gather(*(join(address, r, 5) for r in range(5)))
+        begun = time.monotonic()
+        await asyncio.gather(*(comm.barrier() for comm in ranks))
+        assert time.monotonic() - begun < 1
+        totals = await asyncio.gather(*(comm.allreduce(np.ones(300_000)) for comm in ranks))
+        assert all((total == 5).all() for total in totals)
+        gathered = await asyncio.gather(*(comm.gather(bytes(200_000)) for comm in ranks))
+        assert [len(item) for item in gathered[0]] == [200_000] * 5
+        kinds = {link["kind"] for comm in ranks for link in comm.stats()["links"].values()}
+        assert kinds == {"relay"}
+        assert server.relayed.pairs == 10
+        assert server.relayed.bytes > 4 * 300_000 * 8
+        await close(ranks)
+        await until(lambda: not server.relayed.legs)
+
+
+@pytest.mark.usefixtures("unreachable")
+async def test_without_a_relay_the_link_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmi_client.joining.PUNCH_SECONDS", 0.3)
+    async with serving(relay=False) as (_, address):
+        ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
+        results = await asyncio.gather(*(c.barrier() for c in ranks), return_exceptions=True)
+        assert all(isinstance(error, PunchFailed) for error in results)
+        assert "does not relay" in str(results[0])
+        await close(ranks)
+
+
+async def test_a_direct_connection_is_preferred() -> None:
+    async with serving() as (server, address):
+        ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
+        for member in next(iter(server.registry.jobs)).members.values():
+            member.addresses = (*member.addresses, ("127.0.0.1", 9))  # as behind a symmetric NAT
+        await asyncio.gather(*(comm.barrier() for comm in ranks))
+        assert [comm.stats()["links"][1 - comm.rank]["kind"] for comm in ranks] == ["direct"] * 2
+        await close(ranks)
+
+
+@pytest.mark.usefixtures("unreachable")
+async def test_a_rank_that_dies_behind_the_relay_is_named() -> None:
+    async with serving() as (_, address):
+        ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
+        await asyncio.gather(*(comm.barrier() for comm in ranks))
+        waiting = asyncio.ensure_future(ranks[0].recv(1))
+        await asyncio.sleep(0)
+        ranks[1]._endpoint._control.close()  # as when its process is killed
+        with pytest.raises(RankFailed) as caught:
+            await waiting
+        assert caught.value.rank == 1
+        await close(ranks)
+
+
+@pytest.mark.usefixtures("unreachable")
+async def test_a_receiver_that_stalls_costs_the_server_little() -> None:
+    async with serving() as (server, address):
+        ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
+        await asyncio.gather(*(comm.barrier() for comm in ranks))
+        before = server.relayed.bytes
+        sending = asyncio.ensure_future(ranks[0].send(bytes(100_000_000), 1))
+        held, passed = [0], -1
+        while passed != server.relayed.bytes:  # until nothing moves any more
+            passed = server.relayed.bytes
+            await asyncio.wait([sending], timeout=0.1)
+            held += [leg._transport.get_write_buffer_size() for leg in server.relayed.legs]
+        assert not sending.done()
+        assert server.relayed.bytes - before < 50_000_000
+        assert max(held) <= 3 * BUFFER_BYTES
+        assert len(await ranks[1].recv(0)) == 100_000_000
+        await sending
+        await close(ranks)
+
+
+async def test_a_ticket_is_needed_and_good_for_once() -> None:
+    async with serving() as (server, address):
+        host, port = address.split(":")
+        ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
+        job = next(iter(server.registry.jobs))
+        for rank in (0, 1):
+            outbox = server.registry.request(
+                job.members[rank], {"t": "link", "peer": 1 - rank}, time.time()
+            )
+        ticket = outbox[0][1]["ticket"]
+        first = await asyncio.open_connection(host, int(port))
+        first[1].write(relay_request(ticket))
+        await until(lambda: bool(server.relayed.legs))
+        for bad in (ticket, b"x" * 16):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(relay_request(bad))
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+            writer.close()
+        first[1].close()
+        await close(ranks)
