@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("step", choices=("init", "infer", "summarize"))
     step = parser.parse_args().step
     logging.basicConfig(level="INFO", format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("torch").setLevel("WARNING")  # it tells of its caches
     output = Output(_take_stdout())
     sys.excepthook = output.error
     # As an exit, not a sudden death: what is half-written or temporary is cleaned up.
@@ -80,7 +81,7 @@ def _take_stdout() -> TextIO:
 def _read_event() -> object:
     try:
         return json.load(sys.stdin)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EventError(f"stdin: expected the event as JSON: {error}") from None
 
 
@@ -88,7 +89,7 @@ def _rank(event: object) -> int | None:
     rank = event.get("rank", event.get("RANK")) if isinstance(event, dict) else None
     try:
         return int(rank)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -83,6 +83,14 @@ class Shard:
         parts = [self._parts[span.file].part(span.start, span.stop) for span in spans]
         return parts[0] if len(parts) == 1 else Rows(*map(torch.cat, zip(*parts, strict=True)))
 
+    def flaw(self, row: int) -> str | None:
+        """Which part of a row is not finite (or, for a redshift, not above -1), if any."""
+        rows = self.batch(row, row + 1)
+        for name, tensor in zip(SHAPES, rows, strict=True):
+            if not bool(torch.isfinite(tensor).all()):
+                return name
+        return None if float(rows.redshift[0]) > -1 else "redshift"
+
     def name(self, row: int) -> str:
         """Which file and row the shard's row is, for messages."""
         span = cut(self._lengths, row, row + 1)[0]

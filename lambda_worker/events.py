@@ -40,6 +40,12 @@ def _endpoint(value: object) -> object:
     return value
 
 
+def _bucket(value: object) -> object:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}|/.*|(file|s3)://.+", str(value)):
+        raise ValueError("expected the name of an S3 bucket")
+    return value
+
+
 def _relative(value: object) -> object:
     if isinstance(value, str) and ".." in value.split("/"):
         raise ValueError("expected a path below the results folder, without '..'")
@@ -74,22 +80,50 @@ RunName = Annotated[str, _name(100)]
 Files = Annotated[str | list[str] | None, BeforeValidator(_files)]
 
 
+def _is_place(name: str) -> bool:
+    """Whether a name is complete, and no key of a bucket."""
+    return "://" in name or name.startswith("/")
+
+
+def _bucket_url(bucket: str) -> str:
+    """A bucket's URL; a folder may stand in a bucket's place, to try a payload without S3."""
+    return bucket.rstrip("/") if _is_place(bucket) else f"s3://{bucket}"
+
+
+def _string_keys(value: object) -> object:
+    """Ranks as JSON's keys are, strings, also where a Python caller writes numbers."""
+    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _filled(value: object) -> object:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("expected a name, not an empty text")
+    if isinstance(value, str) and re.match("s3://(/|$)", value):
+        raise ValueError("expected s3://bucket/key")
+    return value
+
+
+Place = Annotated[str, BeforeValidator(_filled)]
+Bucket = Annotated[str, BeforeValidator(_bucket)]
+
+
 class _Job(BaseModel):
     """Fields that the whole job and one rank's part of it have in common."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     batch_size: Count = 128
-    data_bucket: str | None = None
+    data_bucket: Bucket | None = None
     data_prefix: str | None = None
-    model: str | None = None
-    results: str | None = None
+    model: Place | None = None
+    results: Place | None = None
     result_path: RelativePath | None = None
     fmi_enabled: bool | None = None
     rendezvous_endpoint: Endpoint | None = None
     epoch: Index = 0
     timeout: Seconds = 300.0
-    threads: Count | None = None
+    threads: Annotated[int, BeforeValidator(_number), Field(ge=1, le=1024)] | None = None
+    strict: bool = True
     # The original downloads code from the bucket and runs it. Ours ships inside the worker: what
     # an event names is never executed. Accepted so that existing payloads work, and ignored.
     s3_object_name: str | None = None
@@ -115,10 +149,10 @@ class Payload(_Job):
     """The event of `init`: one job."""
 
     world_size: WorldSize | None = None
-    bucket: str | None = None
-    data: str | None = None
+    bucket: Bucket | None = None
+    data: Place | None = None
     data_size: Literal["small", "medium", "large"] | None = None
-    data_map: dict[str, Files] | None = None
+    data_map: Annotated[dict[str, Files], BeforeValidator(_string_keys)] | None = None
     file_limit: Count | None = None
     unique_id: Annotated[str, _name(64)] | None = None
     run: RunName | None = None
@@ -140,7 +174,7 @@ class Payload(_Job):
     @model_validator(mode="after")
     def _some_data(self) -> Payload:
         fixed = self.data_map is not None and None not in self.data_map.values()
-        if self.data is None and self.any_bucket is None and not fixed:
+        if self.data_url is None and not fixed:
             raise ValueError("data: missing, expected a .pt file or folder, or a bucket's name")
         return self
 
@@ -151,18 +185,20 @@ class Payload(_Job):
     @property
     def data_url(self) -> str | None:
         """Where the dataset is: the folder or `.pt` file that the fields name, or None."""
-        url = self.data
-        if url is None and self.any_bucket is not None:
+        if self.data is not None:
+            return self.data
+        if self.any_bucket is not None:
             prefix = self.data_prefix or ("datasets" if self.data_size else "")
-            url = f"s3://{self.any_bucket}/{prefix}".rstrip("/")
-        return url
+            return f"{_bucket_url(self.any_bucket)}/{prefix}".rstrip("/")
+        # Without a bucket, this machine: where `cosmic data make` puts what it makes.
+        return self.data_prefix or ("data" if self.data_size else None)
 
     def file_url(self, name: str) -> str:
         """Full URL of a file that `data_map` names."""
-        if "://" in name or name.startswith("/"):
+        if _is_place(name):
             return name
         if self.data is None:  # a key of the bucket, as the reference's initializer writes it
-            return f"s3://{self.any_bucket}/{name}" if self.any_bucket else name
+            return f"{_bucket_url(self.any_bucket)}/{name}" if self.any_bucket else name
         return name if self.data.endswith(".pt") else f"{self.data.rstrip('/')}/{name}"
 
     def run_name(self) -> str:
@@ -179,8 +215,10 @@ class Payload(_Job):
         the original's "results/world_4" is ./results/world_4 here.
         """
         in_bucket = self.results is None and self.data is None and self.any_bucket
-        base = self.results or (f"s3://{self.any_bucket}" if in_bucket else "results")
+        base = self.results or (_bucket_url(str(self.any_bucket)) if in_bucket else "results")
         path = self.result_path or ("results" if in_bucket else "")
+        if path.startswith("/") and not self.results and not in_bucket:
+            return f"{path.rstrip('/')}/{run}"
         parts = [part for part in path.split("/") if part]
         if parts and parts[0] == base.rstrip("/").rpartition("/")[2]:
             parts = parts[1:]
@@ -207,7 +245,7 @@ class RankTask(_Job):
             )
         if self.joins and self.run is None:
             raise ValueError("run: missing, expected the name of the job to join")
-        if self.results is None and (self.data_bucket is None or self.result_path is None):
+        if self.results is None and self.result_path is None:
             raise ValueError("results: missing, expected a folder's URL")
         if any(start > stop for _, start, stop in self.shard or ()):
             raise ValueError("shard: expected [file, start, stop] with start <= stop")
@@ -216,14 +254,18 @@ class RankTask(_Job):
     @property
     def results_url(self) -> str:
         """Folder that takes this rank's files; for the reference's item, the one it wrote to."""
-        return self.results or f"s3://{self.data_bucket}/{str(self.result_path).strip('/')}"
+        if self.results or self.data_bucket is None:
+            return self.results or str(self.result_path)
+        return f"{_bucket_url(self.data_bucket)}/{str(self.result_path).strip('/')}"
 
     @property
     def whole_files(self) -> list[str]:
         """URLs of the files of the reference's item, which a rank reads from first to last row."""
         names = [self.data_path] if isinstance(self.data_path, str) else self.data_path or []
-        plain = self.data_bucket is None
-        return [n if plain or "://" in n else f"s3://{self.data_bucket}/{n}" for n in names]
+        if self.data_bucket is None:
+            return names
+        bucket = _bucket_url(self.data_bucket)
+        return [name if _is_place(name) else f"{bucket}/{name}" for name in names]
 
 
 class RunInfo(BaseModel):

@@ -54,6 +54,7 @@ def init(event: object, context: object = None) -> dict[str, Any]:
     from lambda_worker import dataset
 
     files, data_map, world_size = _plan(payload)
+    storage.check_writable(payload.results_url("run"))
     rows = {file: dataset.count(file) for file in files}
     run = payload.run_name()
     common = _common(payload, run, world_size)
@@ -132,7 +133,11 @@ def _common(payload: Payload, run: str, world_size: int) -> dict[str, Any]:
 
 
 def _rendezvous(payload: Payload) -> dict[str, Any]:
-    fields: dict[str, Any] = {"fmi_enabled": payload.joins, "timeout": payload.timeout}
+    fields: dict[str, Any] = {
+        "fmi_enabled": payload.joins,
+        "timeout": payload.timeout,
+        "strict": payload.strict,
+    }
     if payload.joins:
         fields |= {"rendezvous_endpoint": payload.rendezvous_endpoint, "epoch": payload.epoch}
     if payload.threads is not None:
@@ -166,7 +171,11 @@ def _listed(payload: Payload) -> list[str]:
     size = payload.data_size
     if size and f"{size}.pt" in names:
         return [f"{url}/{size}.pt"]
-    if size:
+    made = sorted(name for name in names if re.fullmatch(f"demo-{size}-.*\\.pt", name))
+    if made:  # by `cosmic data make`; of several, say of two seeds, the first
+        return [f"{url}/{made[0]}"]
+    whole = payload.data is not None and any(name.endswith(".pt") for name in names)
+    if size and not (whole and f"{size}/" not in names):  # else the folder itself is meant
         url, names = f"{url}/{size}", storage.names(f"{url}/{size}")
     files = sorted((name for name in names if name.endswith(".pt")), key=_natural)
     if not files:
@@ -214,7 +223,7 @@ def _work(
     if comm is not None:
         comm.barrier()  # so that the ranks' inference times are of one moment
     inferred = inference.run(model, rows, task.batch_size, partial(progress, "infer"))
-    _warn(rows, inferred)
+    _judge(task, rows, inferred)
     total = metrics.sums(inferred.z_phot, inferred.z_spec)
     progress("gather", len(rows), len(rows))
     if comm is not None:
@@ -247,17 +256,31 @@ def _load(task: RankTask, scratch: Path, progress: Progress) -> tuple[Any, Shard
     return model, dataset.Shard(pieces, scratch)
 
 
-def _warn(rows: Shard, inferred: Inferred) -> None:
-    excluded = inferred.excluded
-    if len(excluded):
-        log.warning(
-            "%d of %d rows are excluded from the metrics, because an input, the redshift or the "
-            "prediction is not a finite number: %s%s",
-            len(excluded),
-            len(rows),
-            ", ".join(rows.name(int(row)) for row in excluded[:5]),
-            ", ..." if len(excluded) > 5 else "",
+def _judge(task: RankTask, rows: Shard, inferred: Inferred) -> None:
+    """Refuse data that are not finite, or (not `strict`) name what the metrics leave out."""
+    excluded = [int(row) for row in inferred.excluded]
+    if not excluded:
+        return
+    flaws = {row: rows.flaw(row) for row in excluded}
+    bad = [row for row in excluded if flaws[row]] if task.strict else []
+    named = ", ".join(
+        f"{rows.name(row)} ({flaws[row] or 'z_phot'})" for row in (bad or excluded)[:5]
+    )
+    named += ", ..." if len(bad or excluded) > 5 else ""
+    if bad:
+        from lambda_worker.dataset import DatasetError
+
+        raise DatasetError(
+            f"{len(bad)} of {len(rows)} rows are not finite numbers: {named}; mend the file, or "
+            "leave such rows out of the metrics with strict: false (cosmic run --no-strict)"
         )
+    log.warning(
+        "%d of %d rows are excluded from the metrics, because a part of them or the prediction is "
+        "not a finite number: %s",
+        len(excluded),
+        len(rows),
+        named,
+    )
 
 
 def _deliver(

@@ -356,23 +356,36 @@ def _assemble(config: ModelConfig, tensors: dict[str, Tensor], path: str | Path)
                 raise TypeError(f"{name} is {tensors[name].dtype}")
         model.load_state_dict(tensors, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{path}: its tensors do not fit its config: {error}") from error
+        raise ModelError(f"{path}: its tensors do not fit its config: {_first(error)}") from error
     return model.eval()
+
+
+def _first(error: Exception) -> str:
+    """The first of torch's many lines that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[1:] if len(lines) > 1 and lines[0].endswith(":") else lines
+    more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
+    return told[0][:200] + more if told else type(error).__name__
 
 
 def _check(config: ModelConfig) -> None:
     """Refuse sizes that torch would refuse late, or not at all."""
     sizes = [v for v in asdict(config).values() if not isinstance(v, tuple)]
     if min(sizes + list(config.inception)) < 1 or len(config.inception) != 5:
-        raise ModelError(f"sizes must be positive, with five Inception blocks: {config}")
+        raise ModelError("sizes must be positive, with five Inception blocks")
     if config.image_size % config.patch or config.image_size % 8:
-        raise ModelError(f"image_size must be a multiple of 8 and of patch: {config}")
+        raise ModelError(
+            f"image_size {config.image_size} must be a multiple of 8 and of patch {config.patch}"
+        )
     if config.width % config.heads or config.width % config.pcm_groups:
-        raise ModelError(f"width must be a multiple of heads and of pcm_groups: {config}")
+        raise ModelError(
+            f"width must be a multiple of heads ({config.heads}) and of pcm_groups "
+            f"({config.pcm_groups}), not {config.width}"
+        )
     mix = config.magnitude_mix
     lengths = [len(v) for v in (config.asinh_softening, config.magnitude_mean, mix, *mix)]
     if any(length not in (0, config.bands) for length in lengths):
-        raise ModelError(f"input scaling needs {config.bands} values, one per band: {config}")
+        raise ModelError(f"input scaling needs {config.bands} values, one per band")
     if bool(config.magnitude_mean) != bool(config.magnitude_mix):
         raise ModelError("magnitude_mean and magnitude_mix come together or not at all")
 

@@ -39,6 +39,8 @@ def local_path(url: str) -> Path | None:
     Raises:
         StorageError: another scheme.
     """
+    if not url or "\0" in url:
+        raise StorageError(f"cannot use {url!r}: expected a path, file:// or s3://bucket/key")
     parts = urlsplit(url)
     if "://" not in url:
         return Path(url).absolute()
@@ -51,7 +53,45 @@ def local_path(url: str) -> Path | None:
 
 def absolute(url: str) -> str:
     """The URL in the form that means the same in every process: s3:// or an absolute path."""
-    return str(local_path(url) or url.rstrip("/"))
+    path = local_path(url)
+    if path is not None:
+        return os.path.normpath(path)
+    _split(url)
+    return url.rstrip("/")
+
+
+def check_writable(url: str) -> None:
+    """Refuse a folder on this machine that files cannot be written to; changes nothing.
+
+    Raises:
+        StorageError: it is, or is inside, a file, or is read-only.
+    """
+    path = local_path(url)
+    if path is None:
+        return  # only a write would tell
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    if not nearest.is_dir():
+        raise StorageError(f"cannot write to {path}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise StorageError(f"cannot write to {path}: no permission in {nearest}")
+
+
+def remove(url: str) -> None:
+    """Remove a file, if it is there.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    path = local_path(url)
+    if path is None:
+        bucket, key = _split(url)
+        with _s3_errors("remove", url):
+            _s3().delete_object(Bucket=bucket, Key=key)
+        return
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot remove {path}: {error.strerror}") from error
 
 
 def read(url: str) -> bytes:

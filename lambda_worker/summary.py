@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -163,7 +164,19 @@ def summarize(run: RunInfo) -> dict[str, Any]:
     }
     storage.write(result["combined_data"], to_json(records))
     storage.write(result["summary_path"], to_json(result["summary"]))
+    _remove_strays(run)
     return result
+
+
+def _remove_strays(run: RunInfo) -> None:
+    """Remove what an earlier run of this name, of another size or kind, left beside ours."""
+    keep = {f"{rank}.json" for rank in range(run.world_size)}
+    if not run.fmi_enabled:
+        keep |= {f"{rank}.npz" for rank in range(run.world_size)}
+    for name in storage.names(run.results):
+        stray = bool(re.fullmatch(r"\d+\.(json|npz)", name)) and name not in keep
+        if stray or (name == "merged.json" and not run.fmi_enabled) or name == "redshift.png":
+            storage.remove(f"{run.results}/{name}")
 
 
 def _check_complete(run: RunInfo) -> None:

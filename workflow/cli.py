@@ -101,6 +101,10 @@ def run(
     no_fmi: Annotated[
         bool, typer.Option("--no-fmi", help="Ranks do not talk; summarize merges their records.")
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(help="Rows with NaN or infinity fail the run; else the metrics skip them."),
+    ] = True,
     rendezvous: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="A running server  [default: start one here]"),
@@ -124,6 +128,7 @@ def run(
     from workflow.local import RunFailed, RunPlan
 
     _check_data(data, demo_options=data_size is not None or seed is not None)
+    _check_model(model)
     _check_run(name, rendezvous, no_fmi)
     plan = RunPlan(
         data=data or str(data_path(data_size or Size.small, Split.test, seed or 0)),
@@ -134,6 +139,7 @@ def run(
         run=name,
         fmi=not no_fmi,
         rendezvous=rendezvous,
+        strict=strict,
         timeout=timeout,
     )
     try:
@@ -153,6 +159,11 @@ def _check_data(data: str | None, demo_options: bool) -> None:
     if "://" not in data and not Path(data).exists():
         text = f"{data} does not exist; name a .pt file or a folder, or leave it out for demo data"
         raise _wrong("--data", text)
+
+
+def _check_model(model: str | None) -> None:
+    if model is not None and "://" not in model and not Path(model).is_file():
+        raise _wrong("--model", f"{model}: no such file; leave it out for the demo model")
 
 
 def _check_run(name: str | None, rendezvous: str | None, no_fmi: bool) -> None:
@@ -187,6 +198,7 @@ def _fail(error: Exception) -> NoReturn:
 
 def _run(plan: RunPlan, demo: tuple[Size, int] | None) -> tuple[RunResult, str | None]:
     """Run the plan, on a demo dataset of this size and seed if given, and draw the plot."""
+    from lambda_worker.storage import StorageError
     from workflow.local import RankProgress, run_job
     from workflow.plot import save_plot
     from workflow.processes import run_until_signal
@@ -207,7 +219,11 @@ def _run(plan: RunPlan, demo: tuple[Size, int] | None) -> tuple[RunResult, str |
             return result, None
         view.step("plot: predicted against spectroscopic redshift")
         plot = result.combined_data.rpartition("/")[0] + "/redshift.png"
-        save_plot(result.predictions, result.summary["metrics"], plot)
+        try:
+            save_plot(result.predictions, result.summary["metrics"], plot)
+        except (StorageError, OSError) as error:
+            view.step(f"no plot: {error}")  # the results are there all the same
+            return result, None
     return result, plot
 
 

@@ -48,6 +48,7 @@ class RunPlan:
     run: str | None = None
     fmi: bool = True
     rendezvous: str | None = None
+    strict: bool = True
     timeout: float = 3600.0
     worker: Sequence[str] = (sys.executable, "-m", "lambda_worker")
     server: Sequence[str] = (sys.executable, "-m", "rendezvous_server")
@@ -215,6 +216,7 @@ class _Job:
             "fmi_enabled": plan.fmi,
             "rendezvous_endpoint": endpoint,
             "threads": threads,
+            "strict": plan.strict,
             # One limit only: the run's own, by which the launcher ends all ranks.
             "timeout": plan.timeout,
         }

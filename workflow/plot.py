@@ -60,7 +60,7 @@ def redshift_png(z_spec: Floats, z_phot: Floats, metrics: Mapping[str, float | N
     above = _predictions(upper, z_spec, z_phot, limit, norm)
     residual = (z_phot - z_spec) / (1 + z_spec)
     below = _residuals(lower, z_spec, residual, limit, metrics["nmad"] or 0.0, norm)
-    norm.vmax = max(10.0, *_counts(above), *_counts(below))
+    norm.vmax = max([10.0, *_counts(above), *_counts(below)])
     figure.colorbar(
         above, ax=[upper, lower], label="galaxies per cell", format="{x:,.0f}", pad=0.02, aspect=40
     )

@@ -162,4 +162,5 @@ class PlainView:
 
     def _say(self, text: str) -> None:
         self._spoke = time.monotonic()
-        print(f"{self._spoke - self._began:6.1f} s  {text}", file=sys.stderr, flush=True)
+        if sys.stderr is not None:  # closed; print would turn to stdout
+            print(f"{self._spoke - self._began:6.1f} s  {text}", file=sys.stderr, flush=True)

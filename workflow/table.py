@@ -18,6 +18,7 @@ __all__ = ["notes", "print_result", "rank_table"]
 
 # More would push the total off the screen; combined_data.json has them all.
 _SHOWN_RANKS = 32
+_NO_LIMIT = 10_000
 # Key in a summary's metrics: name in a record, format.
 _METRICS = {
     "mae": ("MAE", ".4f"),
@@ -32,7 +33,8 @@ def print_result(result: RunResult, plot: str | None) -> None:
     """Print the table of ``result``, what its rates mean, and where its files are, to stdout."""
     console, table = Console(), rank_table(result)
     # Numbers are never cut: what does not fit makes the lines longer.
-    console.width = max(console.width, console.measure(table).maximum)
+    wide = console.options.update(max_width=_NO_LIMIT)
+    console.width = max(console.width, console.measure(table, options=wide).maximum)
     console.print(table)
     print("", *notes(result), "", sep="\n")
     for label, url in {"results": result.combined_data, "plot": plot}.items():

@@ -67,7 +67,14 @@ def test_rank_item_in_upper_case() -> None:
         ({"rendezvous_endpoint": "host"}, "rendezvous_endpoint: got 'host', expected host:port"),
         ({"rendezvous_endpoint": "h:65536"}, "rendezvous_endpoint: got 'h:65536', expected host"),
         ({"rendezvous_endpoint": None, "fmi_enabled": True}, "rendezvous_endpoint: missing, "),
-        ({"bucket": None}, "data: missing, expected a .pt file or folder, or a bucket's name"),
+        ({"bucket": "a b"}, "bucket: got 'a b', expected the name of an S3 bucket"),
+        ({"data": " "}, "data: got ' ', expected a name"),
+        ({"results": "s3://"}, "results: got 's3://', expected s3://bucket/key"),
+        ({"threads": 10**9}, "threads: got 1000000000, expected less"),
+        (
+            {"bucket": None, "data_prefix": None},
+            "data: missing, expected a .pt file or folder, or a bucket's name",
+        ),
         ({"data_map": {"0": None, "2": None}}, "data_map: got keys 0, 2, expected one per rank"),
         (
             {"data_map": {"0": 5, "1": None, "2": None, "3": None}},
@@ -96,7 +103,7 @@ def test_all_wrong_fields_are_named_at_once() -> None:
     ("change", "message"),
     [
         ({"RANK": "4"}, "rank: got 4, expected 0 to 3"),
-        ({"DATA_BUCKET": None}, "results: missing"),
+        ({"DATA_BUCKET": None, "RESULT_PATH": None}, "results: missing"),
         ({"fmi_enabled": True, "rendezvous_endpoint": "h:1"}, "run: missing"),
         ({"shard": [["a.pt", 3, 2]]}, "shard: expected"),
         ({"SECRET": "sesame"}, "unknown field 'SECRET'"),
@@ -132,6 +139,24 @@ def test_ranks_work_alone_if_told_so() -> None:
 )
 def test_results_of_local_data(fields: dict[str, Any], url: str) -> None:
     assert parse(Payload, {"data": "d", **fields}).results_url("r") == url
+
+
+def test_the_known_forms_work_on_this_machine_with_folders_in_place_of_buckets() -> None:
+    local = parse(
+        Payload, {**STEP_1, "bucket": "/srv/b", "data_map": {0: None, 1: "x/1.pt"}, "world_size": 2}
+    )
+    assert local.data_url == "/srv/b/datasets"
+    assert local.file_url("x/1.pt") == "/srv/b/x/1.pt"
+    assert local.results_url("r") == "/srv/b/results/r"
+    assert parse(Payload, {"data_prefix": "/srv/100MB"}).data_url == "/srv/100MB"
+    assert parse(Payload, {"data_size": "small"}).data_url == "data"
+    assert parse(Payload, {"data": "d", "result_path": "/srv/out"}).results_url("r") == "/srv/out/r"
+    item = parse(
+        RankTask, {**ITEM, "DATA_BUCKET": None, "DATA_PATH": ["/d/1.pt"], "RESULT_PATH": "/o"}
+    )
+    assert (item.whole_files, item.results_url) == (["/d/1.pt"], "/o")
+    item = parse(RankTask, {**ITEM, "DATA_PATH": "/d/1.pt"})
+    assert item.whole_files == ["/d/1.pt"]
 
 
 def test_run_has_a_new_name_each_time_unless_given() -> None:

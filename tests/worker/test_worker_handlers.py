@@ -19,6 +19,7 @@ from fmi_client.errors import Aborted
 from lambda_worker import handlers, inference, storage
 from lambda_worker.dataset import DatasetError
 from lambda_worker.model import DEMO_MODEL, ModelError, load_model
+from lambda_worker.storage import StorageError
 from lambda_worker.summary import SummaryError
 from tests.worker.worker_data import MakePt, tensors
 
@@ -269,9 +270,11 @@ def test_rows_that_are_not_finite_are_named_and_do_not_count(
     rows[2][7] = torch.nan
     rows[2][8] = -1.0
     torch.save(TensorDataset(*rows), tmp_path / "a.pt")
-    plan = handlers.init(
-        {"data": str(tmp_path / "a.pt"), "results": str(tmp_path), "world_size": world_size}
-    )
+    event = {"data": str(tmp_path / "a.pt"), "results": str(tmp_path), "world_size": world_size}
+    with pytest.raises(DatasetError, match=r"rows are not finite.*a\.pt row 1 \(images\)"):
+        alone(handlers.init(event))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.pt"]
+    plan = handlers.init({**event, "strict": False})
     with caplog.at_level(logging.WARNING):
         result = alone(plan)
     kept = [0, 2, 3, 5, 6, 9, 10, 11]
@@ -333,6 +336,35 @@ def test_no_data(make_pt: MakePt, tmp_path: Path, event: dict[str, Any], message
     make_pt("data/small/1.pt", 3)
     with pytest.raises(DatasetError, match=message):
         handlers.init({"data": str(tmp_path / "data"), **event})
+
+
+def test_a_size_is_found_as_the_demo_data_are_named(make_pt: MakePt, tmp_path: Path) -> None:
+    make_pt("data/demo-small-test-0-abc.pt", 3)
+    make_pt("data/demo-medium-test-0-abc.pt", 4)
+    assert handlers.init({"data": str(tmp_path / "data"), "data_size": "small"})["rows"] == 3
+    make_pt("mine/1.pt", 5)
+    assert handlers.init({"data": str(tmp_path / "mine"), "data_size": "medium"})["rows"] == 5
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_work(
+    payload: dict[str, Any],
+) -> None:
+    file = Path(payload["data"])
+    file = file if file.is_file() else next(file.glob("*.pt"))
+    with pytest.raises(StorageError, match="is not a folder"):
+        handlers.init({**payload, "results": str(file / "results")})
+
+
+def test_a_smaller_run_of_the_same_name_leaves_nothing_of_the_larger_one(
+    payload: dict[str, Any],
+) -> None:
+    for size in (3, 2):
+        result = alone(handlers.init({**payload, "world_size": size, "run": "again"}))
+    folder = Path(result["combined_data"]).parent
+    assert {path.name for path in folder.iterdir()} == {
+        *("0.json", "1.json", "0.npz", "1.npz"),
+        *("combined_data.json", "summary.json", "predictions.npz"),
+    }
 
 
 def test_rank_item_of_the_reference_reads_whole_files(payload: dict[str, Any]) -> None:

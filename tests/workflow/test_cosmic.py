@@ -49,6 +49,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     [
         ([], ["run", "data", "model"]),
         (["run"], ["--world-size", "[default: 4", "cosmic run --json | jq", "130"]),
+        (["run"], ["--strict", "--no-strict"]),
         (["data", "make"], ["--split", "./data/demo-SIZE-SPLIT-SEED-VERSION.pt"]),
         (["model", "train"], ["--epochs"]),
     ],
@@ -124,6 +125,16 @@ def test_a_failed_run_says_whose_fault_it_was(start: Start) -> None:
     error = {"who": "rank 1", "type": "DatasetError", "message": "bad.pt: truncated", "rank": 1}
     assert json.loads(out) == {"error": error}
     assert err.splitlines()[-1] == "Error: rank 1 failed: DatasetError: bad.pt: truncated"
+
+
+def test_a_plot_that_cannot_be_drawn_does_not_cost_the_results(
+    start: Start, tmp_path: Path
+) -> None:
+    data = 'fake://{"plot": "of a file that is not there"}'
+    code, out, err = finish(start("run", "--data", data, "--no-fmi", "--json"))
+    assert code == 0
+    assert json.loads(out)["plot"] is None
+    assert "no plot: " in err
 
 
 def test_the_demo_file_is_used_again(start: Start, tmp_path: Path) -> None:

@@ -57,3 +57,10 @@ def test_rows_without_a_prediction_are_left_out(tmp_path: Path) -> None:
     expected = redshift_png(z_spec[1::2], z_phot[1::2], METRICS)
     drawn = (tmp_path / "redshift.png").read_bytes()
     assert np.array_equal(pixels(drawn), pixels(expected))
+
+
+@pytest.mark.parametrize(("z_spec", "z_phot"), [(0.01, -0.02), (-0.5, -0.5), (0.1, -0.9)])
+def test_galaxies_that_are_all_outside_the_panels(z_spec: float, z_phot: float) -> None:
+    metrics = dict.fromkeys(("mae", "mse", "bias", "nmad", "r2"), 0.1)
+    picture = redshift_png(np.full(10, z_spec), np.full(10, z_phot), metrics)
+    assert picture.startswith(b"\x89PNG")

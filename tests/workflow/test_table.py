@@ -87,6 +87,16 @@ def test_a_line_longer_than_the_terminal_is_not_cut(
     assert "R²" in lines(capsys, result(), None)[1]
 
 
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_large_numbers_are_never_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    text = "\n".join(lines(capsys, result(rows=123_456_789), None))
+    assert "493,827,156" in text
+    assert "\u2026" not in text
+
+
 def test_metrics_without_a_value_show_as_dashes(capsys: pytest.CaptureFixture[str]) -> None:
     nothing = dict.fromkeys(METRICS)
     out = lines(capsys, result(ranks=1, rows=0, **nothing), None)

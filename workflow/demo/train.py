@@ -71,6 +71,7 @@ def train(
         OSError: the folder cannot be written.
     """
     started = time.perf_counter()
+    Path(folder).mkdir(parents=True, exist_ok=True)  # rather than find out after the training
     samples = {split: _simulate(split, rows, seed, progress) for split in ("train", "val")}
     torch.manual_seed(seed)
     model = build(demo_config(samples["train"].magnitudes), float(samples["train"].redshift.mean()))
