@@ -149,8 +149,16 @@ class Caller:
         return call.under_way
 
     def _check(self, call: Call, under_way: UnderWay) -> None:
-        """Raise what went wrong in a step that is done."""
+        """Raise what went wrong in a step; it is done, or nobody found out in time why not."""
         step, sent, received = under_way
+        if not under_way.done:
+            self._raise_failure(call)
+            raise CollectiveTimeout(
+                "no answer, and no word of who is missing",
+                rank=self._endpoint.rank,
+                op=call.op,
+                seq=_seq(call),
+            )
         for half, peer in ((received, step.source), (sent, step.dest)):
             if half is None or half.error is None or peer is None:
                 continue
