@@ -266,7 +266,10 @@ class Registry:
     def _introduce(self, one: Member, other: Member, now: float) -> Outbox:
         cookie = self._make_cookie()
         symmetric, public = one.symmetric or other.symmetric, one.public or other.public
-        common = {"t": "punch", "cookie": cookie, "hopeless": symmetric and not public}
+        # Two behind one NAT can still meet on its inside.
+        apart = one.addresses[0][0] != other.addresses[0][0]
+        hopeless = symmetric and not public and apart
+        common = {"t": "punch", "cookie": cookie, "hopeless": hopeless}
         pair = RelayPair(one.job, (one.rank, other.rank), now + TICKET_SECONDS)
         outbox: Outbox = []
         for member, peer in ((one, other), (other, one)):

@@ -25,13 +25,21 @@ from fmi_client.transport.relay import Dial
 from fmi_client.transport.sockets import (
     IN_PROGRESS,
     RETRY,
+    answers,
     bound_socket,
+    connect_short,
     keep_alive,
     system_error,
 )
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.25
 """Seconds between attempts at one address; jittered, so that two sides do not miss in step."""
+
+RUNGS = (2, 3, 4)
+"""Hops of the SYNs that only open our own NATs: behind one, two, or three of them."""
+
+RUNG_SECONDS = 0.03
+"""How long the peer has to come through an open door, beside two round trips."""
 
 RELAY_AFTER = 0.4
 """Seconds of punching before the relay is asked, too, where there is hope without it."""
@@ -172,38 +180,90 @@ class Punch:
 
     # ----------------------------------------------------------------- connecting
     def _attempt(self, address: Address, pause: float) -> None:
-        if self._over:
+        began = self.reactor.now()
+
+        def failed(error: OSError) -> None:
+            refused = error.errno == errno.ECONNREFUSED and address == self.instruction.addresses[0]
+            if not refused:
+                self._retry(address, pause, error)
+            elif self.rank > self.peer and pause > FIRST_PAUSE:
+                took = self.reactor.now() - began
+                self._last_error = f"{address[0]}:{address[1]}: {error}"
+                self._climb(address, list(RUNGS), 2 * took + RUNG_SECONDS)
+            else:
+                self._retry(address, min(pause, RUNG_SECONDS / 4), error)
+
+        self._connect(address, failed)
+
+    def _climb(self, address: Address, rungs: list[int], seconds: float) -> None:
+        """Open our own NATs for the lower rank, which keeps knocking.
+
+        Where routers refuse, two sides that both knock may do so for ever: the refusal makes
+        the NAT that it passes forget that its own host knocked. So one side sends SYNs that
+        get out but not as far as the router that would refuse them.
+        """
+        if not rungs:
+            self._attempt(address, FIRST_PAUSE)
             return
+
+        def further(_: OSError | None = None) -> None:
+            self._climb(address, rungs[1:], seconds)
+
+        def give_up() -> None:
+            if sock in self._connecting and not answers(sock):
+                self._abandon(sock)
+                sock.close()
+                further()
+
+        sock = self._connect(address, further, rungs[0])
+        if sock is not None:
+            self.reactor.call_later(seconds, give_up)
+
+    def _connect(
+        self, address: Address, on_error: Callable[[OSError], None], hops: int | None = None
+    ) -> socket.socket | None:
+        """Begin to connect; returns the socket while the outcome is open."""
+        if self._over:
+            return None
         try:
             sock = bound_socket(self._port)
         except OSError as error:
-            self._retry(address, pause, error)
-            return
-        code = sock.connect_ex(address)
-        if code == 0:
-            self._trials.append(_Trial(self, sock, address))
-        elif code in IN_PROGRESS:
+            on_error(error)
+            return None
+        code = connect_short(sock, address, hops) if hops else sock.connect_ex(address)
+        if code in IN_PROGRESS:
             self._connecting.add(sock)
-            self.reactor.watch(sock, None, self._when_connected(sock, address, pause))
-        else:
-            sock.close()
-            self._retry(address, pause, system_error(code))
+            self.reactor.watch(sock, None, self._when_connected(sock, address, on_error))
+            return sock
+        self._settle(sock, address, code, on_error)
+        return None
 
-    def _when_connected(self, sock: socket.socket, address: Address, pause: float) -> Callback:
+    def _when_connected(
+        self, sock: socket.socket, address: Address, on_error: Callable[[OSError], None]
+    ) -> Callback:
         def connected() -> None:
-            self._connecting.discard(sock)
-            self.reactor.unwatch(sock)
+            self._abandon(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code == 0:
-                self._trials.append(_Trial(self, sock, address))
-                return
-            sock.close()
-            self._retry(address, pause, system_error(code))
+            self._settle(sock, address, code, on_error)
 
         return connected
 
+    def _settle(
+        self, sock: socket.socket, address: Address, code: int, on_error: Callable[[OSError], None]
+    ) -> None:
+        if code == 0:
+            self._trials.append(_Trial(self, sock, address))
+        else:
+            sock.close()
+            on_error(system_error(code))
+
+    def _abandon(self, sock: socket.socket) -> None:
+        self._connecting.discard(sock)
+        self.reactor.unwatch(sock)
+
     def _retry(self, address: Address, pause: float, error: OSError) -> None:
-        self._last_error = f"{address[0]}:{address[1]}: {error}"
+        if address == self.instruction.addresses[0]:  # private ones may be anybody's
+            self._last_error = f"{address[0]}:{address[1]}: {error}"
         if error.errno in RETRY and not self._over:
             later = min(2 * pause, LONGEST_PAUSE)
             wait = pause * random.uniform(0.5, 1.5)
@@ -239,7 +299,7 @@ class Punch:
         if trial.handshake.complete:
             self._win(trial)
         elif trial.handshake.low and trial.handshake.proven and self._picked is None:
-            if trial.kind == "relay":
+            if trial.kind == "relay" and not self.instruction.hopeless:
                 self.reactor.call_later(RELAY_GRACE, lambda: self._pick(trial))
             else:
                 self._pick(trial)

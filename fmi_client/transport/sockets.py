@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -29,6 +30,10 @@ KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 5, 2, 3
 """Seconds, seconds, probes: a peer that vanished without a word is noticed in 11 s."""
 
 
+TCP_SYN_SENT, IP_MINTTL = 2, 21
+"""From linux/tcp_states.h and linux/in.h; Python's socket module does not name them."""
+
+
 def bound_socket(port: int, family: int = socket.AF_INET) -> socket.socket:
     """Return a non-blocking socket bound to local `port` (0: a free one, nobody else's).
 
@@ -53,6 +58,27 @@ def keep_alive(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+
+
+def connect_short(sock: socket.socket, address: Address, hops: int) -> int:
+    """As `connect_ex`, with a first SYN that dies after so many hops.
+
+    It opens the doors of our own NATs and reaches nobody who could slam them. Whatever the
+    socket sends later goes all the way: the peer's SYN may come, and wants an answer.
+    """
+    sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, hops)
+    # Drops, where the kernel knows the option, what quotes a packet that arrived with less:
+    # the "time exceeded" that we provoke would end the attempt (tcp_v4_err; RFC 5082).
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_IP, IP_MINTTL, 2)
+    code = sock.connect_ex(address)
+    sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, -1)
+    return code
+
+
+def answers(sock: socket.socket) -> bool:
+    """Whether the peer's SYN has come to a socket that connects."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_SYN_SENT
 
 
 def parse_endpoint(text: str, default_port: int = 10000) -> Address:

@@ -1,0 +1,92 @@
+"""Let ranks meet in a lab, and say how it went."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from tests.net.lab import ROOT, Host, Lab, Nat, Site
+
+_jobs = count()
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Try:
+    """One job, seen by all its ranks."""
+
+    records: list[dict[str, Any]]
+
+    @property
+    def errors(self) -> list[str]:
+        return [f"{each['error']}: {each['why']}" for each in self.records if "error" in each]
+
+    @property
+    def kinds(self) -> set[str]:
+        return {kind for each in self.records for kind in each.get("kinds", {}).values()}
+
+    @property
+    def kind(self) -> str:
+        """How the links were made: "direct", "relay", "mixed" or "failed"."""
+        if self.errors:
+            return "failed"
+        return self.kinds.pop() if len(self.kinds) == 1 else "mixed"
+
+    @property
+    def seconds(self) -> float:
+        """From "all are there" to the end of the first barrier, on the slowest rank."""
+        return max(float(each["linked"]) for each in self.records)
+
+    def __repr__(self) -> str:
+        if self.errors:
+            return "; ".join(self.errors)
+        return f"{self.kind} in {1e3 * self.seconds:.1f} ms"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Many tries of one pair."""
+
+    tries: list[Try]
+
+    def count(self, kind: str) -> int:
+        return sum(each.kind == kind for each in self.tries)
+
+    @property
+    def milliseconds(self) -> list[float]:
+        return sorted(1e3 * each.seconds for each in self.tries if not each.errors)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.milliseconds)
+
+
+def play(lab: Lab, tries: int = 1, hosts: Sequence[Host] = (), timeout: float = 60) -> list[Try]:
+    """Run one rank on each host, in `tries` jobs one after the other."""
+    hosts = hosts or lab.hosts
+    job = f"play{next(_jobs)}"
+    with ExitStack() as stack:
+        ranks = []
+        for seat, host in enumerate(hosts):
+            arguments = [lab.server, job, str(seat), str(len(hosts)), str(tries)]
+            command = host.command(sys.executable, "-m", "tests.net.rank", *arguments)
+            rank = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            stack.enter_context(rank)
+            stack.callback(rank.kill)
+            ranks.append(rank)
+        outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise RuntimeError("a rank crashed; its traceback is above")
+    lines = [[json.loads(line) for line in output.splitlines()] for output in outputs]
+    return [Try(list(records)) for records in zip(*lines, strict=True)]
+
+
+def sites_of(one: Nat, other: Nat, *, together: bool = False) -> list[Site]:
+    """Return the sites for a pair of hosts; `together`: both behind one NAT."""
+    return [Site(one, hosts=2)] if together else [Site(one), Site(other)]
