@@ -6,7 +6,7 @@ import asyncio
 
 import structlog
 
-from fmi_client.protocol.rendezvous import RELAY_GO
+from fmi_client.protocol.relay import RELAY_GO
 from rendezvous_server.registry import TICKET_SECONDS, RelayPair
 
 log = structlog.get_logger()

@@ -260,15 +260,6 @@ def _sixteen(message: Message, name: str) -> bytes:
     return ticket
 
 
-def relay_request(ticket: bytes) -> bytes:
-    """Return what opens a relay leg."""
-    return frames.PREFACE + encode({"t": "relay", "ticket": ticket})
-
-
-RELAY_GO = b"\x01"
-"""The server's only byte on a relay leg: the peer's leg is there, all that follows is its."""
-
-
 def encode_address(address: Address) -> bytes:
     """Return the bytes under a code that stand for an address."""
     return f"{address[0]} {address[1]}".encode()

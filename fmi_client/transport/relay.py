@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from fmi_client.protocol.rendezvous import RELAY_GO, Address, relay_request
+from fmi_client.protocol.relay import RELAY_GO, relay_request
+from fmi_client.protocol.rendezvous import Address
 from fmi_client.transport.reactor import Reactor
 from fmi_client.transport.sockets import IN_PROGRESS, keep_alive, system_error
 

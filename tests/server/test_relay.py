@@ -11,7 +11,7 @@ import pytest
 
 import fmi_client
 from fmi_client.errors import PunchFailed, RankFailed
-from fmi_client.protocol.rendezvous import relay_request
+from fmi_client.protocol.relay import relay_request
 from fmi_client.transport.punch import Punch
 from rendezvous_server.relay import BUFFER_BYTES
 from tests.support import KEY, serving, until
