@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +31,10 @@ def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
 
 def pids(folder: Path) -> list[int]:
     """All processes that the fakes below `folder` have recorded."""
-    found = [int(pid) for path in folder.rglob("*.pid") for pid in path.read_text().split()]
-    servers = [recorded(path.parent, path.name)["pid"] for path in folder.rglob("server.json")]
+    # Not rglob: it fails where a temporary folder is removed while it looks.
+    files = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    found = [int(pid) for f in files if f.suffix == ".pid" for pid in f.read_text().split()]
+    servers = [recorded(f.parent, f.name)["pid"] for f in files if f.name == "server.json"]
     return found + servers
 
 
