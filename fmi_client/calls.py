@@ -41,8 +41,14 @@ class UnderWay(NamedTuple):
     sent: Send | None
     received: Receive | None
 
-    def halves(self) -> list[Send | Receive]:
-        return [half for half in (self.sent, self.received) if half is not None]
+    def halves(self) -> list[tuple[Send | Receive, int]]:
+        """Return what was started, each with the peer, receiving first."""
+        found: list[tuple[Send | Receive, int]] = []
+        if self.received is not None and self.step.source is not None:
+            found.append((self.received, self.step.source))
+        if self.sent is not None and self.step.dest is not None:
+            found.append((self.sent, self.step.dest))
+        return found
 
     @property
     def done(self) -> bool:
@@ -150,7 +156,6 @@ class Caller:
 
     def _check(self, call: Call, under_way: UnderWay) -> None:
         """Raise what went wrong in a step; it is done, or nobody found out in time why not."""
-        step, sent, received = under_way
         if not under_way.done:
             self._raise_failure(call)
             raise CollectiveTimeout(
@@ -159,8 +164,8 @@ class Caller:
                 op=call.op,
                 seq=_seq(call),
             )
-        for half, peer in ((received, step.source), (sent, step.dest)):
-            if half is None or half.error is None or peer is None:
+        for half, peer in under_way.halves():
+            if half.error is None:
                 continue
             world, error = self._group[peer], half.error
             if isinstance(error, SignatureMismatch):
@@ -177,9 +182,7 @@ class Caller:
     def _late(self, call: Call, under_way: UnderWay) -> None:
         """The deadline passed: raise, or (in a collective) let all ranks find who is missing."""
         self._raise_failure(call)
-        step, sent, received = under_way
-        pairs = ((received, step.source), (sent, step.dest))
-        missing = {self._group[p] for half, p in pairs if half and not half.done and p is not None}
+        missing = {self._group[peer] for half, peer in under_way.halves() if not half.done}
         within = f"within {call.timeout:.3g} s"
         for peer in missing:
             excuse = self._endpoint.excuse(peer)

@@ -122,7 +122,7 @@ def bcast(
     else:
         parent = -1
         meta, total = payload.meta, payload.nbytes
-        data = payload.parts[0] if len(payload.parts) == 1 else b"".join(payload.parts)
+        data = _join(payload)
         segments = total > SEGMENT_BYTES
     top = msgpack.packb([meta, total])
     for child in children:

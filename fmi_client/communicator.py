@@ -87,14 +87,14 @@ class Communicator(Operations):
             if (late or under_way.done) and not future.done():
                 future.set_result(None)
 
-        for half in under_way.halves():
+        for half, _ in under_way.halves():
             half.on_done = wake
         timer = loop.call_at(deadline, wake, True)
         try:
             await future
         finally:
             timer.cancel()
-            for half in under_way.halves():
+            for half, _ in under_way.halves():
                 half.on_done = None
 
     def _child(self, group: list[int], context: int) -> Self:
@@ -205,13 +205,10 @@ async def _join(request: JoinRequest) -> Communicator:
 
 
 async def _wait_ready(endpoint: SocketEndpoint, timeout: float) -> None:
-    def settled() -> bool:
-        return endpoint.ready or endpoint.failure is not None
-
     ask = ask_before(timeout)
-    if not await _until(endpoint, settled, timeout - ask):
+    if not await _until(endpoint, lambda: endpoint.settled, timeout - ask):
         endpoint.ask_missing()
-        if not await _until(endpoint, settled, ask):
+        if not await _until(endpoint, lambda: endpoint.settled, ask):
             raise endpoint.join_error()
     if endpoint.failure is not None:
         raise endpoint.failure.fresh()

@@ -121,7 +121,6 @@ class SocketEndpoint(Endpoint):
         self._reactor = reactor
         self._address = address
         self._request = request
-        self.ready = False
         self.missing: list[int] | None = None
         """Ranks that had not joined when we asked; None before the answer."""
         self.join_seconds = 0.0
@@ -143,8 +142,18 @@ class SocketEndpoint(Endpoint):
             self._on_lost,
         )
 
+    @property
+    def ready(self) -> bool:
+        """Whether all ranks of the job are there."""
+        return self._control.joined
+
+    @property
+    def settled(self) -> bool:
+        """Whether joining has ended, well or not."""
+        return self.ready or self.failure is not None
+
     def connect(self) -> None:
-        """Begin to join; `on_change` is called when all ranks are there, or on failure."""
+        """Begin to join; `on_change` is called when it is `settled`."""
         self._control.connect()
 
     def ask_missing(self) -> None:
@@ -177,7 +186,6 @@ class SocketEndpoint(Endpoint):
     def _on_event(self, event: Event) -> None:
         match event:
             case Ready():
-                self.ready = True
                 self.join_seconds = self._reactor.now() - self._started
                 self.on_change()
             case Missing(ranks):

@@ -152,13 +152,10 @@ def connect(
 
 
 def _wait_ready(endpoint: SocketEndpoint, reactor: SyncReactor, timeout: float) -> None:
-    def settled() -> bool:
-        return endpoint.ready or endpoint.failure is not None
-
     end = reactor.now() + timeout
-    if not reactor.run_until(settled, end - ask_before(timeout)):
+    if not reactor.run_until(lambda: endpoint.settled, end - ask_before(timeout)):
         endpoint.ask_missing()
-        if not reactor.run_until(settled, end):
+        if not reactor.run_until(lambda: endpoint.settled, end):
             raise endpoint.join_error()
     if endpoint.failure is not None:
         raise endpoint.failure.fresh()

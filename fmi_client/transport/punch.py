@@ -188,7 +188,7 @@ class Punch:
                 self._retry(address, pause, error)
             elif self.rank > self.peer and pause > FIRST_PAUSE:
                 took = self.reactor.now() - began
-                self._last_error = f"{address[0]}:{address[1]}: {error}"
+                self._note(address, error)
                 self._climb(address, list(RUNGS), 2 * took + RUNG_SECONDS)
             else:
                 self._retry(address, min(pause, RUNG_SECONDS / 4), error)
@@ -261,9 +261,12 @@ class Punch:
         self._connecting.discard(sock)
         self.reactor.unwatch(sock)
 
-    def _retry(self, address: Address, pause: float, error: OSError) -> None:
+    def _note(self, address: Address, error: OSError) -> None:
         if address == self.instruction.addresses[0]:  # private ones may be anybody's
             self._last_error = f"{address[0]}:{address[1]}: {error}"
+
+    def _retry(self, address: Address, pause: float, error: OSError) -> None:
+        self._note(address, error)
         if error.errno in RETRY and not self._over:
             later = min(2 * pause, LONGEST_PAUSE)
             wait = pause * random.uniform(0.5, 1.5)

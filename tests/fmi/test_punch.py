@@ -14,7 +14,7 @@ from fmi_client.errors import AuthenticationFailed, FmiError, RankFailed, Rendez
 from fmi_client.protocol.peer import Handshake
 from rendezvous_server.config import Config
 from rendezvous_server.server import Server
-from tests.support import KEY, run_ranks, serving
+from tests.support import KEY, run_ranks, serving, until
 
 
 async def join(address: str, rank: int, size: int = 2, **more: Any) -> Any:
@@ -157,8 +157,7 @@ async def test_ranks_that_wait_rejoin_a_server_that_comes_back() -> None:
     async with serving() as (server, address):
         port = int(address.split(":")[1])
         waiting = asyncio.ensure_future(join(address, 0))
-        while not server.registry.ranks:
-            await asyncio.wait([waiting], timeout=0.01)
+        await until(lambda: server.registry.ranks > 0)
         await server.stop()
     config = Config("127.0.0.1", port, -1, None, False, 600.0)
     again = Server(config)
