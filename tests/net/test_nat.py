@@ -59,7 +59,9 @@ def soon(tries: list[Try]) -> bool:
 @pytest.mark.parametrize(("one", "other"), DIRECT)
 def test_punched(one: Nat, other: Nat) -> None:
     done = tried(*sites_of(one, other))
-    assert {each.kind for each in done} == {"direct"}, done
+    # Behind a router that refuses, 1 try in some 200 comes about at the relay first (docs/nat.md).
+    spared = int("rst" in (one, other))
+    assert [each.kind for each in done].count("direct") >= TRIES - spared, done
     assert soon(done), done
 
 
