@@ -88,6 +88,15 @@ def main(
             help="Do not pass on data between ranks whose NATs keep them apart: they fail.",
         ),
     ] = False,
+    proxy_protocol: Annotated[
+        bool,
+        typer.Option(
+            "--proxy-protocol",
+            envvar=ENV + "PROXY_PROTOCOL",
+            help="Take ranks' addresses from the load balancer's PROXY header (version 2), "
+            "and nobody without one.  Whoever else reaches the port can claim any address.",
+        ),
+    ] = False,
     job_ttl: Annotated[
         float,
         typer.Option(envvar=ENV + "JOB_TTL", min=1, help="Seconds after which any job is ended."),
@@ -122,6 +131,7 @@ def main(
             job_ttl=job_ttl,
             admin_required=admin_port is not None,
             relay=not no_relay,
+            proxy_protocol=proxy_protocol,
         )
         uvloop.run(_serve(config))
     except ConfigError as error:

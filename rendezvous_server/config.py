@@ -21,6 +21,7 @@ class Config:
         allow_anonymous: whether ranks without a token may join.
         relay: whether ranks that cannot be linked directly may meet here.
         job_ttl: seconds after which any job is ended.
+        proxy_protocol: whether every rank's connection begins with a balancer's header.
     """
 
     host: str
@@ -31,6 +32,7 @@ class Config:
     job_ttl: float
     admin_required: bool = True
     relay: bool = True
+    proxy_protocol: bool = False
 
 
 class ConfigError(ValueError):

@@ -22,6 +22,7 @@ from fmi_client.protocol.rendezvous import (
     error_message,
 )
 from rendezvous_server.config import Config
+from rendezvous_server.proxy import split_header
 from rendezvous_server.registry import Member, Outbox, Registry
 from rendezvous_server.relay import Leg, Traffic
 
@@ -132,7 +133,7 @@ def _connection(member: Member) -> Connection:
 class Connection(asyncio.Protocol):
     """One TCP connection; before authentication it has until a fixed moment to prove itself."""
 
-    __slots__ = ("_clean", "_deadline", "_member", "_server", "_side", "_transport")
+    __slots__ = ("_clean", "_deadline", "_header", "_member", "_server", "_side", "_transport")
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -141,6 +142,8 @@ class Connection(asyncio.Protocol):
         self._member: Member | None = None
         self._clean = False
         self._deadline: asyncio.TimerHandle | None = None
+        self._header: bytes | None = b"" if server.config.proxy_protocol else None
+        """What has come of the balancer's header; None when there is none to come."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are asyncio's by behaviour, not by class.
@@ -163,11 +166,25 @@ class Connection(asyncio.Protocol):
         if side is None or self._transport is None or self._transport.is_closing():
             return
         try:
-            for event in side.receive(data, time.time()):
+            if self._header is not None:
+                data = self._take_header(side, data)
+            for event in side.receive(data, time.time()) if data else ():
                 self._handle(event)
         except FmiError as error:
             self._refuse(error)
         self._flush()
+
+    def _take_header(self, side: ServerSide, data: bytes) -> bytes:
+        """Learn whom the balancer connects to us; returns the rank's own bytes."""
+        assert self._header is not None
+        self._header += data
+        header = split_header(self._header)
+        if header is None:
+            return b""
+        self._header = None
+        client, rest = header
+        side.observed = client or side.observed
+        return rest
 
     def _handle(self, event: Authenticated | RelayLeg | Request) -> None:
         if isinstance(event, Authenticated):

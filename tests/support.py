@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Literal
+
+import structlog
 
 import fmi_client
 from fmi_client.communicator import Communicator, memory_world
@@ -23,16 +26,28 @@ async def serving(
     *,
     allow_anonymous: bool = False,
     job_ttl: float = 600.0,
-    relay: bool = True,
+    **more: Any,
 ) -> AsyncIterator[tuple[Server, str]]:
     """Run a rendezvous server in this loop; gives it and its address."""
-    config = Config("127.0.0.1", 0, -1, secret, allow_anonymous, job_ttl, relay=relay)
+    config = Config("127.0.0.1", 0, -1, secret, allow_anonymous, job_ttl, **more)
     server = Server(config)
     port = await server.start()
     try:
         yield server, f"127.0.0.1:{port}"
     finally:
         await server.stop()
+
+
+@contextmanager
+def logged() -> Iterator[list[MutableMapping[str, Any]]]:
+    """Collect what servers in this process log."""
+    silent = structlog.get_config()["wrapper_class"]
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
+    try:
+        with structlog.testing.capture_logs() as entries:
+            yield entries
+    finally:
+        structlog.configure(wrapper_class=silent)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
