@@ -16,6 +16,7 @@ from aiohttp.web import AppRunner
 
 from rendezvous_server import admin
 from rendezvous_server.config import Config, ConfigError, choose_host, read_secret
+from rendezvous_server.registry import RELAY_BYTES, RELAY_PAIRS
 from rendezvous_server.server import Server
 
 log = structlog.get_logger()
@@ -88,6 +89,22 @@ def main(
             help="Do not pass on data between ranks whose NATs keep them apart: they fail.",
         ),
     ] = False,
+    relay_bytes: Annotated[
+        int,
+        typer.Option(
+            envvar=ENV + "RELAY_BYTES",
+            min=1,
+            help="Bytes that are passed on for one job; one that needs more is ended.",
+        ),
+    ] = RELAY_BYTES,
+    relay_pairs: Annotated[
+        int,
+        typer.Option(
+            envvar=ENV + "RELAY_PAIRS",
+            min=1,
+            help="Pairs of one job that may meet here at once; more cannot be linked.",
+        ),
+    ] = RELAY_PAIRS,
     proxy_protocol: Annotated[
         bool,
         typer.Option(
@@ -131,6 +148,8 @@ def main(
             job_ttl=job_ttl,
             admin_required=admin_port is not None,
             relay=not no_relay,
+            relay_bytes=relay_bytes,
+            relay_pairs=relay_pairs,
             proxy_protocol=proxy_protocol,
         )
         uvloop.run(_serve(config))

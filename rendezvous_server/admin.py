@@ -27,6 +27,7 @@ class _Metrics:
             ("jobs_started", "Jobs whose ranks were all present", counters.jobs_started),
             ("punches", "Pairs told to punch", server.registry.punches),
             ("relays", "Pairs that met here because they could not punch", server.relayed.pairs),
+            ("relay_limits", "Jobs ended, and legs refused, by a limit", counters.relay_limits),
             ("relayed_bytes", "Bytes passed on between ranks", server.relayed.bytes),
         ):
             yield CounterMetricFamily(f"rendezvous_{name}", text, value=value)

@@ -6,6 +6,8 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rendezvous_server.registry import RELAY_BYTES, RELAY_PAIRS
+
 MIN_SECRET_BYTES = 16
 
 
@@ -20,6 +22,8 @@ class Config:
         secret: what tokens are made with; None: tokens cannot be checked.
         allow_anonymous: whether ranks without a token may join.
         relay: whether ranks that cannot be linked directly may meet here.
+        relay_bytes: what may be passed on for one job, all in all.
+        relay_pairs: how many pairs of one job may meet here at once.
         job_ttl: seconds after which any job is ended.
         proxy_protocol: whether every rank's connection begins with a balancer's header.
     """
@@ -32,6 +36,8 @@ class Config:
     job_ttl: float
     admin_required: bool = True
     relay: bool = True
+    relay_bytes: int = RELAY_BYTES
+    relay_pairs: int = RELAY_PAIRS
     proxy_protocol: bool = False
 
 

@@ -38,11 +38,22 @@ from fmi_client.protocol.rendezvous import (
     read_abort,
 )
 
+RELAY_BYTES = 2**40
+"""What one job may have passed on: no job of a few hours needs 1 TiB, and at AWS's list price
+of traffic to the Internet ($0.09 a GB, November 2026) that much costs about a hundred dollars."""
+
+RELAY_PAIRS = 1024
+"""Relayed pairs of one job at once: each costs two descriptors, and some 100 KiB of memory."""
+
 TICKET_SECONDS = 120.0
 """A rank may compute for a while between the server's word and its next call."""
 
 SERVER = -1
 """The `by` of an abort that no rank asked for."""
+
+
+class RelayFull(RendezvousError):
+    """A job has as many pairs on the server as it may."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +85,9 @@ class RelayPair:
     ranks: tuple[int, int]
     expires: float
     first: Hashable | None = None
+    legs: int = 0
+    refused: bool = False
+    """One leg came when there was no room: the other must not wait for it in vain."""
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +102,9 @@ class Job:
     """Ranks that left or were lost while the job ran, with what was said of them."""
     wanted: set[tuple[int, int]] = field(default_factory=set)
     """Links asked for by one side: (who asked, with whom)."""
+    relay_bytes: int = 0
+    relay_pairs: int = 0
+    """Pairs with a leg on the server now."""
 
 
 Outbox = list[tuple[Member, Message]]
@@ -100,6 +117,8 @@ class Registry:
         ttl: seconds after which a job is ended, whatever it does.
         max_jobs, max_ranks: bounds of what the server holds at once.
         relay: whether ranks that cannot be linked directly may meet here.
+        relay_bytes: what may be passed on for one job, all in all.
+        relay_pairs: how many pairs of one job may be here at once.
         make_cookie: source of the pairs' random cookies.
     """
 
@@ -109,12 +128,16 @@ class Registry:
         max_jobs: int = 10_000,
         max_ranks: int = 100_000,
         relay: bool = True,
+        relay_bytes: int = RELAY_BYTES,
+        relay_pairs: int = RELAY_PAIRS,
         make_cookie: Callable[[], bytes] = lambda: os.urandom(auth.COOKIE_BYTES),
     ) -> None:
         self._ttl = ttl
         self._max_jobs = max_jobs
         self._max_ranks = max_ranks
         self._relay = relay
+        self._relay_bytes = relay_bytes
+        self._relay_pairs = relay_pairs
         self._make_cookie = make_cookie
         self._tickets: dict[bytes, RelayPair] = {}
         self.jobs: dict[Job, None] = {}  # a set, in the order of their beginning
@@ -281,16 +304,46 @@ class Registry:
             outbox.append((member, message))
         return outbox
 
+    # ---------------------------------------------------------------------- relay
     def claim(self, ticket: bytes, now: float) -> RelayPair:
-        """Use up a ticket.
+        """Use up a ticket: one leg of its pair is here. `release` must follow.
 
         Raises:
-            AuthenticationFailed: there is no such ticket (any more).
+            AuthenticationFailed: there is no such ticket, or its job is over.
+            RelayFull: the job has as many pairs here as it may.
         """
         pair = self._tickets.pop(ticket, None)
-        if pair is None or pair.expires <= now:
+        if pair is None or pair.expires <= now or pair.job not in self.jobs:
             raise AuthenticationFailed("authentication failed")
+        if pair.legs == 0:
+            pair.refused |= pair.job.relay_pairs >= self._relay_pairs
+            if pair.refused:
+                raise RelayFull(
+                    f"job {pair.job.name!r} relays {self._relay_pairs} pairs already "
+                    "(--relay-pairs)"
+                )
+            pair.job.relay_pairs += 1
+        pair.legs += 1
         return pair
+
+    def release(self, pair: RelayPair) -> None:
+        """A leg ended."""
+        pair.legs -= 1
+        if pair.legs == 0:
+            pair.job.relay_pairs -= 1
+
+    def may_relay(self, job: Job, size: int) -> bool:
+        """Count bytes that are to be passed on; whether they may be."""
+        job.relay_bytes += size
+        return job.relay_bytes <= self._relay_bytes
+
+    def end_relayed(self, job: Job) -> Outbox:
+        """End a job that relays too much: without its links it could only hang."""
+        reason = (
+            f"job {job.name!r} has relayed its limit of {self._relay_bytes} bytes; "
+            "see the server's --relay-bytes"
+        )
+        return self._end(job, "relay", reason)
 
     def _missing(self, job: Job) -> Message:
         absent = set(range(job.size)) - job.members.keys()

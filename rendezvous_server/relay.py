@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import structlog
 
 from fmi_client.protocol.relay import RELAY_GO
-from rendezvous_server.registry import TICKET_SECONDS, RelayPair
+from rendezvous_server.registry import TICKET_SECONDS, Job, RelayPair
 
 log = structlog.get_logger()
 
@@ -17,12 +18,27 @@ stalls costs the server twice this per direction."""
 
 
 class Traffic:
-    """What is relayed, and what was since the start."""
+    """What is relayed, and what was since the start.
 
-    def __init__(self) -> None:
+    Args:
+        may_pass: told how many bytes of a job are to be passed on; whether they may be.
+        release: told of each leg that ends.
+    """
+
+    def __init__(
+        self, may_pass: Callable[[Job, int], bool], release: Callable[[RelayPair], None]
+    ) -> None:
+        self.may_pass = may_pass
+        self.release = release
         self.legs: set[Leg] = set()
         self.pairs = 0
         self.bytes = 0
+
+    def cut(self, job: Job) -> None:
+        """End all legs of a job."""
+        for leg in list(self.legs):
+            if leg.pair.job is job:
+                leg.abort()
 
 
 class Leg(asyncio.BufferedProtocol):
@@ -34,7 +50,7 @@ class Leg(asyncio.BufferedProtocol):
 
     def __init__(self, transport: asyncio.Transport, pair: RelayPair, traffic: Traffic) -> None:
         self._transport = transport
-        self._pair = pair
+        self.pair = pair
         self._traffic = traffic
         traffic.legs.add(self)
         self._peer: Leg | None = None
@@ -56,7 +72,7 @@ class Leg(asyncio.BufferedProtocol):
             leg._transport.write(RELAY_GO)
             leg._transport.resume_reading()
         self._traffic.pairs += 1
-        log.info("relaying", job=self._pair.job.name, ranks=self._pair.ranks)
+        log.info("relaying", job=self.pair.job.name, ranks=self.pair.ranks)
 
     @property
     def waiting(self) -> bool:
@@ -67,7 +83,7 @@ class Leg(asyncio.BufferedProtocol):
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._peer is not None:
+        if self._peer is not None and self._traffic.may_pass(self.pair.job, nbytes):
             self._passed += nbytes
             self._traffic.bytes += nbytes
             self._peer._transport.write(bytes(self._buffer[:nbytes]))
@@ -86,6 +102,7 @@ class Leg(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._traffic.legs.discard(self)
+        self._traffic.release(self.pair)
         if self._patience is not None:
             self._patience.cancel()
         if self._peer is None:
@@ -93,8 +110,8 @@ class Leg(asyncio.BufferedProtocol):
         if not self._peer._transport.is_closing():
             log.info(
                 "relay ended",
-                job=self._pair.job.name,
-                ranks=self._pair.ranks,
+                job=self.pair.job.name,
+                ranks=self.pair.ranks,
                 bytes=self._passed + self._peer._passed,
             )
         self._peer._transport.close()  # after what is still to be written

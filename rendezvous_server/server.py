@@ -12,6 +12,7 @@ import structlog
 
 from fmi_client.errors import FmiError
 from fmi_client.protocol.frames import encode
+from fmi_client.protocol.relay import RELAY_FULL
 from fmi_client.protocol.rendezvous import (
     Address,
     Admission,
@@ -23,7 +24,7 @@ from fmi_client.protocol.rendezvous import (
 )
 from rendezvous_server.config import Config
 from rendezvous_server.proxy import split_header
-from rendezvous_server.registry import Member, Outbox, Registry
+from rendezvous_server.registry import Job, Member, Outbox, Registry, RelayFull
 from rendezvous_server.relay import Leg, Traffic
 
 log = structlog.get_logger()
@@ -48,6 +49,7 @@ class Counters:
         self.refused = 0
         self.lost = 0
         self.jobs_started = 0
+        self.relay_limits = 0
 
 
 class Server:
@@ -55,8 +57,13 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.registry = Registry(config.job_ttl, relay=config.relay)
-        self.relayed = Traffic()
+        self.registry = Registry(
+            config.job_ttl,
+            relay=config.relay,
+            relay_bytes=config.relay_bytes,
+            relay_pairs=config.relay_pairs,
+        )
+        self.relayed = Traffic(self._may_relay, self.registry.release)
         # Where only this machine can reach the port, no secret means no need for one.
         anonymous = config.allow_anonymous or config.secret is None
         self.admission = Admission(config.secret, anonymous)
@@ -80,10 +87,22 @@ class Server:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(EXPIRY_PERIOD)
-            outbox = self.registry.expire(time.time())
-            self.deliver(outbox)
-            for member, _ in outbox:
-                _connection(member).close_soon()
+            self._end(self.registry.expire(time.time()))
+
+    def _end(self, outbox: Outbox) -> None:
+        """Tell ranks that their job is over, and let go of them."""
+        self.deliver(outbox)
+        for member, _ in outbox:
+            _connection(member).close_soon()
+
+    def _may_relay(self, job: Job, size: int) -> bool:
+        if self.registry.may_relay(job, size):
+            return True
+        self.counters.relay_limits += 1
+        log.warning("relay limit", job=job.name, bytes=self.config.relay_bytes)
+        self._end(self.registry.end_relayed(job))
+        self.relayed.cut(job)
+        return False
 
     def deliver(self, outbox: Outbox) -> None:
         """Write each message to its member."""
@@ -203,7 +222,12 @@ class Connection(asyncio.Protocol):
         """Hand the connection over to the relay."""
         server, transport = self._server, self._transport
         assert transport is not None
-        pair = server.registry.claim(ticket, time.time())
+        try:
+            pair = server.registry.claim(ticket, time.time())
+        except RelayFull:
+            server.counters.relay_limits += 1
+            self.write(RELAY_FULL)
+            raise
         self._cancel_deadline()
         self._keep_alive()
         server.open.discard(self)

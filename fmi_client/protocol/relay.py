@@ -12,3 +12,6 @@ def relay_request(ticket: bytes) -> bytes:
 
 RELAY_GO = b"\x01"
 """The server's only byte on a leg: the peer's is there, all that follows is the peer's."""
+
+RELAY_FULL = b"\x02"
+"""In its place, before the end: this job has as many relayed pairs as it may."""

@@ -21,7 +21,8 @@ end without "leave" is how the server notices that a rank died.
 Where a punch fails, both ranks open a second connection to the server::
 
     0x00, relay(ticket)             ──►
-                                    ◄──    0x01 once the peer's leg is there
+                                    ◄──    0x01 once the peer's leg is there, or
+                                           0x02 if the job has no pair left to relay
 
 and from then on the server passes on bytes, which are those of a direct connection.
 """

@@ -167,6 +167,8 @@ class Punch:
         self._connecting: set[socket.socket] = set()
         self._over = False
         self._last_error = "no answer"
+        self._no_relay = "has not relayed yet" if instruction.ticket else "does not relay"
+        """What the server does instead of relaying."""
         self.stranger: AuthenticationFailed | None = None
         """Set when somebody answered in the peer's place, or the peer without our key."""
         self._timer = reactor.call_later(seconds, self._expire)
@@ -276,14 +278,14 @@ class Punch:
         ticket = self.instruction.ticket
         if not self._over and ticket is not None:
             self._relay = Dial(
-                self.reactor, self._server, ticket, self._met_at_relay, self._no_relay
+                self.reactor, self._server, ticket, self._met_at_relay, self._relay_failed
             )
 
     def _met_at_relay(self, sock: socket.socket) -> None:
         self._trials.append(_Trial(self, sock, None, "relay"))
 
-    def _no_relay(self, reason: str) -> None:
-        self._last_error = f"relay: {reason}"
+    def _relay_failed(self, what: str) -> None:
+        self._no_relay = what
 
     def adopt(self, sock: socket.socket, hello: bytes) -> None:
         """Take over a connection that the peer made to our listener."""
@@ -361,7 +363,7 @@ class Punch:
             )
         return PunchFailed(
             f"no connection within {self._seconds:.3g} s (last: {self._last_error}); a symmetric "
-            "NAT or a firewall may be in the way, and the server does not relay",
+            f"NAT or a firewall may be in the way, and the server {self._no_relay}",
             rank=self.rank,
             peer=self.peer,
         )

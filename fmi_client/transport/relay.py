@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from fmi_client.protocol.relay import RELAY_GO, relay_request
+from fmi_client.protocol.relay import RELAY_FULL, RELAY_GO, relay_request
 from fmi_client.protocol.rendezvous import Address
 from fmi_client.transport.reactor import Reactor
 from fmi_client.transport.sockets import IN_PROGRESS, keep_alive, system_error
@@ -16,7 +16,7 @@ class Dial:
 
     Args:
         on_met: given the socket when the peer is at its other end.
-        on_failed: given the reason when the server refuses or cannot be reached.
+        on_failed: given what the server does instead, as in "the server refuses to relay".
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Dial:
         )
         code = self._sock.connect_ex(server)
         if code and code not in IN_PROGRESS:
-            self._fail(system_error(code).strerror)
+            self._unreachable(system_error(code))
         else:
             reactor.watch(self._sock, None, self._connected)
 
@@ -49,7 +49,7 @@ class Dial:
         try:
             sock.send(relay_request(self._ticket))
         except OSError as error:
-            self._fail(error.strerror)
+            self._unreachable(error)
             return
         self._reactor.watch(sock, self._read)
 
@@ -61,18 +61,22 @@ class Dial:
         except BlockingIOError:
             return
         except OSError as error:
-            self._fail(error.strerror)
+            self._unreachable(error)
             return
         if answer != RELAY_GO:
-            self._fail("the server refused")
+            full = answer == RELAY_FULL
+            self._fail("relays no more pairs of this job" if full else "refuses to relay")
             return
         self._reactor.unwatch(sock)
         self._sock = None
         self._on_met(sock)
 
-    def _fail(self, reason: str | None) -> None:
+    def _unreachable(self, error: OSError) -> None:
+        self._fail(f"cannot be asked to relay ({error.strerror})")
+
+    def _fail(self, what: str) -> None:
         self.cancel()
-        self._on_failed(reason or "unknown error")
+        self._on_failed(what)
 
     @property
     def waiting(self) -> bool:

@@ -16,7 +16,7 @@ from fmi_client.errors import (
     ServerDraining,
 )
 from fmi_client.protocol.rendezvous import Hello, unpack_ranks
-from rendezvous_server.registry import Member, Outbox, Registry
+from rendezvous_server.registry import Member, Outbox, Registry, RelayFull
 
 HELLO = Hello("job", 3, 0, 0, 0, (("10.0.0.1", 1000),), b"n" * 16)
 NOW = 1000.0
@@ -240,3 +240,43 @@ def test_the_number_of_jobs_is_bounded(registry: Registry) -> None:
     join(small, 0)
     with pytest.raises(RendezvousError, match="holds 1 ranks"):
         join(small, 1)
+
+
+def tickets(registry: Registry, one: Member, other: Member) -> list[bytes]:
+    registry.request(one, {"t": "link", "peer": other.rank}, NOW)
+    outbox = registry.request(other, {"t": "link", "peer": one.rank}, NOW)
+    return [message["ticket"] for _, message in outbox]
+
+
+def test_a_job_relays_so_many_pairs_at_once() -> None:
+    registry = Registry(ttl=60, relay_pairs=1)
+    zero, one, two = (join(registry, rank)[0] for rank in range(3))
+    here = [registry.claim(ticket, NOW) for ticket in tickets(registry, zero, one)]
+    refused, too_late = tickets(registry, zero, two)
+    with pytest.raises(RelayFull, match=r"'job' relays 1 pairs already \(--relay-pairs\)"):
+        registry.claim(refused, NOW)
+    registry.release(here[0])
+    waiting, _ = tickets(registry, one, two)
+    with pytest.raises(RelayFull):  # the other leg still holds the place
+        registry.claim(waiting, NOW)
+    registry.release(here[1])
+    with pytest.raises(RelayFull):  # its peer was sent away: nobody would come
+        registry.claim(too_late, NOW)
+    registry.claim(tickets(registry, zero, one)[0], NOW)
+    others = [join(registry, rank, job="another", size=2)[0] for rank in range(2)]
+    registry.claim(tickets(registry, *others)[0], NOW)
+
+
+def test_a_job_relays_so_many_bytes() -> None:
+    registry = Registry(ttl=60, relay_bytes=1000)
+    zero, one, two = (join(registry, rank)[0] for rank in range(3))
+    assert registry.may_relay(zero.job, 600)
+    assert registry.may_relay(zero.job, 400)
+    assert not registry.may_relay(zero.job, 1)
+    ticket, _ = tickets(registry, zero, one)
+    outbox = registry.end_relayed(zero.job)
+    assert [member for member, _ in outbox] == [zero, one, two]
+    assert "limit of 1000 bytes" in outbox[0][1]["reason"]
+    assert not registry.jobs
+    with pytest.raises(AuthenticationFailed):
+        registry.claim(ticket, NOW)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import fmi_client
 from fmi_client.errors import (
@@ -28,7 +29,7 @@ from fmi_client.errors import (
     ServerDraining,
 )
 from fmi_client.protocol import frames
-from rendezvous_server import config
+from rendezvous_server import __main__, config
 from tests.support import KEY, serving
 
 SECRET = b"0123456789abcdef"
@@ -93,6 +94,7 @@ async def test_a_job_runs_and_the_process_ends_in_order(tmp_path: Path) -> None:
         text = (await asyncio.to_thread(http, server.admin_port, "/metrics"))[1]
         assert "rendezvous_joins_total 3.0" in text
         assert "rendezvous_ranks 3.0" in text
+        assert "rendezvous_relay_limits_total 0.0" in text
         for comm in ranks:
             await comm.close()
         assert [(await server.event("left"))["rank"] for _ in range(3)] == [0, 1, 2]
@@ -140,6 +142,33 @@ async def test_settings_that_cannot_be_are_refused(arguments: list[str], said: s
     assert process.returncode == 2
     assert said in err.decode()
     assert "Traceback" not in err.decode()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env"),
+    [
+        (["--no-relay", "--relay-bytes=5", "--relay-pairs=6", "--proxy-protocol"], {}),
+        ([], {"NO_RELAY": "1", "RELAY_BYTES": "5", "RELAY_PAIRS": "6", "PROXY_PROTOCOL": "1"}),
+    ],
+    ids=["options", "environment"],
+)
+def test_settings_arrive(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], env: dict[str, str]
+) -> None:
+    served: list[config.Config] = []
+
+    async def serve(settings: config.Config) -> None:
+        served.append(settings)
+
+    monkeypatch.setattr(__main__, "_serve", serve)
+    monkeypatch.setattr(__main__, "_configure_logs", lambda _: None)
+    for name, value in env.items():
+        monkeypatch.setenv(__main__.ENV + name, value)
+    assert CliRunner().invoke(__main__.app, arguments).exit_code == 0
+    (settings,) = served
+    assert not settings.relay
+    assert (settings.relay_bytes, settings.relay_pairs) == (5, 6)
+    assert settings.proxy_protocol
 
 
 async def test_a_second_server_does_without_the_default_admin_port() -> None:
