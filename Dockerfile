@@ -1,4 +1,4 @@
-# The rendezvous server: ranks on 10000, /livez /readyz /metrics on 10001.
+# The rendezvous server: ranks on 10000, /livez /readyz /metrics /address on 10001.
 #   docker build -t rendezvous .
 #   docker run -p 10000:10000 -v "$PWD/secret:/run/secret:ro" rendezvous --secret-file /run/secret
 ARG PYTHON_IMAGE=python:3.12-slim

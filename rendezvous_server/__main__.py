@@ -62,7 +62,7 @@ def main(
             envvar=ENV + "ADMIN_PORT",
             min=-1,
             max=65535,
-            help="Port for /livez, /readyz and /metrics; 0: any, -1: none.  "
+            help="Port for /livez, /readyz, /metrics and /address; 0: any, -1: none.  "
             "[default: 10001, if it is free]",
         ),
     ] = None,

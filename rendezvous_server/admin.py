@@ -1,4 +1,4 @@
-"""HTTP for operators: /livez, /readyz and /metrics."""
+"""HTTP for operators: /livez, /readyz, /metrics, and /address for who asks."""
 
 from __future__ import annotations
 
@@ -58,9 +58,21 @@ def make_app(server: Server) -> web.Application:
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
         )
 
+    async def address(request: web.Request) -> web.Response:
+        """Where this connection comes from: some NATs choose a port for each destination."""
+        peer = request.transport.get_extra_info("peername") if request.transport else None
+        if peer is None:
+            raise web.HTTPServiceUnavailable  # it has gone
+        return web.json_response({"address": peer[0], "port": peer[1]})
+
     app = web.Application()
     app.add_routes(
-        [web.get("/livez", live), web.get("/readyz", ready), web.get("/metrics", metrics)]
+        [
+            web.get("/livez", live),
+            web.get("/readyz", ready),
+            web.get("/metrics", metrics),
+            web.get("/address", address),
+        ]
     )
     return app
 

@@ -17,7 +17,7 @@ class Config:
 
     Attributes:
         host, port: where ranks connect; port 0 takes a free one.
-        admin_port: where /livez, /readyz and /metrics are; negative: nowhere.
+        admin_port: where /livez, /readyz, /metrics and /address are; negative: nowhere.
         admin_required: False: where that port is taken, do without it.
         secret: what tokens are made with; None: tokens cannot be checked.
         allow_anonymous: whether ranks without a token may join.

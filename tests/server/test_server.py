@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,17 @@ async def server_process(*arguments: str) -> AsyncIterator[Process]:
         await started.wait()
 
 
+def connected(port: int, own_port: int = 0) -> socket.socket:
+    """Connect as a rank does: from a port that it uses for everything."""
+    sock = socket.socket()
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        sock.setsockopt(socket.SOL_SOCKET, option, 1)
+    sock.bind(("127.0.0.1", own_port))
+    sock.settimeout(5)
+    sock.connect(("127.0.0.1", port))
+    return sock
+
+
 def http(port: int, path: str) -> tuple[int, str]:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
@@ -101,6 +113,21 @@ async def test_a_job_runs_and_the_process_ends_in_order(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         await server.event("stopped")
         assert await server.process.wait() == 0
+
+
+async def test_the_admin_port_says_who_asks() -> None:
+    def ask() -> None:
+        with connected(server.port) as rank:
+            here = rank.getsockname()
+            connection = HTTPConnection("127.0.0.1", server.admin_port)
+            connection.sock = connected(server.admin_port, here[1])
+            connection.request("GET", "/address", headers={"Connection": "close"})
+            answer = json.load(connection.getresponse())
+            connection.close()
+            assert answer == {"address": here[0], "port": here[1]}
+
+    async with server_process() as server:
+        await asyncio.to_thread(ask)
 
 
 async def test_sigterm_drains() -> None:
