@@ -43,7 +43,7 @@ RELAY_BYTES = 2**40
 of traffic to the Internet ($0.09 a GB, November 2026) that much costs about a hundred dollars."""
 
 RELAY_PAIRS = 1024
-"""Relayed pairs of one job at once: each costs two descriptors, and some 100 KiB of memory."""
+"""Relayed pairs of one job at once: each costs two descriptors, and up to 256 KiB of memory."""
 
 TICKET_SECONDS = 120.0
 """A rank may compute for a while between the server's word and its next call."""

@@ -12,9 +12,8 @@ from rendezvous_server.registry import TICKET_SECONDS, Job, RelayPair
 
 log = structlog.get_logger()
 
-BUFFER_BYTES = 64 * 1024
-"""What one read takes, and what may wait to be written before reading stops: a receiver that
-stalls costs the server twice this per direction."""
+BUFFER_BYTES = 128 * 1024
+"""What one read takes, and all that waits where a receiver stalls: a pair costs twice this."""
 
 
 class Traffic:
@@ -60,7 +59,9 @@ class Leg(asyncio.BufferedProtocol):
         self._patience: asyncio.TimerHandle | None = loop.call_later(
             TICKET_SECONDS, transport.abort
         )
-        transport.set_write_buffer_limits(high=BUFFER_BYTES)
+        # Bytes are written from where they were read: `pause_writing` must come as soon as any
+        # of them has to wait, so that the next read does not overwrite it.
+        transport.set_write_buffer_limits(high=0)
         transport.pause_reading()
 
     def meet(self, first: Leg) -> None:
@@ -86,7 +87,7 @@ class Leg(asyncio.BufferedProtocol):
         if self._peer is not None and self._traffic.may_pass(self.pair.job, nbytes):
             self._passed += nbytes
             self._traffic.bytes += nbytes
-            self._peer._transport.write(bytes(self._buffer[:nbytes]))
+            self._peer._transport.write(self._buffer[:nbytes])
 
     def pause_writing(self) -> None:
         """This side does not keep up: stop reading from the other."""
