@@ -15,7 +15,13 @@ import uvloop
 from aiohttp.web import AppRunner
 
 from rendezvous_server import admin
-from rendezvous_server.config import Config, ConfigError, choose_host, read_secret
+from rendezvous_server.config import (
+    Config,
+    ConfigError,
+    choose_host,
+    read_networks,
+    read_secret,
+)
 from rendezvous_server.registry import RELAY_BYTES, RELAY_PAIRS
 from rendezvous_server.server import Server
 
@@ -114,6 +120,15 @@ def main(
             "and nobody without one.  Whoever else reaches the port can claim any address.",
         ),
     ] = False,
+    legacy: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar=ENV + "LEGACY",
+            metavar="CIDR",
+            help="Also serve TCPunch's own clients (C++ FMI) from this IPv4 network, which prove "
+            "nothing; may be repeated.  [default: none]",
+        ),
+    ] = None,
     job_ttl: Annotated[
         float,
         typer.Option(envvar=ENV + "JOB_TTL", min=1, help="Seconds after which any job is ended."),
@@ -151,6 +166,7 @@ def main(
             relay_bytes=relay_bytes,
             relay_pairs=relay_pairs,
             proxy_protocol=proxy_protocol,
+            legacy=read_networks(legacy or ()),
         )
         uvloop.run(_serve(config))
     except ConfigError as error:

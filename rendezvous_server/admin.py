@@ -22,19 +22,21 @@ class _Metrics:
         for name, text, value in (
             ("connections", "Connections accepted", counters.connections),
             ("joins", "Ranks that joined", counters.joined),
-            ("refusals", "Connections refused", counters.refused),
+            ("refusals", "Connections refused", counters.refused + server.legacy.refused),
             ("lost_ranks", "Ranks whose connection ended without goodbye", counters.lost),
             ("jobs_started", "Jobs whose ranks were all present", counters.jobs_started),
             ("punches", "Pairs told to punch", server.registry.punches),
             ("relays", "Pairs that met here because they could not punch", server.relayed.pairs),
             ("relay_limits", "Jobs ended, and legs refused, by a limit", counters.relay_limits),
             ("relayed_bytes", "Bytes passed on between ranks", server.relayed.bytes),
+            ("legacy_pairs", "Pairs of TCPunch clients brought together", server.legacy.pool.pairs),
         ):
             yield CounterMetricFamily(f"rendezvous_{name}", text, value=value)
         for name, text, value in (
             ("open_connections", "Connections open now", len(server.open)),
             ("ranks", "Ranks present now", server.registry.ranks),
             ("jobs", "Jobs present now", len(server.registry.jobs)),
+            ("legacy_waiting", "TCPunch clients that wait now", len(server.legacy.pool)),
         ):
             yield GaugeMetricFamily(f"rendezvous_{name}", text, value=value)
 

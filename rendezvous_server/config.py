@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 from pathlib import Path
 
 from rendezvous_server.registry import RELAY_BYTES, RELAY_PAIRS
@@ -26,6 +28,7 @@ class Config:
         relay_pairs: how many pairs of one job may meet here at once.
         job_ttl: seconds after which any job is ended.
         proxy_protocol: whether every rank's connection begins with a balancer's header.
+        legacy: whence TCPunch's own clients may come.
     """
 
     host: str
@@ -39,6 +42,7 @@ class Config:
     relay_bytes: int = RELAY_BYTES
     relay_pairs: int = RELAY_PAIRS
     proxy_protocol: bool = False
+    legacy: tuple[IPv4Network, ...] = ()
 
 
 class ConfigError(ValueError):
@@ -63,6 +67,18 @@ def read_secret(path: Path | None) -> bytes | None:
             "for example: openssl rand -hex 32"
         )
     return secret
+
+
+def read_networks(texts: Iterable[str]) -> tuple[IPv4Network, ...]:
+    """Read networks like "10.0.0.0/8"; a single address is one, too.
+
+    Raises:
+        ConfigError: one of them is none, or IPv6, which TCPunch cannot tell anybody.
+    """
+    try:
+        return tuple(IPv4Network(text) for text in texts)
+    except ValueError as error:
+        raise ConfigError(f"not an IPv4 network: {error}") from None
 
 
 def choose_host(host: str | None, secret: bytes | None, allow_anonymous: bool) -> str:

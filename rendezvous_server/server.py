@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import time
 from typing import Any, cast
@@ -11,7 +12,7 @@ from typing import Any, cast
 import structlog
 
 from fmi_client.errors import FmiError
-from fmi_client.protocol.frames import encode
+from fmi_client.protocol.frames import PREFACE, encode
 from fmi_client.protocol.relay import RELAY_FULL
 from fmi_client.protocol.rendezvous import (
     Address,
@@ -23,6 +24,7 @@ from fmi_client.protocol.rendezvous import (
     error_message,
 )
 from rendezvous_server.config import Config
+from rendezvous_server.legacy_connection import Legacy, LegacyConnection
 from rendezvous_server.proxy import split_header
 from rendezvous_server.registry import Job, Member, Outbox, Registry, RelayFull
 from rendezvous_server.relay import Leg, Traffic
@@ -64,6 +66,7 @@ class Server:
             relay_pairs=config.relay_pairs,
         )
         self.relayed = Traffic(self._may_relay, self.registry.release)
+        self.legacy = Legacy(config.legacy, config.job_ttl)
         # Where only this machine can reach the port, no secret means no need for one.
         anonymous = config.allow_anonymous or config.secret is None
         self.admission = Admission(config.secret, anonymous)
@@ -88,6 +91,7 @@ class Server:
         while True:
             await asyncio.sleep(EXPIRY_PERIOD)
             self._end(self.registry.expire(time.time()))
+            self.legacy.expire(asyncio.get_running_loop().time())
 
     def _end(self, outbox: Outbox) -> None:
         """Tell ranks that their job is over, and let go of them."""
@@ -119,6 +123,7 @@ class Server:
             self._listener.close()
         waiting = {m for job in self.registry.jobs if not job.running for m in job.members.values()}
         self.deliver(self.registry.drain())
+        self.legacy.expire(math.inf)
         for member in waiting:
             _connection(member).close_soon()
         log.info("draining", waiting=len(waiting), running=self.registry.ranks - len(waiting))
@@ -135,6 +140,7 @@ class Server:
             connection.close_soon()
         for leg in list(self.relayed.legs):
             leg.abort()
+        self.legacy.close()
         if self._listener is not None:
             self._listener.close()
         await asyncio.sleep(0)
@@ -152,7 +158,10 @@ def _connection(member: Member) -> Connection:
 class Connection(asyncio.Protocol):
     """One TCP connection; before authentication it has until a fixed moment to prove itself."""
 
-    __slots__ = ("_clean", "_deadline", "_header", "_member", "_server", "_side", "_transport")
+    __slots__ = (
+        *("_clean", "_deadline", "_header", "_heard", "_member"),
+        *("_server", "_side", "_transport"),
+    )
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -160,6 +169,7 @@ class Connection(asyncio.Protocol):
         self._side: ServerSide | None = None
         self._member: Member | None = None
         self._clean = False
+        self._heard = False
         self._deadline: asyncio.TimerHandle | None = None
         self._header: bytes | None = b"" if server.config.proxy_protocol else None
         """What has come of the balancer's header; None when there is none to come."""
@@ -187,11 +197,19 @@ class Connection(asyncio.Protocol):
         try:
             if self._header is not None:
                 data = self._take_header(side, data)
-            for event in side.receive(data, time.time()) if data else ():
-                self._handle(event)
+            if data:
+                self._take(side, data)
         except FmiError as error:
             self._refuse(error)
         self._flush()
+
+    def _take(self, side: ServerSide, data: bytes) -> None:
+        first, self._heard = not self._heard, True
+        if first and data[:1] != PREFACE and self._server.legacy.serves(side.observed[0]):
+            self._become_legacy(data)
+            return
+        for event in side.receive(data, time.time()):
+            self._handle(event)
 
     def _take_header(self, side: ServerSide, data: bytes) -> bytes:
         """Learn whom the balancer connects to us; returns the rank's own bytes."""
@@ -238,6 +256,20 @@ class Connection(asyncio.Protocol):
             leg.meet(pair.first)
         else:
             pair.first = leg
+
+    def _become_legacy(self, data: bytes) -> None:
+        """Hand the connection over to TCPunch's protocol; its deadline stays."""
+        server, transport, deadline = self._server, self._transport, self._deadline
+        assert transport is not None
+        assert self._side is not None
+        assert deadline is not None
+        self._cancel_deadline()
+        self._keep_alive()
+        server.open.discard(self)
+        client = LegacyConnection(transport, server.legacy, self._side.observed, deadline.when())
+        transport.set_protocol(client)
+        self._transport = self._side = None
+        client.data_received(data)
 
     def _join(self, event: Authenticated) -> None:
         assert self._side is not None
