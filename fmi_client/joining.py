@@ -124,6 +124,10 @@ class SocketEndpoint(Endpoint):
         self.missing: list[int] | None = None
         """Ranks that had not joined when we asked; None before the answer."""
         self.join_seconds = 0.0
+        self.local: Address | None = None
+        """Our end of the connection to the server, once there is one."""
+        self.observed: Address | None = None
+        """Where the server sees us, once it has let us in."""
         self._left: set[int] = set()
         self._leaving = False
         self._punches: dict[int, PunchAttempt] = {}
@@ -137,7 +141,7 @@ class SocketEndpoint(Endpoint):
             address,
             self._port,
             request.token,
-            request.hello,
+            self._hello,
             self._on_event,
             self._on_lost,
         )
@@ -183,8 +187,14 @@ class SocketEndpoint(Endpoint):
         )
 
     # ------------------------------------------------------------- the server's word
+    def _hello(self, local: Address) -> Hello:
+        self.local = local
+        return self._request.hello(local)
+
     def _on_event(self, event: Event) -> None:
         match event:
+            case Welcome(seen):
+                self.observed = seen
             case Ready():
                 self.join_seconds = self._reactor.now() - self._started
                 self.on_change()
@@ -199,7 +209,7 @@ class SocketEndpoint(Endpoint):
                 self._gone(event)
             case JobAborted():
                 self.told(event)
-            case Draining() | Want() | Welcome():
+            case Draining() | Want():
                 pass
 
     def _on_lost(self, error: FmiError) -> None:

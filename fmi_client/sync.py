@@ -144,14 +144,15 @@ def connect(
     communicator = Communicator(endpoint, reactor, range(size), 0, request.timeout)
     try:
         endpoint.connect()
-        _wait_ready(endpoint, reactor, request.timeout)
+        wait_ready(endpoint, reactor, request.timeout)
     except BaseException:
         communicator.close()
         raise
     return communicator
 
 
-def _wait_ready(endpoint: SocketEndpoint, reactor: SyncReactor, timeout: float) -> None:
+def wait_ready(endpoint: SocketEndpoint, reactor: SyncReactor, timeout: float) -> None:
+    """Wait until all ranks of a job are there; the errors of `connect`."""
     end = reactor.now() + timeout
     if not reactor.run_until(lambda: endpoint.settled, end - ask_before(timeout)):
         endpoint.ask_missing()

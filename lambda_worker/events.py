@@ -1,4 +1,4 @@
-"""What the three handlers are given, as models that say exactly which field is wrong.
+"""What the handlers are given, as models that say exactly which field is wrong.
 
 Accepted are the two payloads of the original project, the demo input of UVA-MLSys/AI-for-Astronomy
 (string-typed numbers), one rank's item as that project's initializer makes it (upper-case names),
@@ -287,6 +287,20 @@ class RunInfo(BaseModel):
     records: Any = None
 
 
+class CheckTask(BaseModel):
+    """The event of `check`; how the fields go together is `fmi_client.check`'s to say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    server: Place
+    job: Place | None = None
+    rank: Index | None = None
+    size: Count | None = None
+    admin_port: Index | None = None
+    timeout: Seconds = 10.0
+    wait: Seconds = 60.0
+
+
 Event = TypeVar("Event", bound=BaseModel)
 
 
@@ -294,7 +308,7 @@ def parse(form: type[Event], event: object) -> Event:
     """Read an event.
 
     Args:
-        form: Payload, RankTask or RunInfo.
+        form: Payload, RankTask, RunInfo or CheckTask.
         event: a dict as JSON gives it; numbers may be strings, names may be in any case.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The three steps of a job with AWS Lambda's signature: init, infer (one per rank), summarize.
+"""The steps of a job with AWS Lambda's signature: init, infer (one per rank), summarize; and check.
 
 Events and results are plain JSON objects; docs/payloads.md has every field. Secrets come by
 environment only (FMI_KEY, FMI_TOKEN).
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lambda_worker import shard, storage
-from lambda_worker.events import Payload, RankTask, RunInfo, parse
+from lambda_worker.events import CheckTask, EventError, Payload, RankTask, RunInfo, parse
 
 if TYPE_CHECKING:
     from fmi_client.sync import Communicator
@@ -116,6 +116,33 @@ def summarize(event: object, context: object = None) -> dict[str, Any]:
     from lambda_worker import summary
 
     return summary.summarize(parse(RunInfo, event))
+
+
+def check(event: object, context: object = None) -> dict[str, Any]:
+    """See from inside a function whether ranks can meet at a server, and if not, why.
+
+    Args:
+        event: a `CheckTask`.
+        context: AWS Lambda's; not used.
+
+    Returns:
+        The report of `fmi_client.check`: ok, advice, steps and what was measured. What a check
+        finds wrong is its result, too.
+
+    Raises:
+        EventError: a field is wrong.
+    """
+    task = parse(CheckTask, event)
+    from fmi_client.check import Plan, Step, run
+
+    def tell(step: Step) -> None:
+        log.info("check: %s: %s: %s", step.name, step.status, step.text)
+
+    try:
+        plan = Plan.make(**task.model_dump())
+    except ValueError as error:
+        raise EventError(str(error)) from None
+    return run(plan, end=tell).as_dict()
 
 
 def _common(payload: Payload, run: str, world_size: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: ``cosmic run``, ``cosmic data make``, ``cosmic model train``.
+"""The command line: ``cosmic run``, ``check``, ``data make``, ``model train``.
 
 Whatever is heavy is imported inside the commands, so that ``cosmic --help`` answers at once.
 """
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from workflow.check import EXAMPLES as CHECK_EXAMPLES
+from workflow.check import check
 from workflow.demo import data_path
 
 if TYPE_CHECKING:
@@ -149,6 +151,9 @@ def run(
             print(json.dumps({"error": _as_json(error)}))
         _fail(error)
     _show(result, plot, as_json)
+
+
+app.command(epilog=CHECK_EXAMPLES)(check)
 
 
 def _check_data(data: str | None, demo_options: bool) -> None:

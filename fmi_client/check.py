@@ -1,0 +1,460 @@
+"""Look at a rendezvous server and the way there, step by step: what to run when nothing works.
+
+`run` never disturbs a job: on its own it joins a job of one rank under a random name. Given
+a job, a rank and a size it joins that job, and tests the links with the other ranks, each of
+which runs the same check. What was found is judged in `findings`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import json
+import os
+import secrets
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Self
+
+from fmi_client import findings, linktest
+from fmi_client.endpoint import MAX_SECONDS, some_ranks
+from fmi_client.errors import (
+    CollectiveTimeout,
+    FmiError,
+    JoinTimeout,
+    RendezvousError,
+)
+from fmi_client.findings import Credentials, Report, Status, Step, plain, time_text
+from fmi_client.joining import JoinRequest, SocketEndpoint, resolve
+from fmi_client.payloads import allocate
+from fmi_client.protocol import auth
+from fmi_client.protocol.rendezvous import Address, ClientSide, Hello
+from fmi_client.sync import Communicator, wait_ready
+from fmi_client.transport.blocking import READ_BYTES, connected, give, http_get, in_time, take
+from fmi_client.transport.reactor import SyncReactor
+from fmi_client.transport.sockets import parse_endpoint
+
+__all__ = ["MOST_RANKS", "Plan", "Report", "Step", "run"]
+
+MOST_RANKS = 8
+"""Every pair is measured alone, one after the other: 28 pairs take a minute."""
+
+ADMIN_SECONDS = 3.0
+"""The admin port is often closed to ranks, and peers wait for us meanwhile."""
+
+TOKEN_SECONDS = 600.0
+ROUND_TRIPS = 20
+ROUND_TRIP_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to check, verified."""
+
+    server: str
+    request: JoinRequest = field(repr=False)
+    credentials: Credentials
+    admin_port: int
+    timeout: float
+
+    @classmethod
+    def make(
+        cls,
+        server: str,
+        *,
+        job: str | None = None,
+        rank: int | None = None,
+        size: int | None = None,
+        token: str | None = None,
+        secret: bytes | None = None,
+        admin_port: int | None = None,
+        timeout: float = 10.0,
+        wait: float = 60.0,
+    ) -> Self:
+        """Check the arguments.
+
+        Args:
+            server: "host:port" (port 10000 by default).
+            job, rank, size: what to join, to test its links; None: a job of our own.
+            token: admits that job to the server; default FMI_TOKEN.
+            secret: the server's, to make a token from.
+            admin_port: the server's second port; default: the next one; 0: none.
+            timeout: seconds for each step.
+            wait: seconds for the other ranks to come.
+
+        Raises:
+            ValueError: the text names the argument.
+        """
+        host, port = parse_endpoint(server)
+        given = (job is not None, rank is not None, size is not None)
+        if any(given) and not all(given):
+            raise ValueError("job, rank and size go together: give all three, or none")
+        if size is not None and size > MOST_RANKS:
+            raise ValueError(
+                f"size={size}: a check tests the links of at most {MOST_RANKS} ranks; start it on "
+                "some of them, with a job name and size of its own"
+            )
+        if token and secret:
+            raise ValueError("token and secret: give one of them, a token is made from the secret")
+        if token and job is None:
+            raise ValueError("token: it admits one job only; give its job, rank and size, too")
+        if not timeout > 0 or not wait > 0:
+            raise ValueError(f"timeout={timeout} s, wait={wait} s: they must be positive")
+        if admin_port is None:
+            admin_port = port + 1 if port < 65535 else 0
+        if not 0 <= admin_port < 65536:
+            raise ValueError(f"admin_port={admin_port} is not a port, from 0 (none) to 65535")
+        request = _request(server, job, rank, size, token, secret, min(wait, MAX_SECONDS))
+        used = _credentials(request, secret is not None, job is not None)
+        return cls(_text((host, port)), request, used, admin_port, min(timeout, MAX_SECONDS))
+
+
+def _request(
+    server: str,
+    job: str | None,
+    rank: int | None,
+    size: int | None,
+    token: str | None,
+    secret: bytes | None,
+    wait: float,
+) -> JoinRequest:
+    alone = job is None
+    job, rank, size = job or f"check-{secrets.token_hex(8)}", rank or 0, 1 if alone else size or 0
+    if secret is not None:
+        expires = time.time() + TOKEN_SECONDS
+        token = auth.make_token(secret, job=job, size=size, expires=expires)
+    if alone:  # FMI_TOKEN and FMI_KEY are those of another job
+        made = auth.Token.parse(token) if token else None
+        return JoinRequest(parse_endpoint(server), job, rank, size, 0, wait, None, made)
+    return JoinRequest.make(server, job, rank, size, None, token, 0, wait)
+
+
+def _credentials(request: JoinRequest, from_secret: bool, member: bool) -> Credentials:
+    if from_secret:
+        return "secret"
+    if request.token is None:
+        return "unused" if os.environ.get("FMI_TOKEN") and not member else "none"
+    return "expired" if request.token.expires <= time.time() else "token"
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+def run(
+    plan: Plan,
+    begin: Callable[[str, str], None] = _nothing,
+    end: Callable[[Step], None] = _nothing,
+) -> Report:
+    """Check a server; a check that fails is a result, too.
+
+    Args:
+        plan: what to check.
+        begin: called with the name of each step that begins, and what it does.
+        end: called with each step when it has ended.
+    """
+    check = _Check(plan, begin, end)
+    check.run()
+    return check.report
+
+
+class _Failed(Exception):
+    """A step found something wrong: a key of `findings.ADVICE`, and what it looks like."""
+
+    def __init__(self, cause: str, text: str) -> None:
+        super().__init__(text)
+        self.cause = cause
+
+
+Found = str | tuple[Status, str]
+"""What a step that did not fail found: a text, or a status other than "ok" with one."""
+
+
+class _Check:
+    """One check under way."""
+
+    def __init__(
+        self, plan: Plan, begin: Callable[[str, str], None], end: Callable[[Step], None]
+    ) -> None:
+        self._plan = plan
+        self._begin = begin
+        self._end = end
+        request = plan.request
+        self.report = Report(plan.server)
+        self.report.facts.update(
+            host=request.server[0],
+            port=request.server[1],
+            job=request.job,
+            rank=request.rank,
+            size=request.size,
+            wait=f"{request.timeout:.3g}",
+        )
+        self._address: Address = ("", 0)
+        self._sock: socket.socket | None = None
+
+    def _do(self, name: str, doing: str, work: Callable[[], Found]) -> bool:
+        self._begin(name, doing)
+        start = time.monotonic()
+        status: Status
+        cause = None
+        try:
+            found = work()
+            status, text = ("ok", found) if isinstance(found, str) else found
+        except _Failed as failed:
+            status, text, cause = "failed", str(failed), failed.cause
+        step = Step(name, status, plain(text), time.monotonic() - start, cause)
+        self.report.steps.append(step)
+        self._end(step)
+        return status != "failed"
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._plan.timeout
+
+    def run(self) -> None:
+        host = self._plan.request.server[0]
+        try:
+            if (
+                self._do("resolve", f"looking up {host}", self._resolve)
+                and self._do("connect", "connecting", self._connect)
+                and self._do("server", "waiting for its answer", self._greet)
+            ):
+                self._join()
+        finally:
+            if self._sock is not None:
+                self._sock.close()
+
+    # ---------------------------------------------------------------- the way there
+    def _resolve(self) -> Found:
+        host, port = self._plan.request.server
+        try:
+            found = in_time(lambda: resolve(host, port), self._plan.timeout)
+        except TimeoutError:
+            text = f"no name server answers within {self._plan.timeout:.3g} s"
+            raise _Failed("name_server", text) from None
+        except RendezvousError as error:
+            because = error.__context__
+            again = isinstance(because, socket.gaierror) and because.errno == socket.EAI_AGAIN
+            raise _Failed("name_server" if again else "no_such_name", error.message) from None
+        except UnicodeError:
+            raise _Failed("no_such_name", f"{host!r} is no host name") from None
+        self._address = found
+        self.report.facts["ip"] = found[0]
+        return f"{host} is {found[0]}" if host != found[0] else f"{host} needs no looking up"
+
+    def _connect(self) -> Found:
+        deadline = self._deadline()
+        try:
+            self._sock = connected(self._address, 0, deadline)
+        except OSError as error:
+            cause = findings.connect_cause(error)
+            if cause == "refused" and self._draining():
+                cause = "draining"
+            text = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
+            raise _Failed(cause, f"{_text(self._address)}: {text.lower()}") from None
+        return f"{_text(self._address)} accepts connections"
+
+    def _draining(self) -> bool:
+        """Whether the admin port, which lives longer, says that the server is ending."""
+        try:
+            return b"draining" in self._ask_admin("/readyz", 0)[0]
+        except OSError:
+            return False
+
+    def _ask_admin(self, path: str, port: int) -> tuple[bytes, Address]:
+        """Return the admin port's answer, and our end of the connection, from our `port`."""
+        deadline = time.monotonic() + min(self._plan.timeout, ADMIN_SECONDS)
+        return http_get((self._address[0], self._plan.admin_port), path, port, deadline)
+
+    def _greet(self) -> Found:
+        """Say hello and wait for the challenge; leave before the proof, so nothing is joined."""
+        sock = self._sock
+        assert sock is not None
+        deadline = self._deadline()
+        hello = Hello("check", 1, 0, 0, 0, (sock.getsockname()[:2],), auth.nonce())
+        side = ClientSide(hello, None)
+        start = time.monotonic()
+        first = b""
+        try:
+            give(sock, bytes(side.outgoing), deadline)
+            side.outgoing.clear()
+            while not side.outgoing:  # until it holds the proof
+                data = take(sock, deadline)
+                first += data[: READ_BYTES - len(first)]
+                if not data:
+                    raise _Failed(_who(first, "closed"), _said(first, "closes the connection"))
+                side.receive(data)
+        except TimeoutError:
+            raise _Failed(_who(first, "silent"), _said(first, "says nothing")) from None
+        except OSError:
+            raise _Failed(_who(first, "closed"), _said(first, "resets the connection")) from None
+        except FmiError as error:
+            raise _Failed(_who(first, "stranger"), _said(first, error.message)) from None
+        self.report.round_trip_seconds = time.monotonic() - start
+        sock.close()
+        return "a rendezvous server, protocol version 3"
+
+    # ------------------------------------------------------------------------- join
+    def _join(self) -> None:
+        plan, reactor = self._plan, SyncReactor()
+        request = plan.request
+        endpoint = SocketEndpoint(reactor, self._address, request, allocate)
+        comm = Communicator(endpoint, reactor, range(request.size), 0, plan.timeout)
+        try:
+            endpoint.connect()
+            joined = self._do(
+                "authenticate", "joining", lambda: self._authenticate(endpoint, reactor)
+            )
+            measure = self._round_trips if joined else self._handshake_time
+            answers = self._do("round trip", "measuring", lambda: measure(endpoint, reactor))
+            joined = joined and answers
+            self._do("address", "comparing", lambda: self._addresses(endpoint))
+            self._do("NAT", "asking a second server port", lambda: self._nat(endpoint))
+            if joined and request.size > 1:
+                self._meet(comm, endpoint, reactor)
+            elif joined:
+                self._do("links", "", lambda: ("skipped", "no peers: needs a job, rank and size"))
+        finally:
+            comm.close()
+
+    def _authenticate(self, endpoint: SocketEndpoint, reactor: SyncReactor) -> Found:
+        reactor.run_until(lambda: bool(endpoint.observed or endpoint.failure), self._deadline())
+        if endpoint.failure is not None:
+            raise self._turned_away(endpoint.failure)
+        if endpoint.observed is None:
+            raise _Failed("lost", f"no word within {self._plan.timeout:.3g} s")
+        request = self._plan.request
+        match self._plan.credentials:
+            case "secret":
+                return "a token made from the secret admits us"
+            case "token" | "expired":
+                return f"the token admits rank {request.rank} of job {request.job!r}"
+        return "admitted without a token"
+
+    def _turned_away(self, error: FmiError) -> _Failed:
+        if isinstance(error, JoinTimeout):
+            self.report.facts["missing"] = some_ranks(error.missing)
+        return _Failed(findings.join_cause(error, self._plan.credentials), error.message)
+
+    def _handshake_time(self, *_: object) -> Found:
+        return f"{time_text(self.report.round_trip_seconds or 0.0)}, of one handshake"
+
+    def _round_trips(self, endpoint: SocketEndpoint, reactor: SyncReactor) -> Found:
+        times: list[float] = []
+        end = time.monotonic() + ROUND_TRIP_SECONDS
+        while not times or (len(times) < ROUND_TRIPS and time.monotonic() < end):
+            endpoint.missing = None
+            start = time.perf_counter()
+            endpoint.ask_missing()
+            reactor.run_until(
+                lambda: endpoint.missing is not None or endpoint.failure is not None,
+                self._deadline(),
+            )
+            if endpoint.failure is not None:
+                raise self._turned_away(endpoint.failure)
+            if endpoint.missing is None:
+                raise _Failed("lost", f"no answer within {self._plan.timeout:.3g} s")
+            times.append(time.perf_counter() - start)
+        median = self.report.round_trip_seconds = statistics.median(times)
+        return f"{time_text(median)} to the server and back, median of {len(times)}"
+
+    # -------------------------------------------------------------------------- NAT
+    def _addresses(self, endpoint: SocketEndpoint) -> Found:
+        if endpoint.observed is None or endpoint.local is None:
+            return "skipped", "the server tells it to the ranks that it admits only"
+        self.report.local, self.report.observed = endpoint.local, endpoint.observed
+        return f"{_text(endpoint.local)} here, {_text(endpoint.observed)} at the server"
+
+    def _nat(self, endpoint: SocketEndpoint) -> Found:
+        report = self.report
+        seen = [report.observed] if report.observed else []
+        second = None
+        if self._plan.admin_port and (not seen or report.observed != report.local):
+            second = self._seen_by_admin(report.local[1] if report.local else 0)
+        if second is not None:
+            report.local = report.local or second[0]
+            seen.append(second[1])
+        kind = report.nat = findings.classify(report.local, seen) if report.local else None
+        if kind is None:
+            return "skipped", "no server port told our address"
+        one = len(seen) == 1 and kind != "none" and bool(report.observed)
+        note = " (only one server port could be reached)" if one else ""
+        status: Status = "warning" if kind in findings.RELAYING else "ok"
+        return status, findings.NAT_TEXT[kind] + note
+
+    def _seen_by_admin(self, port: int) -> tuple[Address, Address] | None:
+        """Return both ends of a connection from our `port`, as we and the admin port see it."""
+        try:
+            body, local = self._ask_admin("/address", port)
+            told = json.loads(body)
+            return local, (str(ipaddress.ip_address(told["address"])), int(told["port"]))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None  # it is closed, or something else answers there
+
+    # ------------------------------------------------------------------------ links
+    def _meet(self, comm: Communicator, endpoint: SocketEndpoint, reactor: SyncReactor) -> None:
+        request = self._plan.request
+        doing = f"waiting for all {request.size} ranks, up to {request.timeout:.3g} s"
+        if not self._do("peers", doing, lambda: self._peers(endpoint, reactor)):
+            return
+        for pair in itertools.combinations(range(request.size), 2):
+            if not self._pair(comm, pair):
+                return
+
+    def _peers(self, endpoint: SocketEndpoint, reactor: SyncReactor) -> Found:
+        try:
+            wait_ready(endpoint, reactor, self._plan.request.timeout)
+        except FmiError as error:
+            raise self._turned_away(error) from None
+        return f"all {self._plan.request.size} ranks are there"
+
+    def _pair(self, comm: Communicator, pair: tuple[int, int]) -> bool:
+        """Measure one pair's link while the other ranks wait."""
+        if comm.rank in pair:
+            peer = sum(pair) - comm.rank
+            return self._do(f"link {peer}", "measuring", lambda: self._link(comm, peer))
+        try:
+            self._turn(comm)
+        except FmiError as error:
+            failed = self._link_failed(error, pair[0])
+            return self._do("links", "", lambda: _raise(failed))
+        return True
+
+    def _turn(self, comm: Communicator) -> None:
+        comm.barrier(timeout=2 * self._plan.timeout)
+
+    def _link(self, comm: Communicator, peer: int) -> Found:
+        try:
+            self._turn(comm)
+            link = linktest.measure(comm, peer)
+        except FmiError as error:
+            raise self._link_failed(error, peer) from None
+        self.report.links.append(link)
+        out, back = link.send_bytes_per_second, link.receive_bytes_per_second
+        rates = f"{findings.rate_text(out)} out, {findings.rate_text(back)} in"
+        text = f"{link.kind}, round trip {time_text(link.round_trip_seconds)}, {rates}"
+        return "ok" if link.kind == "direct" else "warning", text
+
+    def _link_failed(self, error: FmiError, peer: int) -> _Failed:
+        missing = error.missing[:1] if isinstance(error, CollectiveTimeout) else []
+        self.report.facts["peer"] = next(iter(missing), peer if error.peer is None else error.peer)
+        return _Failed(findings.link_cause(error), error.message)
+
+
+def _raise(error: Exception) -> Found:
+    raise error
+
+
+def _text(address: Address) -> str:
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _who(first: bytes, silent: str) -> str:
+    return findings.who_answers(first) if first else silent
+
+
+def _said(first: bytes, otherwise: str) -> str:
+    return f"it says {first[:40].decode('latin-1')!r}" if first else f"it {otherwise}"

@@ -1,0 +1,113 @@
+"""How a check looks: a line for each step as it ends, and signs of life while one takes long."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from fmi_client.findings import time_text
+
+if TYPE_CHECKING:
+    from fmi_client.findings import Step
+
+__all__ = ["CheckView"]
+
+_MARKS = {
+    "ok": ("✓", "green"),
+    "warning": ("!", "yellow"),
+    "failed": ("✗", "bold red"),
+    "skipped": ("-", "dim"),
+}
+_NAME_WIDTH = len("authenticate")
+_WORTH_TELLING = 0.05  # seconds; what is faster has no time behind its line
+# Nothing is silent for longer than two seconds.
+_HEARTBEAT = 1.5
+
+
+class CheckView:
+    """Shows a check inside a ``with`` block; what goes on to stderr, what was found to stdout."""
+
+    def __init__(self, to_stderr: bool = False, heartbeat: float = _HEARTBEAT) -> None:
+        self._out = Console(stderr=to_stderr, highlight=False)
+        self._err = Console(stderr=True, highlight=False)
+        self._heartbeat = heartbeat
+        self._life: Status | _Pulse | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop()
+
+    def begin(self, name: str, doing: str) -> None:
+        """Say, while it lasts, that a step is under way."""
+        text = f"{name:<{_NAME_WIDTH}} {doing} …"
+        if self._err.is_terminal:
+            self._life = self._err.status(Text(text))
+        else:
+            self._life = _Pulse(text, self._heartbeat)
+        self._life.start()
+
+    def end(self, step: Step) -> None:
+        """Print the line of a step that has ended."""
+        self._stop()
+        self._out.print(step_line(step))
+
+    def conclude(self, advice: str) -> None:
+        """Print the sentence that ends the report."""
+        self._out.print()
+        self._out.print(Text(advice, style="bold"))
+
+    def _stop(self) -> None:
+        life, self._life = self._life, None
+        if life is not None:
+            life.stop()
+
+
+def step_line(step: Step) -> Table:
+    """Return mark, name, what was found (it may need several lines) and how long that took."""
+    line = Table.grid(padding=(0, 1), expand=True)
+    line.add_column(width=1)
+    line.add_column(width=_NAME_WIDTH, no_wrap=True)
+    line.add_column(ratio=1)
+    style = "dim" if step.status == "skipped" else ""
+    cells = [Text(*_MARKS[step.status]), Text(step.name, style), Text(step.text, style)]
+    if step.seconds >= _WORTH_TELLING:
+        line.add_column(justify="right", no_wrap=True)
+        cells.append(Text(time_text(step.seconds), "dim"))
+    line.add_row(*cells)
+    return line
+
+
+class _Pulse:
+    """Repeats a line on stderr, where that is no terminal, until it is stopped."""
+
+    def __init__(self, text: str, every: float) -> None:
+        self._text = text
+        self._every = every
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._over.wait(self._every):
+            if sys.stderr is not None:  # closed; print would turn to stdout
+                print(f"  {self._text}", file=sys.stderr, flush=True)
