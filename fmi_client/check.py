@@ -121,8 +121,9 @@ def _request(
     secret: bytes | None,
     wait: float,
 ) -> JoinRequest:
-    alone = job is None
-    job, rank, size = job or f"check-{secrets.token_hex(8)}", rank or 0, 1 if alone else size or 0
+    alone = job is None or rank is None or size is None
+    if job is None or rank is None or size is None:
+        job, rank, size = f"check-{secrets.token_hex(8)}", 0, 1
     if secret is not None:
         expires = time.time() + TOKEN_SECONDS
         token = auth.make_token(secret, job=job, size=size, expires=expires)
