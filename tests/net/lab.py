@@ -49,7 +49,7 @@ double      two routers of the kind "preserving" behind each other
 KINDS: tuple[Nat, ...] = get_args(Nat)
 
 PREFIX = "fmilab-"
-SERVER_PORT = 10000
+SERVER_PORT, ADMIN_PORT = 10000, 10001
 CLONE_NEWNET = 0x40000000
 
 _RULES = """
@@ -219,7 +219,7 @@ def _serve(lab: Lab, log: IO[bytes]) -> Iterator[None]:
     """Run a rendezvous server at a public address; ranks come back until it listens."""
     host = lab.uplink(lab.namespace("server"), "203.0.113")
     lab.server = f"{host.address}:{SERVER_PORT}"
-    options = ["--allow-anonymous", "--port", str(SERVER_PORT), "--admin-port", "-1"]
+    options = ["--allow-anonymous", "--port", str(SERVER_PORT), "--admin-port", str(ADMIN_PORT)]
     command = host.command(sys.executable, "-m", "rendezvous_server", *options)
     with subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as server:
         try:

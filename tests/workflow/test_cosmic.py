@@ -47,9 +47,10 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        ([], ["run", "data", "model"]),
+        ([], ["run", "check", "data", "model"]),
         (["run"], ["--world-size", "[default: 4", "cosmic run --json | jq", "130"]),
         (["run"], ["--strict", "--no-strict"]),
+        (["check"], ["SERVER", "--secret-file", "--job try --size 2 --rank 1", '{"server":']),
         (["data", "make"], ["--split", "./data/demo-SIZE-SPLIT-SEED-VERSION.pt"]),
         (["model", "train"], ["--epochs"]),
     ],
@@ -62,13 +63,15 @@ def test_help_teaches(start: Start, words: list[str], shown: list[str]) -> None:
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
-        "import sys; from workflow.cli import app; app(['run', '--help'], standalone_mode=False);"
+        "import sys; from workflow.cli import app;"
+        "app([sys.argv[1], '--help'], standalone_mode=False);"
         "heavy = {'torch', 'numpy', 'matplotlib', 'asyncio', 'boto3', 'rich'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

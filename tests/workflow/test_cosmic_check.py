@@ -1,0 +1,147 @@
+"""``cosmic check`` as its users meet it: lines, JSON, exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fmi_client.findings import Step
+from tests.support import serving
+from workflow.check_view import CheckView, step_line
+
+SECRET = b"0123456789abcdef"
+ROOT = Path(__file__).parents[2]
+
+
+async def cosmic_check(*words: str, **settings: str) -> tuple[int, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "from workflow.cli import main; main()", "check", *words),
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", **settings},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+def closed_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+async def test_a_line_for_each_step_and_advice_at_the_end() -> None:
+    async with serving() as (_, address):
+        code, out, err = await cosmic_check(address)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert [line[:14] for line in lines[:8]] == [
+        "✓ resolve     ",
+        "✓ connect     ",
+        "✓ server      ",
+        "✓ authenticate",
+        "✓ round trip  ",
+        "✓ address     ",
+        "✓ NAT         ",
+        "- links       ",
+    ]
+    assert lines[8:] == [
+        "",
+        "All is well on this machine; run the check again where the ranks will run.",
+    ]
+
+
+async def test_a_failure_is_exit_code_1_and_json_all_the_same() -> None:
+    server = f"127.0.0.1:{closed_port()}"
+    code, out, err = await cosmic_check(server, "--admin-port", "0", "--json")
+    assert code == 1
+    report = json.loads(out)
+    assert not report["ok"]
+    assert [step["status"] for step in report["steps"]] == ["ok", "failed"]
+    # People see it, too.
+    assert "✗ connect" in err
+    assert "nothing listens there" in err
+
+
+async def test_a_secret_file_makes_the_token(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(SECRET + b"\n")
+    words = ("--secret-file", str(tmp_path / "secret"))
+    async with serving(SECRET) as (_, address):
+        code, out, _ = await cosmic_check(address, *words)
+        assert code == 0
+        assert "a token made from the secret admits us" in out
+        code, out, _ = await cosmic_check(address)
+    assert code == 1
+    assert "Give what admits you: --secret-file" in out
+
+
+async def test_two_processes_test_their_link() -> None:
+    async with serving() as (_, address):
+        words = (address, "--job", "try", "--size", "2")
+        ends = await asyncio.gather(*(cosmic_check(*words, "--rank", r) for r in "01"))
+    for rank, (code, out, err) in enumerate(ends):
+        assert code == 0, err
+        assert f"✓ link {1 - rank}       direct, round trip " in out
+        assert out.endswith("All is well: every link of this rank is direct.\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["h", "--job", "j"], "job, rank and size go together"),
+        (["h:x"], "not an address of the form host:port"),
+        (["h", "--secret-file", "nowhere"], "cannot read the secret file nowhere"),
+        (["h", "--timeout", "0"], "timeout=0"),
+    ],
+)
+async def test_wrong_usage(words: list[str], says: str) -> None:
+    code, out, err = await cosmic_check(*words, "--json")
+    assert code == 2
+    assert says in json.loads(out)["error"]["message"]
+    assert says in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+async def test_no_server_and_wrong_options_are_wrong_usage() -> None:
+    code, out, err = await cosmic_check()
+    assert (code, out) == (2, "")
+    assert "SERVER" in err
+    code, out, err = await cosmic_check("h", "--jop", "j")
+    assert (code, out) == (2, "")
+    assert "--job" in err
+
+
+def drawn(step: Step, width: int = 60) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(step_line(step))
+    assert isinstance(console.file, io.StringIO)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def test_lines_are_aligned() -> None:
+    text = "192.0.2.1:10000: connection refused by what is there, whatever it is"
+    assert drawn(Step("connect", "failed", text, 0.25, "refused")) == [
+        "✗ connect      192.0.2.1:10000: connection refused by 250 ms",
+        "               what is there, whatever it is",
+    ]
+    assert drawn(Step("NAT", "warning", "[red]x[/]", 0.001)) == ["! NAT          [red]x[/]"]
+
+
+def test_a_step_that_takes_long_shows_life(capsys: pytest.CaptureFixture[str]) -> None:
+    with CheckView(heartbeat=0.01) as view:
+        view.begin("peers", "waiting for all 2 ranks")
+        err = ""
+        while err.count("\n") < 2:
+            err += capsys.readouterr().err
+        view.end(Step("peers", "ok", "all 2 ranks are there"))
+    assert err.splitlines()[0] == "  peers        waiting for all 2 ranks …"
+    assert "✓ peers        all 2 ranks are there" in capsys.readouterr().out
