@@ -16,7 +16,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 from fmi_client import findings, linktest
@@ -33,7 +33,7 @@ from fmi_client.payloads import allocate
 from fmi_client.protocol import auth
 from fmi_client.protocol.rendezvous import Address, ClientSide, Hello
 from fmi_client.sync import Communicator, wait_ready
-from fmi_client.transport.blocking import READ_BYTES, connected, give, http_get, in_time, take
+from fmi_client.transport.blocking import connected, give, http_get, in_time, take
 from fmi_client.transport.reactor import SyncReactor
 from fmi_client.transport.sockets import parse_endpoint
 
@@ -55,7 +55,7 @@ class Plan:
     """What to check, verified."""
 
     server: str
-    request: JoinRequest = field(repr=False)
+    request: JoinRequest
     credentials: Credentials
     admin_port: int
     timeout: float
@@ -283,7 +283,7 @@ class _Check:
             side.outgoing.clear()
             while not side.outgoing:  # until it holds the proof
                 data = take(sock, deadline)
-                first += data[: READ_BYTES - len(first)]
+                first += data
                 if not data:
                     raise _Failed(_who(first, "closed"), _said(first, "closes the connection"))
                 side.receive(data)

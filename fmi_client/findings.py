@@ -115,10 +115,10 @@ class Step:
     Attributes:
         name: "resolve", "connect", "server", "authenticate", "round trip", "address", "NAT",
             "peers", or "link N" with peer N.
-        status: how it went; only "failed" makes the report one of failure.
+        status: how it went; a "warning" works all the same.
         text: what was found, for people.
         seconds: how long it took.
-        cause: what is wrong, a key of `ADVICE`; None if nothing is.
+        cause: what is wrong, a key of `ADVICE`; None if it did not fail.
     """
 
     name: str
@@ -175,8 +175,8 @@ class Report:
     def advice(self) -> str:
         """One sentence: what to do about the first thing wrong, or what to expect."""
         for step in self.steps:
-            if step.status == "failed":
-                return ADVICE[step.cause or "lost"].format_map(_Facts(self.facts))
+            if step.cause is not None:
+                return ADVICE[step.cause].format_map(self.facts)
         return outlook(self.nat, self.local, self.links)
 
     def as_dict(self) -> dict[str, Any]:
@@ -192,13 +192,6 @@ class Report:
             "links": [asdict(link) for link in self.links],
             "steps": [asdict(step) for step in self.steps],
         }
-
-
-class _Facts(dict[str, object]):
-    """An advice with a gap is better than none."""
-
-    def __missing__(self, name: str) -> str:
-        return "?"
 
 
 def outlook(nat: Nat | None, local: Address | None, links: Sequence[LinkFound]) -> str:

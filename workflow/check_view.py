@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.status import Status
-from rich.table import Table
 from rich.text import Text
 
 from fmi_client.findings import time_text
@@ -26,6 +26,7 @@ _MARKS = {
     "skipped": ("-", "dim"),
 }
 _NAME_WIDTH = len("authenticate")
+_WIDEST = 100  # characters in a line that is read with ease
 _WORTH_TELLING = 0.05  # seconds; what is faster has no time behind its line
 # Nothing is silent for longer than two seconds.
 _HEARTBEAT = 1.5
@@ -37,6 +38,7 @@ class CheckView:
     def __init__(self, to_stderr: bool = False, heartbeat: float = _HEARTBEAT) -> None:
         self._out = Console(stderr=to_stderr, highlight=False)
         self._err = Console(stderr=True, highlight=False)
+        self._width = min(self._out.width, _WIDEST)
         self._heartbeat = heartbeat
         self._life: Status | _Pulse | None = None
 
@@ -63,12 +65,12 @@ class CheckView:
     def end(self, step: Step) -> None:
         """Print the line of a step that has ended."""
         self._stop()
-        self._out.print(step_line(step))
+        self._out.print(step_lines(step, self._width))
 
     def conclude(self, advice: str) -> None:
         """Print the sentence that ends the report."""
         self._out.print()
-        self._out.print(Text(advice, style="bold"))
+        self._out.print(Text(textwrap.fill(advice, self._width), "bold"))
 
     def _stop(self) -> None:
         life, self._life = self._life, None
@@ -76,18 +78,18 @@ class CheckView:
             life.stop()
 
 
-def step_line(step: Step) -> Table:
+def step_lines(step: Step, width: int) -> Text:
     """Return mark, name, what was found (it may need several lines) and how long that took."""
-    line = Table.grid(padding=(0, 1), expand=True)
-    line.add_column(width=1)
-    line.add_column(width=_NAME_WIDTH, no_wrap=True)
-    line.add_column(ratio=1)
-    style = "dim" if step.status == "skipped" else ""
-    cells = [Text(*_MARKS[step.status]), Text(step.name, style), Text(step.text, style)]
-    if step.seconds >= _WORTH_TELLING:
-        line.add_column(justify="right", no_wrap=True)
-        cells.append(Text(time_text(step.seconds), "dim"))
-    line.add_row(*cells)
+    took = time_text(step.seconds) if step.seconds >= _WORTH_TELLING else ""
+    indent = " " * (_NAME_WIDTH + 3)
+    room = width - len(indent)
+    first, *rest = textwrap.wrap(step.text, max(room - len(took) - 1, 20)) or [""]
+    dim = "dim" if step.status == "skipped" else ""
+    line = Text.assemble(_MARKS[step.status], (f" {step.name:<{_NAME_WIDTH}} {first}", dim))
+    if took:
+        line.append(f"{took:>{room - len(first)}}", "dim")
+    for more in rest:
+        line.append(f"\n{indent}{more}", dim)
     return line
 
 

@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fmi_client
-from fmi_client import errors, findings
+from fmi_client import check, errors, findings, linktest
 from fmi_client.check import Plan, run
 from fmi_client.findings import ADVICE, LinkFound, Nat, Report, Step, classify, outlook
 from fmi_client.joining import JoinRequest
@@ -148,6 +149,11 @@ def test_the_first_thing_wrong_gets_the_advice() -> None:
     assert Report("", {}, steps).advice == ADVICE["token_expired"]
 
 
+def test_every_cause_is_explained() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "check.md").read_text()
+    assert not [cause for cause in ADVICE if f"`{cause}`" not in text]
+
+
 def link(kind: str) -> LinkFound:
     return LinkFound(1, kind, 0.001, 1e6, 1e6)
 
@@ -204,6 +210,11 @@ def test_numbers_and_strangers_words_for_people() -> None:
 def test_wrong_arguments_are_named(arguments: dict[str, Any], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         Plan.make(**({"server": "127.0.0.1"} | arguments))
+
+
+def test_for_ever_is_a_time_that_clocks_can_add_to() -> None:
+    plan = Plan.make("h", timeout=float("inf"), wait=float("inf"))
+    assert plan.request.timeout == plan.timeout < float("inf")
 
 
 def test_a_plan_shows_no_secret() -> None:
@@ -270,6 +281,13 @@ async def test_the_report_is_json_with_stable_keys() -> None:
     ]
     assert report["server"] == address
     assert list(report["steps"][0]) == ["name", "status", "text", "seconds", "cause"]
+
+
+async def test_a_slow_server_is_asked_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as (_, address):
+        assert "median of 20" in step(await checked(address), "round trip").text
+        monkeypatch.setattr(check, "ROUND_TRIP_SECONDS", 0)
+        assert step(await checked(address), "round trip").text.endswith("median of 1")
 
 
 async def test_steps_are_told_when_they_begin_and_end() -> None:
@@ -563,17 +581,47 @@ async def test_nats(keeps_port: bool, second: int | None, kind: Nat) -> None:
     assert ("only one server port" in found.text) is (second is None)
 
 
+TOLD = b'{"address": "192.0.2.7", "port": 1}'
+
+
 @pytest.mark.parametrize(
-    "body", [b"", b"404: Not Found", b"[]", b'{"address": "name", "port": 1}', b"x" * 100_000]
+    ("body", "told"),
+    [
+        (TOLD, True),
+        (b"", False),
+        (b"404: Not Found", False),
+        (b"[]", False),
+        (b'{"address": "name", "port": 1}', False),
+        (TOLD + b" " * 10_000, False),
+    ],
 )
-async def test_an_admin_port_that_says_something_else(body: bytes) -> None:
+async def test_what_the_admin_port_says(body: bytes, told: bool) -> None:
+    async def tell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + body)
+        await writer.drain()
+
     async with (
         serving() as (_, address),
         translated(address, "127.0.0.2", True) as entrance,
-        listening(says(b"HTTP/1.1 200 OK\r\n\r\n" + body)) as admin,
+        listening(tell) as admin,
     ):
-        report = await checked(entrance, admin_port=admin, timeout=0.3)
+        report = await checked(entrance, admin_port=admin)
     assert report.ok
+    assert report.nat == ("symmetric" if told else "preserving")
+
+
+async def test_peers_do_not_wait_for_an_admin_port_that_is_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(check, "ADMIN_SECONDS", 0.05)
+    async with (
+        serving() as (_, address),
+        translated(address, "127.0.0.2", True) as entrance,
+        listening(drips) as admin,
+    ):
+        report = await checked(entrance, admin_port=admin, timeout=5)
+    assert step(report, "NAT").seconds < 2
     assert "only one server port" in step(report, "NAT").text
 
 
@@ -611,6 +659,52 @@ async def test_links_are_measured() -> None:
             other = next(each for each in reports[link.peer].links if each.peer == rank)
             assert link.send_bytes_per_second == other.receive_bytes_per_second > 1e5
             assert link.round_trip_seconds == other.round_trip_seconds
+
+
+class SlowLink:
+    """A peer that answers over a link of known quality, in time that does not pass."""
+
+    def __init__(self, rate: float, round_trip: float) -> None:
+        self.rate, self.round_trip = rate, round_trip
+        self.now = 0.0
+        self.sent: list[int] = []
+        self.told = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def send(self, data: bytes | float, peer: int) -> None:
+        if isinstance(data, float):
+            self.told = data
+        elif data:
+            self.now += len(data) / self.rate + self.round_trip / 2
+            self.sent.append(len(data))
+
+    def recv(self, peer: int) -> bytes:
+        self.now += self.round_trip / 2
+        return bytes(8)
+
+
+@pytest.mark.parametrize(
+    ("rate", "round_trip", "pings", "largest"),
+    [
+        (10e9, 0.0001, 50, 16 << 20),
+        (10e6, 0.05, 20, 1 << 20),
+        (10e3, 0.3, 4, 64 << 10),
+    ],
+)
+def test_a_slow_link_is_asked_for_less(
+    monkeypatch: pytest.MonkeyPatch, rate: float, round_trip: float, pings: int, largest: int
+) -> None:
+    link: Any = SlowLink(rate, round_trip)
+    monkeypatch.setattr(linktest, "time", link)
+    found = linktest._round_trip(link, 1, lead=True)
+    assert found == link.told == pytest.approx(round_trip, rel=0.1)
+    assert len(link.sent) == pings
+    link.sent.clear()
+    found = linktest._rate(link, 1, True, found)
+    assert found == link.told == pytest.approx(rate, rel=0.2)
+    assert link.sent[-1] == largest
 
 
 async def test_a_relayed_link_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:

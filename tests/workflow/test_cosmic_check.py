@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from fmi_client.findings import Step
-from tests.support import serving
-from workflow.check_view import CheckView, step_line
+from tests.support import serving, until
+from workflow.check_view import CheckView, step_lines
 
 SECRET = b"0123456789abcdef"
 ROOT = Path(__file__).parents[2]
 
 
-async def cosmic_check(*words: str, **settings: str) -> tuple[int, str, str]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", "from workflow.cli import main; main()", "check", *words),
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", **settings},
+async def started(*words: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "from workflow.cli import main; main()", *words),
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
+
+
+async def cosmic_check(*words: str) -> tuple[int, str, str]:
+    process = await started("check", *words)
     out, err = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
@@ -54,6 +57,7 @@ async def test_a_line_for_each_step_and_advice_at_the_end() -> None:
         "✓ NAT         ",
         "- links       ",
     ]
+    assert not [line for line in lines if line != line.rstrip()]
     assert lines[8:] == [
         "",
         "All is well on this machine; run the check again where the ranks will run.",
@@ -94,6 +98,19 @@ async def test_two_processes_test_their_link() -> None:
         assert out.endswith("All is well: every link of this rank is direct.\n")
 
 
+async def test_ctrl_c_leaves_in_order() -> None:
+    async with serving() as (server, address):
+        words = ("check", address, "--job", "try", "--size", "2", "--rank", "0")
+        process = await started(*words)
+        await until(lambda: server.registry.ranks == 1, 20)
+        process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+        await until(lambda: server.registry.ranks == 0)
+        assert server.counters.lost == 0
+    assert process.returncode == 130
+    assert err.decode().splitlines()[-1] == "Stopped by SIGINT; nothing is left running."
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -120,20 +137,16 @@ async def test_no_server_and_wrong_options_are_wrong_usage() -> None:
     assert "--job" in err
 
 
-def drawn(step: Step, width: int = 60) -> list[str]:
-    console = Console(file=io.StringIO(), width=width)
-    console.print(step_line(step))
-    assert isinstance(console.file, io.StringIO)
-    return [line.rstrip() for line in console.file.getvalue().splitlines()]
-
-
 def test_lines_are_aligned() -> None:
     text = "192.0.2.1:10000: connection refused by what is there, whatever it is"
-    assert drawn(Step("connect", "failed", text, 0.25, "refused")) == [
+    assert step_lines(Step("connect", "failed", text, 0.25, "refused"), 60).plain.split("\n") == [
         "✗ connect      192.0.2.1:10000: connection refused by 250 ms",
         "               what is there, whatever it is",
     ]
-    assert drawn(Step("NAT", "warning", "[red]x[/]", 0.001)) == ["! NAT          [red]x[/]"]
+    assert (
+        step_lines(Step("NAT", "warning", "x", 1.5), 30).plain == "! NAT          x         1.5 s"
+    )
+    assert step_lines(Step("links", "skipped", "none"), 60).plain == "- links        none"
 
 
 def test_a_step_that_takes_long_shows_life(capsys: pytest.CaptureFixture[str]) -> None:
