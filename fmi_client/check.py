@@ -216,16 +216,12 @@ class _Check:
 
     def run(self) -> None:
         host = self._plan.request.server[0]
-        try:
-            if (
-                self._do("resolve", f"looking up {host}", self._resolve)
-                and self._do("connect", "connecting", self._connect)
-                and self._do("server", "waiting for its answer", self._greet)
-            ):
-                self._join()
-        finally:
-            if self._sock is not None:
-                self._sock.close()
+        if (
+            self._do("resolve", f"looking up {host}", self._resolve)
+            and self._do("connect", "connecting", self._connect)
+            and self._do("server", "waiting for its answer", self._greet)
+        ):
+            self._join()
 
     # ---------------------------------------------------------------- the way there
     def _resolve(self) -> Found:
@@ -271,30 +267,10 @@ class _Check:
 
     def _greet(self) -> Found:
         """Say hello and wait for the challenge; leave before the proof, so nothing is joined."""
-        sock = self._sock
-        assert sock is not None
-        deadline = self._deadline()
-        hello = Hello("check", 1, 0, 0, 0, (sock.getsockname()[:2],), auth.nonce())
-        side = ClientSide(hello, None)
-        start = time.monotonic()
-        first = b""
-        try:
-            give(sock, bytes(side.outgoing), deadline)
-            side.outgoing.clear()
-            while not side.outgoing:  # until it holds the proof
-                data = take(sock, deadline)
-                first += data
-                if not data:
-                    raise _Failed(_who(first, "closed"), _said(first, "closes the connection"))
-                side.receive(data)
-        except TimeoutError:
-            raise _Failed(_who(first, "silent"), _said(first, "says nothing")) from None
-        except OSError:
-            raise _Failed(_who(first, "closed"), _said(first, "resets the connection")) from None
-        except FmiError as error:
-            raise _Failed(_who(first, "stranger"), _said(first, error.message)) from None
-        self.report.round_trip_seconds = time.monotonic() - start
-        sock.close()
+        assert self._sock is not None
+        with self._sock as sock:
+            hello = Hello("check", 1, 0, 0, 0, (sock.getsockname()[:2],), auth.nonce())
+            self.report.round_trip_seconds = _handshake(sock, hello, self._deadline())
         return "a rendezvous server, protocol version 3"
 
     # ------------------------------------------------------------------------- join
@@ -442,6 +418,33 @@ class _Check:
         missing = error.missing[:1] if isinstance(error, CollectiveTimeout) else []
         self.report.facts["peer"] = next(iter(missing), peer if error.peer is None else error.peer)
         return _Failed(findings.link_cause(error), error.message)
+
+
+def _handshake(sock: socket.socket, hello: Hello, deadline: float) -> float:
+    """Return the seconds from the hello to the challenge.
+
+    Raises:
+        _Failed: no rendezvous server answers.
+    """
+    side = ClientSide(hello, None)
+    start = time.monotonic()
+    first = b""
+    try:
+        give(sock, bytes(side.outgoing), deadline)
+        side.outgoing.clear()
+        while not side.outgoing:  # until it holds the proof
+            data = take(sock, deadline)
+            if not data:
+                raise _Failed(_who(first, "closed"), _said(first, "closes the connection"))
+            first += data
+            side.receive(data)
+    except TimeoutError:
+        raise _Failed(_who(first, "silent"), _said(first, "says nothing")) from None
+    except OSError:
+        raise _Failed(_who(first, "closed"), _said(first, "resets the connection")) from None
+    except FmiError as error:
+        raise _Failed(_who(first, "stranger"), _said(first, error.message)) from None
+    return time.monotonic() - start
 
 
 def _raise(error: Exception) -> Found:

@@ -32,7 +32,7 @@ def in_time(work: Callable[[], Result], seconds: float) -> Result:
         except Exception as error:
             errors.append(error)
 
-    thread = threading.Thread(target=call, daemon=True)
+    thread = threading.Thread(target=call, name="in time", daemon=True)
     thread.start()
     thread.join(seconds)
     if errors:

@@ -324,6 +324,10 @@ JOB = {"job": "job", "rank": 0, "size": 1}
         (JOB | {"token": token()}, token(-60), None),
         (JOB, token(), None),
     ],
+    ids=[
+        *("nothing", "nothing-for-a-job", "unused", "expired", "other-job", "other-size"),
+        *("other-secret", "secret", "secret-for-a-job", "token", "environment"),
+    ],
 )
 async def test_a_server_with_a_secret(
     monkeypatch: pytest.MonkeyPatch,
@@ -449,7 +453,11 @@ CHALLENGE = {"t": "challenge", "nonce": bytes(16)}
         (after_hello({"t": "error", "code": "refused", "why": "\x1b[2J"}), "server", "stranger"),
         (after_hello(CHALLENGE), "authenticate", "lost"),
         (after_hello(CHALLENGE, {"t": "error", "code": "refused"}), "authenticate", "lost"),
-        (after_hello(CHALLENGE, {"t": "error", "why": "full"}), "authenticate", "turned_away"),
+        (
+            after_hello(CHALLENGE, {"t": "error", "why": "\x1b[2Jfull"}),
+            "authenticate",
+            "turned_away",
+        ),
     ],
 )
 async def test_what_is_no_server(talk: Talk, where: str, cause: str) -> None:
@@ -507,6 +515,8 @@ async def test_a_name_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None
     over = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: over.wait(10))
     assert causes(await checked("nowhere.invalid", timeout=0.05)) == ["name_server"]
+    # The process can end all the same.
+    assert [each.daemon for each in threading.enumerate() if each.name == "in time"] == [True]
     over.set()
 
 
@@ -579,6 +589,17 @@ async def test_nats(keeps_port: bool, second: int | None, kind: Nat) -> None:
     found = step(report, "NAT")
     assert found.status == ("ok" if kind == "preserving" else "warning")
     assert ("only one server port" in found.text) is (second is None)
+
+
+async def test_without_a_nat_one_port_is_enough() -> None:
+    asked = []
+
+    async def tell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readline())
+
+    async with serving() as (_, address), listening(tell) as admin:
+        assert (await checked(address, admin_port=admin)).nat == "none"
+    assert not asked
 
 
 TOLD = b'{"address": "192.0.2.7", "port": 1}'
@@ -659,6 +680,21 @@ async def test_links_are_measured() -> None:
             other = next(each for each in reports[link.peer].links if each.peer == rank)
             assert link.send_bytes_per_second == other.receive_bytes_per_second > 1e5
             assert link.round_trip_seconds == other.round_trip_seconds
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_tells_its_own_sending_from_receiving(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    class Comm:
+        def stats(self) -> Any:
+            return {"links": {1 - rank: {"kind": "direct"}}}
+
+    comm: Any = Comm()
+    comm.rank = rank
+    monkeypatch.setattr(linktest, "_round_trip", lambda *_: 0.5)
+    monkeypatch.setattr(linktest, "_rate", lambda comm, peer, lead, _: 1.0 if lead else 2.0)
+    assert linktest.measure(comm, 1 - rank) == LinkFound(1 - rank, "direct", 0.5, 1.0, 2.0)
 
 
 class SlowLink:
