@@ -22,6 +22,7 @@ from typing import Self
 from fmi_client import findings, linktest
 from fmi_client.endpoint import MAX_SECONDS, some_ranks
 from fmi_client.errors import (
+    CollectiveMismatch,
     CollectiveTimeout,
     FmiError,
     JoinTimeout,
@@ -367,7 +368,7 @@ class _Check:
             body, local = self._ask_admin("/address", port)
             told = json.loads(body)
             return local, (str(ipaddress.ip_address(told["address"])), int(told["port"]))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None  # it is closed, or something else answers there
 
     # ------------------------------------------------------------------------ links
@@ -408,6 +409,8 @@ class _Check:
             link = linktest.measure(comm, peer)
         except FmiError as error:
             raise self._link_failed(error, peer) from None
+        except (TypeError, ValueError):  # what came is no part of a check
+            raise self._link_failed(CollectiveMismatch("not a check"), peer) from None
         self.report.links.append(link)
         out, back = link.send_bytes_per_second, link.receive_bytes_per_second
         rates = f"{findings.rate_text(out)} out, {findings.rate_text(back)} in"

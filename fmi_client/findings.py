@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from fmi_client.errors import (
     AuthenticationFailed,
+    CollectiveMismatch,
     CollectiveTimeout,
     FmiError,
     JobFull,
     JoinTimeout,
     PunchFailed,
-    RankFailed,
     RankTaken,
     RendezvousError,
     ServerDraining,
@@ -102,6 +102,8 @@ ADVICE: dict[str, str] = {
     "no_link": "Start the server without --no-relay, or give one of the two ranks a public "
     "address: no direct connection comes about.",
     "peer_lost": "Look at what rank {peer} says: it ended during the test.",
+    "mismatch": "Run the check as every rank of {job!r}, or choose another --job: rank {peer} does "
+    "something else.",
     "stalled": "Try again, with a larger --timeout on a slow network: rank {peer} stopped "
     "answering during the test.",
 }
@@ -305,8 +307,8 @@ def link_cause(error: FmiError) -> str:
             return "no_link"
         case CollectiveTimeout():
             return "stalled"
-        case RankFailed():
-            return "peer_lost"
+        case CollectiveMismatch():
+            return "mismatch"
         case RendezvousError():
             return "lost"
     return "peer_lost"

@@ -110,6 +110,7 @@ def test_why_not_admitted(
         (errors.CollectiveTimeout(missing=[1]), "stalled"),
         (errors.RankFailed(rank=1), "peer_lost"),
         (errors.Aborted(by=1), "peer_lost"),
+        (errors.CollectiveMismatch(), "mismatch"),
         (errors.RendezvousError(), "lost"),
     ],
 )
@@ -463,7 +464,7 @@ CHALLENGE = {"t": "challenge", "nonce": bytes(16)}
 async def test_what_is_no_server(talk: Talk, where: str, cause: str) -> None:
     start = time.monotonic()
     async with listening(talk) as port:
-        report = await checked(f"127.0.0.1:{port}", timeout=0.3)
+        report = await checked(f"127.0.0.1:{port}", timeout=0.6)
     assert time.monotonic() - start < 3
     failed = next(step for step in report.steps if step.status == "failed")
     assert (failed.name, failed.cause) == (where, cause)
@@ -486,7 +487,7 @@ async def test_packets_vanish() -> None:
         for sock in waiting:
             sock.setblocking(False)
             sock.connect_ex(full.getsockname())
-        report = await checked(f"127.0.0.1:{full.getsockname()[1]}", timeout=0.2)
+        report = await checked(f"127.0.0.1:{full.getsockname()[1]}", timeout=0.5)
         for sock in waiting:
             sock.close()
     assert causes(report) == ["black_hole"]
@@ -613,6 +614,8 @@ TOLD = b'{"address": "192.0.2.7", "port": 1}'
         (b"404: Not Found", False),
         (b"[]", False),
         (b'{"address": "name", "port": 1}', False),
+        (b'{"address": "192.0.2.7", "port": 1e999}', False),
+        (b'{"address": "192.0.2.7", "port": null}', False),
         (TOLD + b" " * 10_000, False),
     ],
 )
@@ -793,12 +796,37 @@ async def test_a_peer_that_leaves() -> None:
     assert "rank 1" in report.advice
 
 
+async def other_work(comm: fmi_client.Communicator) -> None:
+    await comm.allreduce(1)
+
+
+async def other_messages(comm: fmi_client.Communicator) -> None:
+    await comm.barrier()
+    await comm.send(b"", 1)
+    await comm.send({"not": "a number"}, 1)
+
+
+@pytest.mark.parametrize("work", [other_work, other_messages])
+async def test_a_peer_that_does_something_else(
+    work: Callable[[fmi_client.Communicator], Awaitable[None]],
+) -> None:
+    async def join(address: str) -> None:
+        with suppress(errors.FmiError):
+            async with fmi_client.connect(address, job="j", rank=0, size=2, timeout=5) as comm:
+                await work(comm)
+
+    async with serving() as (_, address):
+        report, _ = await asyncio.gather(checked(address, job="j", rank=1, size=2), join(address))
+    assert causes(report) == ["mismatch"]
+    assert "rank 0 does something else" in report.advice
+
+
 async def test_a_peer_that_stops_answering() -> None:
     async with serving() as (_, address):
         joining = asyncio.ensure_future(
             fmi_client.connect(address, job="j", rank=1, size=2, timeout=10)
         )
-        report = await checked(address, job="j", rank=0, size=2, timeout=0.2)
+        report = await checked(address, job="j", rank=0, size=2, timeout=0.5)
         await (await joining).close()
     assert causes(report) == ["stalled"]
     assert "rank 1" in report.advice
@@ -810,7 +838,7 @@ async def test_ranks_with_different_keys(monkeypatch: pytest.MonkeyPatch) -> Non
         for rank in (0, 1):
             monkeypatch.setenv("FMI_KEY", f"{rank + 1:064x}")
             plans.append(
-                Plan.make(address, job="j", rank=rank, size=2, admin_port=0, timeout=0.5, wait=10)
+                Plan.make(address, job="j", rank=rank, size=2, admin_port=0, timeout=1.0, wait=10)
             )
         reports = await asyncio.gather(*(asyncio.to_thread(run, plan) for plan in plans))
     assert "key" in {cause for report in reports for cause in causes(report)}
