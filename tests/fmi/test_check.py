@@ -826,7 +826,7 @@ async def test_a_peer_that_stops_answering() -> None:
         joining = asyncio.ensure_future(
             fmi_client.connect(address, job="j", rank=1, size=2, timeout=10)
         )
-        report = await checked(address, job="j", rank=0, size=2, timeout=0.5)
+        report = await checked(address, job="j", rank=0, size=2, timeout=1.0)
         await (await joining).close()
     assert causes(report) == ["stalled"]
     assert "rank 1" in report.advice
