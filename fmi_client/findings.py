@@ -45,7 +45,7 @@ NAT_TEXT: dict[Nat, str] = {
     "preserving": "keeps the port: links can be punched",
     "endpoint_independent": "changes the port, the same way for two server ports; "
     "punching does not use that: links are relayed",
-    "symmetric": "gives each destination another port (symmetric): links are relayed",
+    "symmetric": "another port for each destination (symmetric): links are relayed",
     "changed": "changes the port: links are relayed",
 }
 RELAYING: frozenset[Nat] = frozenset({"endpoint_independent", "symmetric", "changed"})
