@@ -523,8 +523,10 @@ async def test_a_name_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None
 
 # ---------------------------------------------------------------------------- NATs
 @asynccontextmanager
-async def translated(server: str, ip: str, keeps_port: bool) -> AsyncIterator[str]:
-    """Stand between a rank and the server as a NAT does: connect from `ip`."""
+async def translated(
+    server: str, ip: str, keeps_port: bool, mapped: list[Address] | None = None
+) -> AsyncIterator[str]:
+    """Stand between a rank and the server as a NAT does: connect from `ip`; say so in `mapped`."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         sock = socket.socket()
@@ -533,6 +535,8 @@ async def translated(server: str, ip: str, keeps_port: bool) -> AsyncIterator[st
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind((ip, writer.get_extra_info("peername")[1] if keeps_port else 0))
         await asyncio.get_running_loop().sock_connect(sock, parse_endpoint(server))
+        if mapped is not None:
+            mapped.append(sock.getsockname())
         inside, outside = await asyncio.open_connection(sock=sock)
         with closing(outside):
             await asyncio.gather(_copy(reader, outside), _copy(inside, writer))
@@ -564,18 +568,18 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 async def test_nats(keeps_port: bool, second: int | None, kind: Nat) -> None:
     """The admin port sees the port that the server sees, plus `second`; None: it is closed."""
     callers: list[int] = []
+    mapped: list[Address] = []
 
     async def tell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert (await reader.readline()).startswith(b"GET /address ")
         callers.append(writer.get_extra_info("peername")[1])
-        (job,) = server.registry.jobs
-        ip, port = job.members[0].addresses[0]
+        ip, port = mapped[-1]
         body = json.dumps({"address": ip, "port": port + (second or 0)})
         writer.write(f"HTTP/1.1 200 OK\r\n\r\n{body}".encode())
 
     async with (
-        serving() as (server, address),
-        translated(address, "127.0.0.2", keeps_port) as entrance,
+        serving() as (_, address),
+        translated(address, "127.0.0.2", keeps_port, mapped) as entrance,
         listening(tell) as admin,
     ):
         admin_port = closed_port() if second is None else admin
