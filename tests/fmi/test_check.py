@@ -24,6 +24,7 @@ from fmi_client.joining import JoinRequest
 from fmi_client.protocol import frames
 from fmi_client.protocol.rendezvous import Address
 from fmi_client.transport.sockets import parse_endpoint
+from rendezvous_server import admin
 from tests.support import serving
 
 SECRET = b"0123456789abcdef"
@@ -580,9 +581,9 @@ async def test_nats(keeps_port: bool, second: int | None, kind: Nat) -> None:
     async with (
         serving() as (_, address),
         translated(address, "127.0.0.2", keeps_port, mapped) as entrance,
-        listening(tell) as admin,
+        listening(tell) as second_port,
     ):
-        admin_port = closed_port() if second is None else admin
+        admin_port = closed_port() if second is None else second_port
         report = await checked(entrance, admin_port=admin_port)
     assert report.ok
     assert report.nat == kind
@@ -602,8 +603,8 @@ async def test_without_a_nat_one_port_is_enough() -> None:
     async def tell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         asked.append(await reader.readline())
 
-    async with serving() as (_, address), listening(tell) as admin:
-        assert (await checked(address, admin_port=admin)).nat == "none"
+    async with serving() as (_, address), listening(tell) as second_port:
+        assert (await checked(address, admin_port=second_port)).nat == "none"
     assert not asked
 
 
@@ -632,11 +633,25 @@ async def test_what_the_admin_port_says(body: bytes, told: bool) -> None:
     async with (
         serving() as (_, address),
         translated(address, "127.0.0.2", True) as entrance,
-        listening(tell) as admin,
+        listening(tell) as second_port,
     ):
-        report = await checked(entrance, admin_port=admin)
+        report = await checked(entrance, admin_port=second_port)
     assert report.ok
     assert report.nat == ("symmetric" if told else "preserving")
+
+
+async def test_the_servers_own_admin_port() -> None:
+    async with (
+        serving() as (server, address),
+        translated(address, "127.0.0.2", True) as entrance,
+    ):
+        runner, port = await admin.start(server, "127.0.0.1", 0)
+        report = await checked(entrance, admin_port=port)
+        server.registry.draining = True
+        ending = await checked(f"127.0.0.1:{closed_port()}", admin_port=port)
+        await runner.cleanup()
+    assert report.nat == "symmetric"  # it is not behind what stands before the other port
+    assert causes(ending) == ["draining"]
 
 
 async def test_peers_do_not_wait_for_an_admin_port_that_is_silent(
@@ -646,9 +661,9 @@ async def test_peers_do_not_wait_for_an_admin_port_that_is_silent(
     async with (
         serving() as (_, address),
         translated(address, "127.0.0.2", True) as entrance,
-        listening(drips) as admin,
+        listening(drips) as second_port,
     ):
-        report = await checked(entrance, admin_port=admin, timeout=5)
+        report = await checked(entrance, admin_port=second_port, timeout=5)
     assert step(report, "NAT").seconds < 2
     assert "only one server port" in step(report, "NAT").text
 
@@ -658,8 +673,8 @@ async def test_the_admin_port_tells_whom_the_server_does_not_admit() -> None:
         await reader.readline()
         writer.write(b'HTTP/1.1 200 OK\r\n\r\n{"address": "192.0.2.7", "port": 1}')
 
-    async with serving(SECRET) as (_, address), listening(tell) as admin:
-        report = await checked(address, admin_port=admin)
+    async with serving(SECRET) as (_, address), listening(tell) as second_port:
+        report = await checked(address, admin_port=second_port)
     assert causes(report) == ["token_missing"]
     assert report.nat == "changed"
 
