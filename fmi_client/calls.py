@@ -56,6 +56,12 @@ class UnderWay(NamedTuple):
         return (sent is None or sent.done) and (received is None or received.done)
 
     @property
+    def well(self) -> bool:
+        """Whether nothing has gone wrong so far."""
+        sent, received = self.sent, self.received
+        return (sent is None or sent.error is None) and (received is None or received.error is None)
+
+    @property
     def only_sending(self) -> bool:
         return self.received is None or self.received.done
 
@@ -164,6 +170,8 @@ class Caller:
                 op=call.op,
                 seq=_seq(call),
             )
+        if under_way.well:
+            return
         for half, peer in under_way.halves():
             if half.error is None:
                 continue

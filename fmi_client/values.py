@@ -7,7 +7,7 @@ combination writes into the result's own memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -111,13 +111,12 @@ class ArrayValue:
         self._like = obj
         self._out = out
         self.source = as_numpy(obj)
-        self.dtype_name = _dtype_name(obj.dtype)
-        self.description = f"{self.dtype_name} {list(self.source.shape)}"
+        self.description = _description(obj.dtype, self.source.shape)
         self.combine = _combine(obj, op, self.source.dtype)
         self.current = self.source
         """Where our value is: the caller's input until it is first combined."""
         self._result: Array | None = None
-        self._scratch: Array | None = None
+        self._scratch: tuple[Array, memoryview] | None = None
         if out is not None:
             check_out(out, obj, self.source.shape)
 
@@ -135,8 +134,9 @@ class ArrayValue:
 
     def scratch(self) -> memoryview:
         if self._scratch is None:
-            self._scratch = np.empty(self.source.shape, self.source.dtype)
-        return flat_bytes(self._scratch)
+            array = np.empty(self.source.shape, self.source.dtype)
+            self._scratch = array, flat_bytes(array)
+        return self._scratch[1]
 
     def absorb(self, receive: Receive, *, lower: bool) -> None:
         other = self._seen(receive)
@@ -154,6 +154,8 @@ class ArrayValue:
         return other
 
     def _seen(self, receive: Receive) -> Array:
+        if self._scratch is not None and receive.data is self._scratch[1]:
+            return self._scratch[0]
         raw = np.frombuffer(receive.data, np.uint8)
         return raw.view(self.source.dtype).reshape(self.source.shape)
 
@@ -185,14 +187,13 @@ def numpy_has(tensor: torch.Tensor) -> bool:
 
 def as_like(array: Array, like: Any, out: Any = None) -> Any:
     """Return `array` in the type of `like`, through `out` if given."""
-    if out is not None and (is_tensor(out) or not isinstance(out, np.ndarray)):
+    if out is None:
+        return _to_tensor(array, like) if is_tensor(like) else array
+    if not isinstance(out, np.ndarray):
         _fill_tensor(out, array)
-        return out
-    if out is not None:
-        if out is not array and not np.shares_memory(out, array):
-            np.copyto(out, array)
-        return out
-    return _to_tensor(array, like) if is_tensor(like) else array
+    elif out is not array and not np.shares_memory(out, array):
+        np.copyto(out, array)
+    return out
 
 
 def _to_tensor(array: Array, like: torch.Tensor) -> torch.Tensor:
@@ -225,9 +226,14 @@ def check_out(out: Any, like: Any, shape: tuple[int, ...]) -> None:
     Raises:
         TypeError, ValueError: it does not fit; the text says what would.
     """
-    if is_tensor(out) != is_tensor(like) or not (is_tensor(out) or isinstance(out, np.ndarray)):
+    fits = (
+        isinstance(like, np.ndarray | np.generic)
+        if isinstance(out, np.ndarray)
+        else (is_tensor(out) and is_tensor(like))
+    )
+    if not fits:
         raise TypeError(f"out= is a {type(out).__name__}, but the input a {type(like).__name__}")
-    if tuple(out.shape) != tuple(shape) or out.dtype != like.dtype:
+    if tuple(out.shape) != shape or out.dtype != like.dtype:
         raise ValueError(
             f"out= has dtype {out.dtype} and shape {tuple(out.shape)}; "
             f"the result has dtype {like.dtype} and shape {tuple(shape)}"
@@ -239,6 +245,11 @@ def check_out(out: Any, like: Any, shape: tuple[int, ...]) -> None:
 @cache
 def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@lru_cache(maxsize=1024)
+def _description(dtype: Any, shape: tuple[int, ...]) -> str:
+    return f"{_dtype_name(dtype)} {list(shape)}"
 
 
 def _combine(obj: Any, op: Op, dtype: np.dtype[Any]) -> Combine:

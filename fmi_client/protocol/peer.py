@@ -160,7 +160,7 @@ class Payload(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return sum(len(part) for part in self.parts)
+        return sum(map(len, self.parts))
 
 
 def head(key: Key, signature: bytes, payload: Payload, nbytes: int) -> bytes:
@@ -281,10 +281,10 @@ class Inbox:
         if not queue:
             del self._unexpected[receive.key]
         self.unexpected_bytes -= len(arrival.data)
-        if not self._agrees(receive, arrival):
+        if not self._agrees(receive, arrival.signature):
             return
         if arrival.complete:
-            self._deliver(receive, arrival)
+            self._deliver(receive, arrival.meta, arrival.data)
         else:
             self.waiting += 1
             arrival.receive = receive
@@ -381,16 +381,41 @@ class Inbox:
                 raise ProtocolError("malformed message header from the peer")
             if self._filled - start < head_bytes:
                 break
-            at = start + HEADER_BYTES
-            arrival = _Arrival(
-                (kind, context, number),
-                bytes(self._stage[at : at + n_sign]),
-                bytes(self._stage[at + n_sign : start + head_bytes]),
-            )
-            if self._holds(arrival, nbytes, self._filled - start - head_bytes):
+            at, body = start + HEADER_BYTES, start + head_bytes
+            key = kind, context, number
+            signature = bytes(self._stage[at : at + n_sign])
+            meta = bytes(self._stage[at + n_sign : body]) if n_meta else b""
+            if body + nbytes <= self._filled and key in self._awaited:
+                self._hand_over(key, signature, meta, self._stage[body : body + nbytes])
+                start = body + nbytes
+                continue
+            arrival = _Arrival(key, signature, meta)
+            if self._holds(arrival, nbytes, self._filled - body):
                 break
-            start = self._begin(arrival, nbytes, start + head_bytes)
+            start = self._begin(arrival, nbytes, body)
         self._compact(start)
+
+    def _hand_over(self, key: Key, signature: bytes, meta: bytes, data: memoryview) -> None:
+        """Deliver a message that is whole and awaited: what most small ones are."""
+        receive = self._next_awaited(key)
+        self.waiting -= 1
+        if not self._agrees(receive, signature):
+            return
+        self.messages += 1
+        nbytes = len(data)
+        self.payload_bytes += nbytes
+        if nbytes and (receive.into is None or len(receive.into) != nbytes):
+            place = self._allocate(nbytes)
+            place[:] = data
+            data = place
+        self._deliver(receive, meta, data)
+
+    def _next_awaited(self, key: Key) -> Receive:
+        queue = self._awaited[key]
+        receive = queue.popleft()
+        if not queue:
+            del self._awaited[key]
+        return receive
 
     def _holds(self, arrival: _Arrival, nbytes: int, have: int) -> bool:
         """Whether a message is large, incomplete, and delays nothing that anybody awaits."""
@@ -425,12 +450,9 @@ class Inbox:
                 self._stage = grown
 
     def _match(self, arrival: _Arrival, nbytes: int) -> None:
-        queue = self._awaited.get(arrival.key)
-        if queue:
-            receive = queue.popleft()
-            if not queue:
-                del self._awaited[arrival.key]
-            if self._agrees(receive, arrival):
+        if arrival.key in self._awaited:
+            receive = self._next_awaited(arrival.key)
+            if self._agrees(receive, arrival.signature):
                 arrival.receive = receive
                 if receive.into is not None and len(receive.into) == nbytes:
                     arrival.data = receive.into
@@ -443,10 +465,10 @@ class Inbox:
             self._on_unexpected(arrival.key, arrival.signature)
         arrival.data = self._allocate(nbytes)
 
-    def _agrees(self, receive: Receive, arrival: _Arrival) -> bool:
-        if receive.signature == arrival.signature:
+    def _agrees(self, receive: Receive, signature: bytes) -> bool:
+        if receive.signature == signature:
             return True
-        receive.finish(SignatureMismatch(arrival.signature))
+        receive.finish(SignatureMismatch(signature))
         return False
 
     def _complete(self, arrival: _Arrival) -> None:
@@ -455,19 +477,19 @@ class Inbox:
         self.payload_bytes += len(arrival.data)
         if arrival.receive is not None:
             self.waiting -= 1
-            self._deliver(arrival.receive, arrival)
+            self._deliver(arrival.receive, arrival.meta, arrival.data)
 
-    def _deliver(self, receive: Receive, arrival: _Arrival) -> None:
+    def _deliver(self, receive: Receive, meta: bytes, data: memoryview) -> None:
         into = receive.into
-        if into is not None and arrival.data is not into:
-            if len(into) == len(arrival.data):
-                into[:] = arrival.data
-                arrival.data = into
+        if into is not None and data is not into:
+            if len(into) == len(data):
+                into[:] = data
+                data = into
             elif receive.key[0] == COLLECTIVE:
-                receive.finish(_wrong_size(len(into), len(arrival.data)))
+                receive.finish(_wrong_size(len(into), len(data)))
                 return
-        receive.meta = arrival.meta
-        receive.data = arrival.data
+        receive.meta = meta
+        receive.data = data
         receive.finish()
 
 

@@ -38,6 +38,10 @@ class Send(Pending):
         self.started = False
 
 
+SENT = Send(done=True)
+"""What most sends of small messages are, at once."""
+
+
 class Link(Protocol):
     """What communicators see of a link."""
 
@@ -56,6 +60,9 @@ class Link(Protocol):
     def post(self, receive: Receive) -> None: ...
 
     def cancel(self, receive: Receive) -> None: ...
+
+    def read(self) -> None:
+        """Take in what has come, if anything has."""
 
     def withdraw(self, sent: Send) -> bool:
         """Take back a message; False if the peer may have some of it already."""
@@ -94,7 +101,10 @@ class SocketLink:
         """Start to carry data over `sock`; `first` was read from it already."""
         self._sock = sock
         self.kind = kind
-        self._guarded(lambda: self.inbox.feed(first))
+        try:
+            self.inbox.feed(first)
+        except ProtocolError as error:
+            self._malformed(error)
         if not self.lost:
             self._flush()
 
@@ -116,19 +126,20 @@ class SocketLink:
         return message
 
     def _send_small(self, whole: bytes) -> Send:
-        message = Send(memoryview(whole))
-        self._queue.append(message)
-        if len(self._queue) > 1:
-            return message
-        if self._sock is not None:
+        sent = 0
+        if self._sock is not None and not self._queue:
             try:
-                self._advance(self._sock.send(whole))
+                sent = self._sock.send(whole)
             except BlockingIOError:
                 pass
             except OSError as error:
                 self._lose(error)
-        if not message.done:
-            self._update_interest()
+        if sent == len(whole):
+            return SENT
+        message = Send(memoryview(whole)[sent:])
+        message.started = sent > 0
+        self._queue.append(message)
+        self._update_interest()
         return message
 
     def _flush(self) -> None:
@@ -168,7 +179,10 @@ class SocketLink:
 
     # ------------------------------------------------------------------ receiving
     def post(self, receive: Receive) -> None:
-        self._guarded(lambda: self.inbox.post(receive))
+        try:
+            self.inbox.post(receive)
+        except ProtocolError as error:
+            self._malformed(error)
         if receive.done:
             return
         if self.error is not None:
@@ -182,7 +196,10 @@ class SocketLink:
 
     def make_room(self, room: bool) -> None:
         self._room = room
-        self._guarded(lambda: self.inbox.make_room(room))
+        try:
+            self.inbox.make_room(room)
+        except ProtocolError as error:
+            self._malformed(error)
         self._update_interest()
 
     def read(self) -> None:
@@ -200,15 +217,15 @@ class SocketLink:
         if count == 0:
             self._lose(ConnectionResetError("the peer closed the connection"))
             return
-        self._guarded(lambda: self.inbox.buffer_updated(count))
+        try:
+            self.inbox.buffer_updated(count)
+        except ProtocolError as error:
+            self._malformed(error)
         if self.inbox.held or self.inbox.unexpected_bytes > UNEXPECTED_BYTES:
             self._update_interest()
 
-    def _guarded(self, step: Callable[[], None]) -> None:
-        try:
-            step()
-        except ProtocolError as error:
-            self._lose(error.at(peer=self.peer))
+    def _malformed(self, error: ProtocolError) -> None:
+        self._lose(error.at(peer=self.peer))
 
     # --------------------------------------------------------------------- ending
     @property

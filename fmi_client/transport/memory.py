@@ -47,6 +47,9 @@ class MemoryLink:
     def cancel(self, receive: Receive) -> None:
         self.inbox.cancel(receive)
 
+    def read(self) -> None:
+        pass
+
     def withdraw(self, sent: Send) -> bool:
         return True
 
