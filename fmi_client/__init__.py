@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from fmi_client.ops import LAND as LAND
     from fmi_client.ops import LOR as LOR
     from fmi_client.ops import MAX as MAX
+    from fmi_client.ops import MAXLOC as MAXLOC
     from fmi_client.ops import MIN as MIN
+    from fmi_client.ops import MINLOC as MINLOC
     from fmi_client.ops import PROD as PROD
     from fmi_client.ops import SUM as SUM
     from fmi_client.ops import Op as Op
@@ -41,7 +43,7 @@ _HOMES = {
     "fmi_client.communicator": ("Communicator", "connect", "memory_world"),
     "fmi_client.ops": (
         *("SUM", "PROD", "MIN", "MAX", "LAND", "LOR", "BAND", "BOR"),
-        *("Op", "custom"),
+        *("MINLOC", "MAXLOC", "Op", "custom"),
     ),
     "fmi_client.protocol.auth": ("make_token",),
     "fmi_client.errors": (

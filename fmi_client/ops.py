@@ -16,7 +16,21 @@ import numpy as np
 
 from fmi_client.payloads import Array
 
-__all__ = ["BAND", "BOR", "LAND", "LOR", "MAX", "MIN", "PROD", "SUM", "Op", "as_op", "custom"]
+__all__ = [
+    "BAND",
+    "BOR",
+    "LAND",
+    "LOR",
+    "MAX",
+    "MAXLOC",
+    "MIN",
+    "MINLOC",
+    "PROD",
+    "SUM",
+    "Op",
+    "as_op",
+    "custom",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +92,23 @@ def _logical(function: np.ufunc) -> Callable[[Array, Array, Array], object]:
     return lambda left, right, out: np.copyto(out, function(left, right), casting="unsafe")
 
 
+def _locate(better: np.ufunc) -> Callable[[Array, Array, Array], object]:
+    def array(left: Array, right: Array, out: Array) -> None:
+        names = out.dtype.names or ()
+        if len(names) != 2:
+            raise TypeError("MINLOC and MAXLOC need a dtype of two fields: the value, its place")
+        (old, new), (old_place, new_place) = ((left[name], right[name]) for name in names)
+        first = (new == old) & (new_place < old_place)
+        missing = (new != new) & (old == old)  # NaN wins, as in numpy's minimum
+        np.copyto(out, np.where(better(new, old) | first | missing, right, left))
+
+    return array
+
+
+def _first_highest(left: Any, right: Any) -> Any:
+    return right if (right[0], -right[1]) > (left[0], -left[1]) else left
+
+
 SUM = Op("sum", operator.add, _ufunc(np.add))
 PROD = Op("prod", operator.mul, _ufunc(np.multiply))
 MIN = Op("min", min, _ufunc(np.minimum))
@@ -86,3 +117,10 @@ LAND = Op("land", lambda a, b: bool(a) and bool(b), _logical(np.logical_and))
 LOR = Op("lor", lambda a, b: bool(a) or bool(b), _logical(np.logical_or))
 BAND = Op("band", operator.and_, _ufunc(np.bitwise_and))
 BOR = Op("bor", operator.or_, _ufunc(np.bitwise_or))
+MINLOC = Op("minloc", min, _locate(np.less))
+"""Of pairs (value, place) the one with the lowest value, and of equals with the lowest place.
+
+Works on tuples, and on arrays of a dtype with two fields: ``[("value", "f8"), ("rank", "i8")]``.
+"""
+MAXLOC = Op("maxloc", _first_highest, _locate(np.greater))
+"""Of pairs (value, place) the one with the highest value, and of equals with the lowest place."""

@@ -7,7 +7,7 @@ event loop. Not to be shared between threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,12 +22,14 @@ from fmi_client.joining import (
     ask_before,
     resolve,
 )
-from fmi_client.operations import Operations
+from fmi_client.operations import Operations, OpLike
+from fmi_client.ops import SUM
 from fmi_client.payloads import allocate
 from fmi_client.protocol.peer import Receive
+from fmi_client.request import Request
 from fmi_client.transport.reactor import SyncReactor
 
-__all__ = ["Communicator", "connect"]
+__all__ = ["Communicator", "Request", "connect"]
 
 POLL_SECONDS = 0.001
 """At most so long a loop of calls that all find their data ready is deaf to everything else."""
@@ -57,8 +59,11 @@ class Communicator(Operations):
         super().__init__(endpoint, group, context, timeout, whole_job=whole_job)
         self._reactor = reactor
         self._skip = self._skips = 0
+        self._begin_only = False
 
     def _run(self, call: Call) -> Any:
+        if self._begin_only:
+            return Request(self, call)
         reactor = self._reactor
         now = reactor.now()
         deadline = now + call.timeout
@@ -103,13 +108,12 @@ class Communicator(Operations):
         return False
 
     def _wait(self, call: Call, under_way: UnderWay, deadline: float) -> None:
-        if self._spin(under_way):
-            return
+        if not self._spin(under_way):
+            self._sleep(call, lambda: under_way.done, deadline)
+
+    def _sleep(self, call: Call, done: Callable[[], bool], deadline: float) -> None:
+        """Serve the sockets until `done()`, or nobody has found out in time why it is not."""
         reactor = self._reactor
-
-        def done() -> bool:
-            return under_way.done
-
         if reactor.run_until(done, min(deadline, reactor.now() + STUCK_SECONDS)):
             return
         stuck = call.stuck
@@ -120,9 +124,44 @@ class Communicator(Operations):
         finally:
             if stuck:
                 self._endpoint.make_room(False)
-        if not in_time:
-            self._late(call, under_way)
+        if not in_time and call.under_way is not None:
+            self._late(call, call.under_way)
             reactor.run_until(done, reactor.now() + LAST_SECONDS)
+
+    # ------------------------------------------------------- without waiting for it
+    def isend(self, obj: Any, dest: int, tag: int = 0, *, timeout: float | None = None) -> Request:
+        """Begin to `send`."""
+        return self._started(self.send, obj, dest, tag, timeout=timeout)
+
+    def irecv(
+        self, source: int, tag: int = 0, *, out: Any = None, timeout: float | None = None
+    ) -> Request:
+        """Begin to `recv`; ``wait()`` returns the object."""
+        return self._started(self.recv, source, tag, out=out, timeout=timeout)
+
+    def ibarrier(self, *, timeout: float | None = None) -> Request:
+        """Begin a `barrier`."""
+        return self._started(self.barrier, timeout=timeout)
+
+    def ibcast(
+        self, obj: Any, root: int = 0, *, out: Any = None, timeout: float | None = None
+    ) -> Request:
+        """Begin a `bcast`; ``wait()`` returns the root's object."""
+        return self._started(self.bcast, obj, root, out=out, timeout=timeout)
+
+    def iallreduce(
+        self, obj: Any, op: OpLike = SUM, *, out: Any = None, timeout: float | None = None
+    ) -> Request:
+        """Begin an `allreduce`; ``wait()`` returns the combination."""
+        return self._started(self.allreduce, obj, op, out=out, timeout=timeout)
+
+    def _started(self, operation: Callable[..., Any], *args: Any, **options: Any) -> Request:
+        self._begin_only = True
+        try:
+            request: Request = operation(*args, **options)
+        finally:
+            self._begin_only = False
+        return request
 
     def _child(self, group: list[int], context: int) -> Self:
         return type(self)(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Combine = Callable[[Array, Array, Array], object]
 
-_checked: set[tuple[str, str]] = set()
+_checked: set[tuple[str, np.dtype[Any]]] = set()
 
 
 class Value(Protocol):
@@ -255,10 +255,10 @@ def _description(dtype: Any, shape: tuple[int, ...]) -> str:
 def _combine(obj: Any, op: Op, dtype: np.dtype[Any]) -> Combine:
     if is_tensor(obj) and (op.name.startswith("custom:") or _half(obj)):
         return _tensor_combine(obj, op)
-    if not op.name.startswith("custom:") and (op.name, dtype.str) not in _checked:
+    if not op.name.startswith("custom:") and (op.name, dtype) not in _checked:
         one = np.zeros(1, dtype)
         op.array(one, one, one)  # raises TypeError here rather than in the middle of the job
-        _checked.add((op.name, dtype.str))
+        _checked.add((op.name, dtype))
     return op.array
 
 

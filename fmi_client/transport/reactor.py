@@ -90,6 +90,7 @@ class SyncReactor:
         self._callbacks: dict[int, tuple[Callback | None, Callback | None]] = {}
         self._timers: list[tuple[float, int, _SyncTimer]] = []
         self._order = itertools.count()
+        self._next: list[Callback] = []
         self.polled = self.now()
         """When sockets were last looked at."""
 
@@ -117,6 +118,10 @@ class SyncReactor:
         heapq.heappush(self._timers, (self.now() + delay, next(self._order), timer))
         return timer
 
+    def soon(self, callback: Callback) -> None:
+        """Call back once, after what is being done now."""
+        self._next.append(callback)
+
     def run_until(self, done: Callable[[], bool], deadline: float) -> bool:
         """Serve sockets and timers until `done()`; False if `deadline` came first."""
         while not done():
@@ -133,7 +138,9 @@ class SyncReactor:
         Sockets come before timers: after a long computation, an answer that is there counts
         more than a deadline that has passed meanwhile.
         """
-        if self._timers:
+        if self._next:
+            timeout = 0.0
+        elif self._timers:
             timeout = max(0.0, min(timeout, self._timers[0][0] - self.now()))
         events_now = self._epoll.poll(timeout)
         self.polled = self.now()
@@ -146,6 +153,8 @@ class SyncReactor:
             if read and events & (select.EPOLLIN | select.EPOLLERR | select.EPOLLHUP):
                 read()
         self._run_timers()
+        while self._next:
+            self._next.pop(0)()
 
     def _run_timers(self) -> None:
         while self._timers and (self._timers[0][2].cancelled or self._timers[0][0] <= self.now()):

@@ -242,6 +242,40 @@ async def test_logical_and_bitwise(op: fmi_client.Op, want: list[int]) -> None:
         assert got.tolist() == want
 
 
+PAIR = np.dtype([("value", "f8"), ("rank", "i8")])
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("length", [3, 20_000], ids=["doubling", "ring"])
+async def test_where_the_lowest_and_the_highest_are(size: int, length: int) -> None:
+    values = np.random.default_rng(size).integers(0, 4, (size, length)).astype("f8")
+    values[size - 1, 1] = np.nan
+
+    async def rank(comm: Communicator) -> tuple[Any, Any]:
+        mine = np.zeros(length, PAIR)
+        mine["value"], mine["rank"] = values[comm.rank], comm.rank
+        lowest = await comm.allreduce(mine, fmi_client.MINLOC)
+        await comm.allreduce(mine, fmi_client.MAXLOC, out=mine)
+        return lowest, mine
+
+    for lowest, highest in await run_ranks(size, rank):
+        assert (lowest["rank"] == values.argmin(0)).all()
+        assert (highest["rank"] == values.argmax(0)).all()
+        assert np.isnan([lowest["value"][1], highest["value"][1]]).all()
+        assert (lowest["value"][2:] == values.min(0)[2:]).all()
+        assert (highest["value"][2:] == values.max(0)[2:]).all()
+
+
+async def test_where_the_lowest_is_among_tuples() -> None:
+    async def rank(comm: Communicator) -> list[Any]:
+        pair = (abs(comm.rank - 2), comm.rank)
+        return [await comm.allreduce(pair, op) for op in (fmi_client.MINLOC, fmi_client.MAXLOC)]
+
+    assert await run_ranks(5, rank) == [[(0, 2), (2, 0)]] * 5
+    with pytest.raises(TypeError, match="two fields"):
+        await run_ranks(1, lambda comm: comm.allreduce(np.zeros(3), fmi_client.MINLOC))
+
+
 async def test_python_values_are_reduced_by_pythons_operators() -> None:
     big = 2**80
 

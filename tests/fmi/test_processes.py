@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import multiprocessing
 import os
 import resource
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,74 +21,7 @@ from fmi_client.errors import (
     RankFailed,
     RendezvousError,
 )
-from tests.support import KEY, serving
-
-spawn = multiprocessing.get_context("fork")
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A server in a thread of its own: the ranks block."""
-    ready: concurrent.futures.Future[str] = concurrent.futures.Future()
-    stop = asyncio.Event()
-    loop = asyncio.new_event_loop()
-
-    async def serve() -> None:
-        async with serving() as (_, where):
-            ready.set_result(where)
-            await stop.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    yield ready.result(10)
-    loop.call_soon_threadsafe(stop.set)
-    thread.join()
-    loop.close()
-
-
-RankFunction = Callable[[sync.Communicator], Any]
-
-
-def _be_rank(
-    pipe: Any, address: str, job: str, rank: int, size: int, function: RankFunction
-) -> None:
-    # Inherited handlers would report our own death to the parent's event loop.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    try:
-        with sync.connect(address, job=job, rank=rank, size=size, key=KEY, timeout=15) as comm:
-            pipe.send(function(comm))
-    except BaseException as error:
-        pipe.send(error)
-
-
-def run_processes(address: str, size: int, function: RankFunction, job: str = "job") -> list[Any]:
-    """Run `function(comm)` in `size` processes; results, errors or "died" in rank order."""
-    pipes, processes = [], []
-    for rank in range(size):
-        ours, theirs = spawn.Pipe(duplex=False)
-        process = spawn.Process(
-            target=_be_rank, args=(theirs, address, job, rank, size, function), daemon=True
-        )
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
-    try:
-        return [_result(pipe) for pipe in pipes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-        for pipe in pipes:
-            pipe.close()
-
-
-def _result(pipe: Any) -> Any:
-    try:
-        return pipe.recv() if pipe.poll(20) else "silent"
-    except EOFError:
-        return "died"
+from tests.processes import RankFunction, run_processes
 
 
 def everything(comm: sync.Communicator) -> list[Any]:
