@@ -1,4 +1,4 @@
-"""The libraries that are compared, each behind the same five methods.
+"""The libraries that are compared, each behind the same few methods.
 
 Every method does what a careful user of that library would write: memory is made once, arrays
 are reduced and received in place.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,22 +23,33 @@ NAMES = ("sync", "async", "gloo", "mpi")
 SECONDS = 120
 
 
-class Peer(Protocol):
+class Peer:
     """One rank's side of a library; arrays are float32 and of the same length on all ranks."""
 
     rank: int
     size: int
 
-    def barrier(self) -> None: ...
+    def barrier(self) -> Any:
+        raise NotImplementedError
 
-    def allreduce(self, array: Array) -> None:
+    def allreduce(self, array: Array) -> Any:
         """Sum into `array`."""
+        raise NotImplementedError
 
-    def gather(self, array: Array, parts: list[Array]) -> None:
+    def gather(self, array: Array, parts: list[Array]) -> Any:
         """Collect everybody's `array` in `parts` at rank 0."""
+        raise NotImplementedError
 
-    def bcast(self, array: Array) -> None:
+    def bcast(self, array: Array) -> Any:
         """Overwrite `array` with rank 0's."""
+        raise NotImplementedError
+
+    def repeat(self, operation: Callable[[], Any], count: int) -> float:
+        """Run one of the above so often; returns the seconds of one."""
+        start = time.perf_counter()
+        for _ in range(count):
+            operation()
+        return (time.perf_counter() - start) / count
 
 
 @contextmanager
@@ -58,21 +70,21 @@ def _place() -> dict[str, Any]:
     return {name: kind(os.environ[f"BENCH_{name.upper()}"]) for name, kind in names.items()}
 
 
-class _Sync:
+class _Sync(Peer):
     def __init__(self, comm: Any) -> None:
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
 
-    def barrier(self) -> None:
-        self.comm.barrier()
+    def barrier(self) -> Any:
+        return self.comm.barrier()
 
-    def allreduce(self, array: Array) -> None:
-        self.comm.allreduce(array, out=array)
+    def allreduce(self, array: Array) -> Any:
+        return self.comm.allreduce(array, out=array)
 
-    def gather(self, array: Array, parts: list[Array]) -> None:
-        self.comm.gather(array, out=parts if self.rank == 0 else None)
+    def gather(self, array: Array, parts: list[Array]) -> Any:
+        return self.comm.gather(array, out=parts if self.rank == 0 else None)
 
-    def bcast(self, array: Array) -> None:
-        self.comm.bcast(array, out=array)
+    def bcast(self, array: Array) -> Any:
+        return self.comm.bcast(array, out=array)
 
 
 def _sync() -> Iterator[Peer]:
@@ -83,23 +95,20 @@ def _sync() -> Iterator[Peer]:
 
 
 class _Async(_Sync):
-    """The async communicator; entering the loop (10 µs) counts as the library's time."""
+    """The same methods, to be awaited."""
 
     def __init__(self, comm: Any, runner: asyncio.Runner) -> None:
         super().__init__(comm)
-        self._run = runner.run
+        self._runner = runner
 
-    def barrier(self) -> None:
-        self._run(self.comm.barrier())
+    def repeat(self, operation: Callable[[], Any], count: int) -> float:
+        async def loop() -> float:
+            start = time.perf_counter()
+            for _ in range(count):
+                await operation()
+            return (time.perf_counter() - start) / count
 
-    def allreduce(self, array: Array) -> None:
-        self._run(self.comm.allreduce(array, out=array))
-
-    def gather(self, array: Array, parts: list[Array]) -> None:
-        self._run(self.comm.gather(array, out=parts if self.rank == 0 else None))
-
-    def bcast(self, array: Array) -> None:
-        self._run(self.comm.bcast(array, out=array))
+        return self._runner.run(loop())
 
 
 def _async() -> Iterator[Peer]:
@@ -116,7 +125,7 @@ def _async() -> Iterator[Peer]:
         runner.run(comm.close())
 
 
-class _Gloo:
+class _Gloo(Peer):
     def __init__(self, dist: Any, rank: int, size: int) -> None:
         import torch
 
@@ -155,7 +164,7 @@ def _gloo() -> Iterator[Peer]:
     dist.destroy_process_group()
 
 
-class _Mpi:
+class _Mpi(Peer):
     def __init__(self) -> None:
         from mpi4py import MPI
 

