@@ -30,6 +30,9 @@ MAX_TAG = 2**63 - 1
 STUCK_SECONDS = 0.05
 """A send that takes longer may wait for a peer that itself waits to send; see `make_room`."""
 
+SMALL_BYTES = 16 * 1024
+"""A payload up to this size comes in one piece: to wait for it is to wait for its sender."""
+
 LAST_SECONDS = 1.0
 """After the deadline of a collective, how long the search for the missing ranks may take."""
 
@@ -54,6 +57,12 @@ class UnderWay(NamedTuple):
     def done(self) -> bool:
         sent, received = self.sent, self.received
         return (sent is None or sent.done) and (received is None or received.done)
+
+    @property
+    def small(self) -> bool:
+        """Whether it is worth no more than a moment."""
+        into = self.step.into
+        return (self.sent is None or self.sent.done) and (into is None or len(into) <= SMALL_BYTES)
 
     @property
     def well(self) -> bool:
@@ -150,9 +159,9 @@ class Caller:
         """Start a step: the receive first, so that what comes finds its place."""
         self._raise_failure(call)  # it may have come while the last step was ending
         received = sent = None
-        dest, payload, source, into = step
+        dest, payload, source, into, fold = step
         if source is not None:
-            received = Receive(call.key, call.signature, into)
+            received = Receive(call.key, call.signature, into, fold)
             self._endpoint.link(self._group[source]).post(received)
         if dest is not None:
             link = self._endpoint.link(self._group[dest])

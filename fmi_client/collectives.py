@@ -17,7 +17,7 @@ out by all. gather, scatter and bcast return as soon as a rank's own part is don
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import msgpack
@@ -41,12 +41,16 @@ EMPTY = Payload(b"", ())
 
 
 class Step(NamedTuple):
-    """Send `payload` to `dest` and receive from `source`, at the same time; None: don't."""
+    """Send `payload` to `dest` and receive from `source`, at the same time; None: don't.
+
+    `fold` is told how many bytes of `into` have come, again and again until all have.
+    """
 
     dest: int | None
     payload: Payload
     source: int | None
     into: memoryview | None = None
+    fold: Callable[[int], None] | None = None
 
 
 T = TypeVar("T")
@@ -340,9 +344,22 @@ def _ring_reduce(
     for step in range(size - 1):
         block = blocks[(rank - step - 1) % size]
         room = scratch[: block.stop - block.start]
-        yield Step(right, Payload(b"", (flat_bytes(leaving),)), left, flat_bytes(room))
-        value.combine(room, source[block], total[block])
+        fold = _folding(value, room, source[block], total[block])
+        yield Step(right, Payload(b"", (flat_bytes(leaving),)), left, flat_bytes(room), fold)
         leaving = total[block]
+
+
+def _folding(value: ArrayValue, room: Array, mine: Array, result: Array) -> Callable[[int], None]:
+    """Combine what has come into `room`, hot from the cache, while the rest is on its way."""
+    done, row = 0, room[:1].nbytes or 1  # rows of nothing
+
+    def fold(filled: int) -> None:
+        nonlocal done
+        part = slice(done, filled // row)
+        value.combine(room[part], mine[part], result[part])
+        done = part.stop
+
+    return fold
 
 
 def reduce_scatter(value: ArrayValue, rank: int, size: int, commutative: bool) -> Steps[Array]:

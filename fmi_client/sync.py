@@ -95,7 +95,7 @@ class Communicator(Operations):
         if self._skip:
             self._skip -= 1
             return False
-        if source is None:
+        if source is None or not under_way.small:
             return False
         read, now = self._endpoint.links[self._group[source]].read, self._reactor.now
         end = now() + SPIN_SECONDS

@@ -137,6 +137,9 @@ _KINDS = (COLLECTIVE, POINT_TO_POINT)
 STAGE_BYTES = 64 * 1024
 """So much of a payload may be copied once, because it came in one read with its header."""
 
+FOLD_BYTES = 512 * 1024
+"""So much is read at once of what is combined as it comes: it still is in the cache then."""
+
 HOLD_BYTES = 32 * 1024
 """Smaller messages are worth a copy, so that the ones behind them can be seen."""
 
@@ -199,18 +202,36 @@ class Receive(Pending):
     """One expected message; when it is done without error, `meta` and `data` hold it.
 
     `into`, where given, is the place for the payload. A point-to-point payload of another
-    size is left in memory of its own, for the caller to say what is wrong.
+    size is left in memory of its own, for the caller to say what is wrong. `fold` is told how
+    many bytes of a payload for `into` have come, as they come.
     """
 
-    __slots__ = ("data", "into", "key", "meta", "signature")
+    __slots__ = ("data", "fold", "folding_error", "into", "key", "meta", "signature")
 
-    def __init__(self, key: Key, signature: bytes, into: memoryview | None) -> None:
+    def __init__(
+        self,
+        key: Key,
+        signature: bytes,
+        into: memoryview | None,
+        fold: Callable[[int], None] | None = None,
+    ) -> None:
         super().__init__()
         self.key = key
         self.signature = signature
         self.into = into
+        self.fold = fold
+        self.folding_error: Exception | None = None
         self.meta = b""
         self.data: memoryview = memoryview(b"")
+
+    def progress(self, filled: int) -> None:
+        """Let `fold` know; what it raises is the caller's own, and ends the receive later."""
+        if self.fold is None or self.folding_error is not None:
+            return
+        try:
+            self.fold(filled)
+        except Exception as error:
+            self.folding_error = error
 
 
 class _Arrival:
@@ -340,9 +361,11 @@ class Inbox:
     def get_buffer(self) -> memoryview:
         """Return where the next bytes of the stream belong; never empty."""
         current = self._current
-        if current is not None:
+        if current is None:
+            return self._stage[self._filled :]
+        if current.receive is None or current.receive.fold is None:
             return current.data[current.filled :]
-        return self._stage[self._filled :]
+        return current.data[current.filled : current.filled + FOLD_BYTES]
 
     def buffer_updated(self, count: int) -> None:
         """Take note that `count` bytes were put into `get_buffer()`.
@@ -359,6 +382,8 @@ class Inbox:
         if current.filled == len(current.data):
             self._current = None
             self._complete(current)
+        elif current.receive is not None:
+            current.receive.progress(current.filled)
 
     def feed(self, data: Buffer) -> None:
         """Take bytes that were read elsewhere."""
@@ -490,7 +515,8 @@ class Inbox:
                 return
         receive.meta = meta
         receive.data = data
-        receive.finish()
+        receive.progress(len(data))
+        receive.finish(receive.folding_error)
 
 
 def _wrong_size(expected: int, got: int) -> FmiError:
