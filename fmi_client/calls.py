@@ -15,13 +15,8 @@ from fmi_client import collectives
 from fmi_client.collectives import Steps
 from fmi_client.endpoint import MAX_SECONDS, Endpoint, some_ranks
 from fmi_client.errors import Aborted, CollectiveTimeout, FmiError
-from fmi_client.protocol.peer import (
-    COLLECTIVE,
-    POINT_TO_POINT,
-    Key,
-    Receive,
-    SignatureMismatch,
-)
+from fmi_client.protocol.inbox import Receive, SignatureMismatch
+from fmi_client.protocol.peer import COLLECTIVE, POINT_TO_POINT, Key
 from fmi_client.protocol.rendezvous import JobAborted
 from fmi_client.transport.link import Send
 
@@ -62,7 +57,9 @@ class UnderWay(NamedTuple):
     def small(self) -> bool:
         """Whether it is worth no more than a moment."""
         into = self.step.into
-        return (self.sent is None or self.sent.done) and (into is None or len(into) <= SMALL_BYTES)
+        if self.step.fold is not None or not (self.sent is None or self.sent.done):
+            return False
+        return into is None or len(into) <= SMALL_BYTES
 
     @property
     def well(self) -> bool:

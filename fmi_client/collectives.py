@@ -17,7 +17,7 @@ out by all. gather, scatter and bcast return as soon as a rank's own part is don
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import msgpack
@@ -25,11 +25,15 @@ import numpy as np
 
 from fmi_client.errors import ProtocolError
 from fmi_client.payloads import Array, allocate, flat_bytes
-from fmi_client.protocol.peer import Buffer, Payload, Receive
+from fmi_client.protocol.inbox import Fold, Receive
+from fmi_client.protocol.peer import Buffer, Payload
 from fmi_client.values import ArrayValue, Value
 
 RING_BYTES = 64 * 1024
 """Arrays from this size on are reduced in a ring: each rank moves 2 (n-1)/n of the bytes."""
+
+FOLD_BYTES = 256 * 1024
+"""Of a large array, so much is received and combined at a time."""
 
 DIRECT_BYTES = 64 * 1024
 """Items from this size on go straight between root and owner, past the tree."""
@@ -43,14 +47,14 @@ EMPTY = Payload(b"", ())
 class Step(NamedTuple):
     """Send `payload` to `dest` and receive from `source`, at the same time; None: don't.
 
-    `fold` is told how many bytes of `into` have come, again and again until all have.
+    `fold` takes in what comes piece by piece; then `into` is not given.
     """
 
     dest: int | None
     payload: Payload
     source: int | None
     into: memoryview | None = None
-    fold: Callable[[int], None] | None = None
+    fold: Fold | None = None
 
 
 T = TypeVar("T")
@@ -280,12 +284,13 @@ def reduce(value: Value, rank: int, size: int, root: int, commutative: bool) -> 
 
 
 def allreduce(value: Value, rank: int, size: int, commutative: bool) -> Steps[None]:
-    """Recursive doubling for small values, a ring for large arrays."""
+    """Recursive doubling for small values; halving or a ring for large arrays."""
     if size == 1:
         return
     large = isinstance(value, ArrayValue) and value.source.nbytes >= RING_BYTES
     if large and commutative and isinstance(value, ArrayValue):
-        yield from _ring_allreduce(value, rank, size)
+        algorithm = _ring_allreduce if size & (size - 1) else _halving_allreduce
+        yield from algorithm(value, rank, size)
     else:
         yield from _doubling_allreduce(value, rank, size)
 
@@ -322,6 +327,77 @@ def _blocks(length: int, size: int) -> list[slice]:
     return [slice(end - each - (i < longer), end) for i, end in enumerate(ends)]
 
 
+class _Combine:
+    """Combines a peer's part of an array with ours as it comes, while it is in the cache.
+
+    Args:
+        mine, result: our part, and where the combination goes; may be the same memory.
+        lower: whether what comes is the left operand.
+        room: memory for at least one row; what comes passes through it.
+    """
+
+    def __init__(
+        self, value: ArrayValue, mine: Array, result: Array, lower: bool, room: Array
+    ) -> None:
+        self.nbytes = mine.nbytes
+        self._rows = room
+        self.room = flat_bytes(room)
+        self._row = room[:1].nbytes
+        self._value, self._mine, self._result, self._lower = value, mine, result, lower
+        self._done = 0
+
+    def take(self, filled: int) -> int:
+        count, left = divmod(filled, self._row)
+        part = slice(self._done, self._done + count)
+        pair = (self._rows[:count], self._mine[part])
+        self._value.combine(*(pair if self._lower else pair[::-1]), self._result[part])
+        self._done += count
+        if left and count:
+            self.room[:left] = bytes(self.room[filled - left : filled])
+        return left
+
+
+def _room(source: Array) -> Array:
+    """Return memory for some rows of `source`."""
+    row = source[:1].nbytes or 1
+    return np.empty_like(source[: max(1, FOLD_BYTES // row)])
+
+
+def _exchange(peer: int, out: Array, fold: _Combine, source: int | None = None) -> Step:
+    source = peer if source is None else source
+    return Step(peer, Payload(b"", (flat_bytes(out),)), source, None, fold if fold.nbytes else None)
+
+
+def _halving_allreduce(value: ArrayValue, rank: int, size: int) -> Steps[None]:
+    """Recursive halving, then doubling (Rabenseifner 2004): 2 log₂ n steps, n a power of two.
+
+    Partners exchange halves of what they still share, and combine the half that they keep, until
+    block `rank` is complete here; then the blocks come back the same way.
+    """
+    source, total = value.source.reshape(-1), value.owned.reshape(-1)
+    blocks = _blocks(source.size, size)
+    room = _room(source)
+
+    def span(first: int, count: int) -> slice:
+        return slice(blocks[first].start, blocks[first + count - 1].stop)
+
+    distance, leaving = size // 2, source
+    while distance:
+        partner = rank ^ distance
+        first = rank & ~(2 * distance - 1)
+        mine, theirs = (first, first + distance) if partner > rank else (first + distance, first)
+        keep = span(mine, distance)
+        fold = _Combine(value, leaving[keep], total[keep], partner < rank, room)
+        yield _exchange(partner, leaving[span(theirs, distance)], fold)
+        leaving, distance = total, distance // 2
+    for distance in _distances(size):
+        partner = rank ^ distance
+        mine, theirs = rank & ~(distance - 1), partner & ~(distance - 1)
+        out, into = total[span(mine, distance)], total[span(theirs, distance)]
+        yield Step(partner, Payload(b"", (flat_bytes(out),)), partner, flat_bytes(into))
+    value.current = value.owned
+
+
 def _ring_allreduce(value: ArrayValue, rank: int, size: int) -> Steps[None]:
     source, total = value.source.reshape(-1), value.owned.reshape(-1)
     blocks = _blocks(source.size, size)
@@ -339,27 +415,13 @@ def _ring_reduce(
     """Let each block travel once around the ring; block rank + 1 ends complete at `rank`."""
     size = len(blocks)
     right, left = (rank + 1) % size, (rank - 1) % size
-    scratch = np.empty_like(source[: max(block.stop - block.start for block in blocks)])
-    leaving = source[blocks[rank]]
+    room = _room(source)
+    leaving = source
     for step in range(size - 1):
-        block = blocks[(rank - step - 1) % size]
-        room = scratch[: block.stop - block.start]
-        fold = _folding(value, room, source[block], total[block])
-        yield Step(right, Payload(b"", (flat_bytes(leaving),)), left, flat_bytes(room), fold)
-        leaving = total[block]
-
-
-def _folding(value: ArrayValue, room: Array, mine: Array, result: Array) -> Callable[[int], None]:
-    """Combine what has come into `room`, hot from the cache, while the rest is on its way."""
-    done, row = 0, room[:1].nbytes or 1  # rows of nothing
-
-    def fold(filled: int) -> None:
-        nonlocal done
-        part = slice(done, filled // row)
-        value.combine(room[part], mine[part], result[part])
-        done = part.stop
-
-    return fold
+        going, coming = blocks[(rank - step) % size], blocks[(rank - step - 1) % size]
+        fold = _Combine(value, source[coming], total[coming], True, room)
+        yield _exchange(right, leaving[going], fold, left)
+        leaving = total
 
 
 def reduce_scatter(value: ArrayValue, rank: int, size: int, commutative: bool) -> Steps[Array]:

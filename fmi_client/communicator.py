@@ -21,7 +21,7 @@ from fmi_client.joining import (
 )
 from fmi_client.operations import Operations
 from fmi_client.payloads import allocate
-from fmi_client.protocol.peer import Receive
+from fmi_client.protocol.inbox import Receive
 from fmi_client.transport.reactor import AsyncReactor
 
 

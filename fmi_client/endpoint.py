@@ -19,8 +19,9 @@ from fmi_client.errors import (
     RankFailed,
     RendezvousError,
 )
-from fmi_client.protocol.peer import COLLECTIVE, Inbox, Key
-from fmi_client.protocol.peer import STAGE_BYTES as PEER_STAGE_BYTES
+from fmi_client.protocol.inbox import STAGE_BYTES as PEER_STAGE_BYTES
+from fmi_client.protocol.inbox import Inbox
+from fmi_client.protocol.peer import COLLECTIVE, Key
 from fmi_client.protocol.rendezvous import JobAborted
 from fmi_client.transport.link import Link
 from fmi_client.transport.memory import STAGE_BYTES, MemoryLink

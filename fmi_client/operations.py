@@ -18,10 +18,8 @@ from fmi_client.calls import Caller
 from fmi_client.collectives import Item, Steps
 from fmi_client.ops import SUM, Op, as_op
 from fmi_client.payloads import Array, is_array, is_tensor, pack, unpack
-from fmi_client.protocol.peer import (
-    Payload,
-    Receive,
-)
+from fmi_client.protocol.inbox import Receive
+from fmi_client.protocol.peer import Payload
 from fmi_client.values import ArrayValue, as_like, as_numpy, check_out, make_value
 
 OpLike = Op | Callable[[Any, Any], Any]

@@ -23,7 +23,8 @@ from fmi_client.payloads import (
     tensor_bytes,
     unpack_object,
 )
-from fmi_client.protocol.peer import Payload, Receive
+from fmi_client.protocol.inbox import Receive
+from fmi_client.protocol.peer import Payload
 
 if TYPE_CHECKING:
     import torch

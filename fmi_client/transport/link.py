@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from fmi_client.errors import ProtocolError
-from fmi_client.protocol.peer import Buffer, Inbox, Key, Payload, Pending, Receive, head
+from fmi_client.protocol.inbox import Inbox, Pending, Receive
+from fmi_client.protocol.peer import Buffer, Key, Payload, head
 from fmi_client.transport.reactor import Reactor
 
 JOIN_BYTES = 16 * 1024

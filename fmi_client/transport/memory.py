@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fmi_client.protocol.peer import Inbox, Key, Payload, Receive, head
+from fmi_client.protocol.inbox import Inbox, Receive
+from fmi_client.protocol.peer import Key, Payload, head
 from fmi_client.transport.link import Send
 
 STAGE_BYTES = 512
