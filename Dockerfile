@@ -17,4 +17,4 @@ USER rendezvous
 EXPOSE 10000 10001
 HEALTHCHECK --interval=10s --timeout=2s \
     CMD ["/opt/server/bin/python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:10001/readyz', timeout=1)"]
-ENTRYPOINT ["/opt/server/bin/python", "-m", "rendezvous_server", "--host", "0.0.0.0"]
+ENTRYPOINT ["/opt/server/bin/python", "-m", "rendezvous_server", "--host", "::"]

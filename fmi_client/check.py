@@ -7,7 +7,6 @@ which runs the same check. What was found is judged in `findings`.
 
 from __future__ import annotations
 
-import ipaddress
 import itertools
 import json
 import os
@@ -31,8 +30,9 @@ from fmi_client.errors import (
 from fmi_client.findings import Credentials, Report, Status, Step, plain, time_text
 from fmi_client.joining import JoinRequest, SocketEndpoint, resolve
 from fmi_client.payloads import allocate
-from fmi_client.protocol import auth
-from fmi_client.protocol.rendezvous import Address, ClientSide, Hello
+from fmi_client.protocol import addresses, auth
+from fmi_client.protocol.addresses import Address, format_address
+from fmi_client.protocol.rendezvous import ClientSide, Hello
 from fmi_client.sync import Communicator, wait_ready
 from fmi_client.transport.blocking import connected, give, http_get, in_time, take
 from fmi_client.transport.reactor import SyncReactor
@@ -110,7 +110,9 @@ class Plan:
             raise ValueError(f"admin_port={admin_port} is not a port, from 0 (none) to 65535")
         request = _request(server, job, rank, size, token, secret, min(wait, MAX_SECONDS))
         used = _credentials(request, secret is not None, job is not None)
-        return cls(_text((host, port)), request, used, admin_port, min(timeout, MAX_SECONDS))
+        return cls(
+            format_address((host, port)), request, used, admin_port, min(timeout, MAX_SECONDS)
+        )
 
 
 def _request(
@@ -194,6 +196,7 @@ class _Check:
             size=request.size,
             wait=f"{request.timeout:.3g}",
         )
+        self._servers: tuple[Address, ...] = ()
         self._address: Address = ("", 0)
         self._sock: socket.socket | None = None
 
@@ -238,21 +241,32 @@ class _Check:
             raise _Failed("name_server" if again else "no_such_name", error.message) from None
         except UnicodeError:
             raise _Failed("no_such_name", f"{host!r} is no host name") from None
-        self._address = found
-        self.report.facts["ip"] = found[0]
-        return f"{host} is {found[0]}" if host != found[0] else f"{host} needs no looking up"
+        self._servers = found
+        self.report.facts["ip"] = found[0][0]
+        hosts = ", ".join(address for address, _ in found)
+        return f"{host} is {hosts}" if host != hosts else f"{host} needs no looking up"
 
     def _connect(self) -> Found:
-        deadline = self._deadline()
-        try:
-            self._sock = connected(self._address, 0, deadline)
-        except OSError as error:
-            cause = findings.connect_cause(error)
-            if cause == "refused" and self._draining():
-                cause = "draining"
-            text = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
-            raise _Failed(cause, f"{_text(self._address)}: {text.lower()}") from None
-        return f"{_text(self._address)} accepts connections"
+        """Try the server's addresses in turn, each with its share of the time."""
+        deadline, failures = self._deadline(), []
+        for left in range(len(self._servers), 0, -1):
+            self._address = self._servers[-left]
+            now = time.monotonic()
+            try:
+                self._sock = connected(self._address, 0, now + (deadline - now) / left)
+            except OSError as error:
+                failures.append((self._address, error))
+            else:
+                self.report.facts["ip"] = self._address[0]
+                return f"{format_address(self._address)} accepts connections"
+        raise self._not_connected(failures)
+
+    def _not_connected(self, failures: list[tuple[Address, OSError]]) -> _Failed:
+        self._address, first = failures[0]
+        cause = findings.connect_cause(first)
+        if cause == "refused" and self._draining():
+            cause = "draining"
+        return _Failed(cause, "; ".join(f"{format_address(at)}: {_why(e)}" for at, e in failures))
 
     def _draining(self) -> bool:
         """Whether the admin port, which lives longer, says that the server is ending."""
@@ -278,7 +292,7 @@ class _Check:
     def _join(self) -> None:
         plan, reactor = self._plan, SyncReactor()
         request = plan.request
-        endpoint = SocketEndpoint(reactor, self._address, request, allocate)
+        endpoint = SocketEndpoint(reactor, (self._address,), request, allocate)
         comm = Communicator(endpoint, reactor, range(request.size), 0, plan.timeout)
         try:
             endpoint.connect()
@@ -343,7 +357,8 @@ class _Check:
         if endpoint.observed is None or endpoint.local is None:
             return "skipped", "the server tells it to the ranks that it admits only"
         self.report.local, self.report.observed = endpoint.local, endpoint.observed
-        return f"{_text(endpoint.local)} here, {_text(endpoint.observed)} at the server"
+        here, there = format_address(endpoint.local), format_address(endpoint.observed)
+        return f"{here} here, {there} at the server"
 
     def _nat(self, endpoint: SocketEndpoint) -> Found:
         report = self.report
@@ -367,8 +382,16 @@ class _Check:
         try:
             body, local = self._ask_admin("/address", port)
             told = json.loads(body)
-            return local, (str(ipaddress.ip_address(told["address"])), int(told["port"]))
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return local, (addresses.plain(told["address"]), int(told["port"]))
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ):
             return None  # it is closed, or something else answers there
 
     # ------------------------------------------------------------------------ links
@@ -450,13 +473,14 @@ def _handshake(sock: socket.socket, hello: Hello, deadline: float) -> float:
     return time.monotonic() - start
 
 
+def _why(error: OSError) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer"
+    return (error.strerror or str(error)).lower()
+
+
 def _raise(error: Exception) -> Found:
     raise error
-
-
-def _text(address: Address) -> str:
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _who(first: bytes, silent: str) -> str:

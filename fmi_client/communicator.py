@@ -174,7 +174,7 @@ def connect(
     """Join `job` as `rank` of `size` through the rendezvous server; returns when all are there.
 
     Args:
-        server: "host:port" (port 10000 by default).
+        server: "host:port" or "[v6]:port" (port 10000 by default).
         job: the job's name; all ranks give the same.
         rank, size: this process's number from 0, and the number of all.
         key: 32 bytes (or 64 hexadecimal digits) that only the job's ranks know; default FMI_KEY.
@@ -192,8 +192,8 @@ def connect(
 
 async def _join(request: JoinRequest) -> Communicator:
     loop = asyncio.get_running_loop()
-    address = await loop.run_in_executor(None, resolve, *request.server)
-    endpoint = SocketEndpoint(AsyncReactor(loop), address, request, allocate)
+    servers = await loop.run_in_executor(None, resolve, *request.server)
+    endpoint = SocketEndpoint(AsyncReactor(loop), servers, request, allocate)
     communicator = Communicator(endpoint, range(endpoint.size), 0, request.timeout)
     try:
         endpoint.connect()

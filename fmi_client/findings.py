@@ -23,7 +23,7 @@ from fmi_client.errors import (
     RendezvousError,
     ServerDraining,
 )
-from fmi_client.protocol.rendezvous import Address
+from fmi_client.protocol.addresses import Address
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 

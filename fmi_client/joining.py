@@ -11,10 +11,10 @@ from typing import Self
 from fmi_client.endpoint import MAX_SECONDS, Allocate, Endpoint, left_error, some_ranks
 from fmi_client.errors import FmiError, JoinTimeout, RankFailed, RendezvousError
 from fmi_client.protocol import auth
+from fmi_client.protocol.addresses import Address, format_address, version
 from fmi_client.protocol.rendezvous import (
     MAX_JOB_NAME,
     MAX_SIZE,
-    Address,
     Draining,
     Event,
     Gone,
@@ -31,7 +31,7 @@ from fmi_client.transport.link import SocketLink
 from fmi_client.transport.punch import Lobby
 from fmi_client.transport.punch import Punch as PunchAttempt
 from fmi_client.transport.reactor import Reactor
-from fmi_client.transport.sockets import bound_socket, parse_endpoint
+from fmi_client.transport.sockets import bound_pair, parse_endpoint
 
 VERDICT_SECONDS = 1.0
 """A broken link means that somebody died, but not who: the neighbour may only have noticed
@@ -42,6 +42,9 @@ PUNCH_SECONDS = 10.0
 MISSING_SECONDS = 0.5
 """How long the server may take to say who is missing. It is asked before the deadline: ranks
 that give up at the same moment would otherwise name each other."""
+
+MAX_SERVERS = 8
+"""Addresses of the server that are tried: each may cost a moment."""
 
 LEAVE_SECONDS = 0.5
 """How long the server may take to hear our goodbye."""
@@ -100,26 +103,29 @@ class JoinRequest:
             auth.Token.parse(token) if token else None,
         )
 
-    def hello(self, local: Address) -> Hello:
+    def hello(self, own: tuple[Address, ...]) -> Hello:
         """Return what the server is told, with a nonce made now: a snapshot has no old one."""
         expires = self.token.expires if self.token else 0
-        return Hello(self.job, self.size, self.rank, self.epoch, expires, (local,), auth.nonce())
+        return Hello(self.job, self.size, self.rank, self.epoch, expires, own, auth.nonce())
 
 
 class SocketEndpoint(Endpoint):
     """A rank that joins through the rendezvous server.
 
     Args:
-        address: the server's, with the host resolved.
+        servers: addresses of the rendezvous server, from `resolve`.
         request: what to join, and as whom.
     """
 
     def __init__(
-        self, reactor: Reactor, address: Address, request: JoinRequest, allocate: Allocate
+        self,
+        reactor: Reactor,
+        servers: tuple[Address, ...],
+        request: JoinRequest,
+        allocate: Allocate,
     ) -> None:
         super().__init__(request.rank, request.size, allocate)
         self._reactor = reactor
-        self._address = address
         self._request = request
         self.missing: list[int] | None = None
         """Ranks that had not joined when we asked; None before the answer."""
@@ -133,12 +139,12 @@ class SocketEndpoint(Endpoint):
         self._punches: dict[int, PunchAttempt] = {}
         self._lost_control: FmiError | None = None
         self._started = reactor.now()
-        listener = bound_socket(0)
-        self._port: int = listener.getsockname()[1]
-        self._lobby = Lobby(reactor, listener, request.rank, self._punches.get)
+        listeners = bound_pair()
+        self._port: int = listeners[0].getsockname()[1]
+        self._lobby = Lobby(reactor, listeners, request.rank, self._punches.get)
         self._control = Control(
             reactor,
-            address,
+            servers,
             self._port,
             request.token,
             self._hello,
@@ -168,7 +174,7 @@ class SocketEndpoint(Endpoint):
 
     def join_error(self) -> FmiError:
         """Return what to raise when the time for joining was not enough."""
-        timeout, where = self._request.timeout, "{}:{}".format(*self._request.server)
+        timeout, where = self._request.timeout, format_address(self._request.server)
         if not self._control.welcomed:
             return RendezvousError(
                 f"cannot join through the rendezvous server {where} within {timeout:.3g} s "
@@ -187,9 +193,9 @@ class SocketEndpoint(Endpoint):
         )
 
     # ------------------------------------------------------------- the server's word
-    def _hello(self, local: Address) -> Hello:
-        self.local = local
-        return self._request.hello(local)
+    def _hello(self, own: tuple[Address, ...]) -> Hello:
+        self.local = own[0]
+        return self._request.hello(own)
 
     def _on_event(self, event: Event) -> None:
         match event:
@@ -277,7 +283,7 @@ class SocketEndpoint(Endpoint):
             epoch=self._request.epoch,
             key=self._request.key,
             port=self._port,
-            server=self._address,
+            server=self._control.server,
             seconds=PUNCH_SECONDS,
             on_linked=lambda sock, kind, first: self._linked(link, sock, kind, first),
             on_failed=lambda error: self._unlinked(link, error),
@@ -348,15 +354,19 @@ def ask_before(timeout: float) -> float:
     return min(MISSING_SECONDS, timeout / 4)
 
 
-def resolve(host: str, port: int) -> Address:
-    """Look up an IPv4 address; blocking.
+def resolve(host: str, port: int) -> tuple[Address, ...]:
+    """Look up the addresses of a host, those of IPv4 first; blocking.
+
+    Only IPv4 has NATs, and only the server can tell us what they make of our address.
 
     Raises:
         RendezvousError: there is no such host.
     """
+    # No time is lost on names of a version that we don't have; but an address is an address.
+    flags = 0 if ":" in host else socket.AI_ADDRCONFIG
     try:
-        found = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
     except socket.gaierror as error:
         raise RendezvousError(f"cannot resolve {host!r}: {error.strerror}", op="connect") from None
-    ip, resolved_port = found[0][4][:2]
-    return str(ip), int(resolved_port)
+    addresses = dict.fromkeys((str(name[0]), int(name[1])) for *_, name in found)
+    return tuple(sorted(addresses, key=version))[:MAX_SERVERS]

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from fmi_client.transport.sockets import parse_endpoint
+
 DATA_SIZES: dict[str, int] = {"small": 1253, "medium": 25_000, "large": 100_000}
 """Rows of the demo datasets by name (`data_size`)."""
 
@@ -34,9 +36,11 @@ def _number(value: object) -> object:
 
 
 def _endpoint(value: object) -> object:
-    host, _, port = str(value).rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError("expected host:port, for example rendezvous.example.org:10000")
+    try:
+        parse_endpoint(str(value), default_port=0)
+    except ValueError:
+        expected = "expected host:port, for example rendezvous.example.org:10000"
+        raise ValueError(expected) from None
     return value
 
 

@@ -56,7 +56,8 @@ def main(
         str | None,
         typer.Option(
             envvar=ENV + "HOST",
-            help="Address to listen on.  [default: 127.0.0.1 without a secret, else 0.0.0.0]",
+            help="Address to listen on; ::, all of IPv4 and IPv6.  "
+            "[default: 127.0.0.1 without a secret, else ::]",
         ),
     ] = None,
     port: Annotated[

@@ -8,6 +8,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from rendezvous_server.listen import listen
 from rendezvous_server.server import Server
 
 
@@ -83,7 +84,7 @@ async def start(server: Server, host: str, port: int) -> tuple[web.AppRunner, in
     """Serve HTTP; returns what to clean up, and the port."""
     runner = web.AppRunner(make_app(server), access_log=None)
     await runner.setup()
-    site = web.TCPSite(runner, host, port)
-    await site.start()
+    for sock in listen(host, port):
+        await web.SockSite(runner, sock).start()
     bound: int = runner.addresses[0][1]
     return runner, bound

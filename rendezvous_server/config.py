@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
 
+from rendezvous_server.listen import EVERYWHERE
 from rendezvous_server.registry import RELAY_BYTES, RELAY_PAIRS
 
 MIN_SECRET_BYTES = 16
@@ -18,7 +19,7 @@ class Config:
     """Settings of one server.
 
     Attributes:
-        host, port: where ranks connect; port 0 takes a free one.
+        host, port: where ranks connect; host "::" is everywhere, port 0 takes a free one.
         admin_port: where /livez, /readyz, /metrics and /address are; negative: nowhere.
         admin_required: False: where that port is taken, do without it.
         secret: what tokens are made with; None: tokens cannot be checked.
@@ -89,7 +90,7 @@ def choose_host(host: str | None, secret: bytes | None, allow_anonymous: bool) -
     """
     protected = secret is not None or allow_anonymous
     if host is None:
-        return "0.0.0.0" if protected else "127.0.0.1"
+        return EVERYWHERE if protected else "127.0.0.1"
     if not protected and not _is_loopback(host):
         raise ConfigError(
             f"without a secret the server serves loopback only, not {host}; give --secret-file, "

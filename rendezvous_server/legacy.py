@@ -30,7 +30,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from fmi_client.errors import ProtocolError, RendezvousError
-from fmi_client.protocol.rendezvous import Address
+from fmi_client.protocol.addresses import Address
 
 MAX_NAME = 100
 

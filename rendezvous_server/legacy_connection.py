@@ -10,7 +10,7 @@ from typing import cast
 import structlog
 
 from fmi_client.errors import FmiError
-from fmi_client.protocol.rendezvous import Address
+from fmi_client.protocol.addresses import Address, format_address
 from rendezvous_server.legacy import (
     QUIET_SECONDS,
     Client,
@@ -111,7 +111,7 @@ class LegacyConnection(asyncio.Protocol):
         if peer is None:
             self._log("legacy waiting")
         else:
-            self._log("legacy paired", peer=_text(peer.address))
+            self._log("legacy paired", peer=format_address(peer.address))
 
     def write(self, data: bytes, last: bool) -> None:
         if not self._transport.is_closing():
@@ -121,7 +121,7 @@ class LegacyConnection(asyncio.Protocol):
 
     def _refuse(self, why: str) -> None:
         self._legacy.refused += 1
-        log.info("refused", address=_text(self._address), why=why)
+        log.info("refused", address=format_address(self._address), why=why)
         self._leave()
         self.write(refusal(self._reader.version), last=True)
 
@@ -133,7 +133,7 @@ class LegacyConnection(asyncio.Protocol):
         assert self._client is not None
         version, name, _ = self._client.request
         text = name.decode(errors="backslashreplace")
-        log.info(event, version=version, name=text, address=_text(self._address), **more)
+        log.info(event, version=version, name=text, address=format_address(self._address), **more)
 
     def _stop_quiet(self) -> None:
         if self._quiet is not None:
@@ -145,7 +145,3 @@ class LegacyConnection(asyncio.Protocol):
         self._deadline.cancel()
         self._legacy.open.discard(self)
         self._leave()
-
-
-def _text(address: Address) -> str:
-    return f"{address[0]}:{address[1]}"

@@ -15,7 +15,7 @@ import ipaddress
 import struct
 
 from fmi_client.errors import ProtocolError
-from fmi_client.protocol.rendezvous import Address
+from fmi_client.protocol.addresses import Address, plain
 
 SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
 TEXT_SIGNATURE = b"PROXY"
@@ -62,10 +62,4 @@ def split_header(data: bytes) -> tuple[Address | None, bytes] | None:
     if command == LOCAL or addresses is None:
         return None, rest
     host, _, port, _ = addresses.unpack_from(data, begin)
-    return (_text(host), port), rest
-
-
-def _text(host: bytes) -> str:
-    address = ipaddress.ip_address(host)
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return str(mapped or address)
+    return (plain(str(ipaddress.ip_address(host))), port), rest

@@ -12,10 +12,10 @@ from typing import Any, cast
 import structlog
 
 from fmi_client.errors import FmiError
+from fmi_client.protocol.addresses import format_address
 from fmi_client.protocol.frames import PREFACE, encode
 from fmi_client.protocol.relay import RELAY_FULL
 from fmi_client.protocol.rendezvous import (
-    Address,
     Admission,
     Authenticated,
     RelayLeg,
@@ -25,6 +25,7 @@ from fmi_client.protocol.rendezvous import (
 )
 from rendezvous_server.config import Config
 from rendezvous_server.legacy_connection import Legacy, LegacyConnection
+from rendezvous_server.listen import listen
 from rendezvous_server.proxy import split_header
 from rendezvous_server.registry import Job, Member, Outbox, Registry, RelayFull
 from rendezvous_server.relay import Leg, Traffic
@@ -35,6 +36,8 @@ DRAIN_SECONDS = 8.0
 """ECS kills 30 s after SIGTERM; jobs get this long to finish before their lines are cut."""
 
 EXPIRY_PERIOD = 5.0
+
+BACKLOG = 4096
 
 WRITE_LIMIT = 1024 * 1024
 """Bytes that may wait for one rank to read them; one that does not is cut off."""
@@ -74,17 +77,19 @@ class Server:
         self.open: set[Connection] = set()
         self.emptied = asyncio.Event()
         """Set whenever the last rank has gone; for draining."""
-        self._listener: asyncio.Server | None = None
+        self._listeners: list[asyncio.Server] = []
         self._ticker: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         """Begin to listen; returns the port."""
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(
-            lambda: Connection(self), self.config.host, self.config.port, backlog=4096
-        )
+        sockets = listen(self.config.host, self.config.port, BACKLOG)
+        port: int = sockets[0].getsockname()[1]
+        for sock in sockets:
+            self._listeners.append(
+                await loop.create_server(lambda: Connection(self), sock=sock, backlog=BACKLOG)
+            )
         self._ticker = asyncio.create_task(self._tick())
-        port: int = self._listener.sockets[0].getsockname()[1]
         return port
 
     async def _tick(self) -> None:
@@ -119,8 +124,8 @@ class Server:
 
     async def drain(self) -> None:
         """Stop in order: nobody new, waiters sent away, running jobs given time to end."""
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         waiting = {m for job in self.registry.jobs if not job.running for m in job.members.values()}
         self.deliver(self.registry.drain())
         self.legacy.expire(math.inf)
@@ -141,13 +146,9 @@ class Server:
         for leg in list(self.relayed.legs):
             leg.abort()
         self.legacy.close()
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         await asyncio.sleep(0)
-
-
-def _text(address: Address) -> str:
-    return f"{address[0]}:{address[1]}"
 
 
 def _connection(member: Member) -> Connection:
@@ -290,7 +291,7 @@ class Connection(asyncio.Protocol):
             rank=hello.rank,
             size=hello.size,
             epoch=hello.epoch,
-            address=_text(self._side.observed),
+            address=format_address(self._side.observed),
         )
         if member.job.running:
             server.counters.jobs_started += 1
@@ -300,7 +301,7 @@ class Connection(asyncio.Protocol):
         """Answer once, and close. A stranger who speaks no version 3 gets no answer."""
         assert self._side is not None
         self._server.counters.refused += 1
-        log.info("refused", address=_text(self._side.observed), why=error.message)
+        log.info("refused", address=format_address(self._side.observed), why=error.message)
         self._flush()
         if self._side.greeted:
             self.write(encode(error_message(error)))

@@ -12,6 +12,7 @@ import structlog
 
 import fmi_client
 from fmi_client.communicator import Communicator, memory_world
+from fmi_client.protocol.addresses import format_address
 from rendezvous_server.config import Config
 from rendezvous_server.server import Server
 
@@ -26,14 +27,15 @@ async def serving(
     *,
     allow_anonymous: bool = False,
     job_ttl: float = 600.0,
+    host: str = "127.0.0.1",
     **more: Any,
 ) -> AsyncIterator[tuple[Server, str]]:
     """Run a rendezvous server in this loop; gives it and its address."""
-    config = Config("127.0.0.1", 0, -1, secret, allow_anonymous, job_ttl, **more)
+    config = Config(host, 0, -1, secret, allow_anonymous, job_ttl, **more)
     server = Server(config)
     port = await server.start()
     try:
-        yield server, f"127.0.0.1:{port}"
+        yield server, format_address((host, port))
     finally:
         await server.stop()
 

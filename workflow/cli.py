@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from fmi_client.transport.sockets import parse_endpoint
 from workflow.check import EXAMPLES as CHECK_EXAMPLES
 from workflow.check import check
 from workflow.demo import data_path
@@ -178,9 +179,11 @@ def _check_run(name: str | None, rendezvous: str | None, no_fmi: bool) -> None:
         return
     if no_fmi:
         raise _wrong("--rendezvous", "with --no-fmi nobody joins a rendezvous; leave one out")
-    host, _, port = rendezvous.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise _wrong("--rendezvous", f"{rendezvous!r} is not host:port, as in 127.0.0.1:10000")
+    try:
+        parse_endpoint(rendezvous, default_port=0)
+    except ValueError:
+        text = f"{rendezvous!r} is not host:port, as in 127.0.0.1:10000"
+        raise _wrong("--rendezvous", text) from None
 
 
 def _wrong(option: str, text: str) -> typer.BadParameter:

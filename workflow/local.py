@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from fmi_client.transport.sockets import parse_endpoint
 from workflow.calls import Call, Json, RunFailed, start, with_log
 from workflow.processes import ProcessFamily, death_note, read_tail
 
@@ -278,10 +279,9 @@ class _Job:
 
 async def _probe(endpoint: str) -> None:
     """Fail early where nobody listens: ranks would go on trying until the run's timeout."""
-    host, _, port = endpoint.rpartition(":")
     try:
         async with asyncio.timeout(_SERVER_START):
-            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            _, writer = await asyncio.open_connection(*parse_endpoint(endpoint))
     except OSError as error:  # TimeoutError is one
         known = error.errno is not None and error.errno > 0  # asyncio's own text has no reason
         reason = os.strerror(error.errno or 0) if known else str(error) or "no answer"

@@ -29,7 +29,7 @@ and from then on the server passes on bytes, which are those of a direct connect
 
 from __future__ import annotations
 
-import ipaddress
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -42,10 +42,8 @@ from fmi_client.errors import (
     ServerDraining,
 )
 from fmi_client.protocol import auth, frames
+from fmi_client.protocol.addresses import Address, plain
 from fmi_client.protocol.frames import Message, encode
-
-Address = tuple[str, int]
-"""An IP address as text, and a port."""
 
 AUTH_SECONDS = 5.0
 """From accept to proof; absolute, so that a byte a second does not help."""
@@ -113,25 +111,18 @@ class Hello:
         )
 
 
-def _addresses(message: Message, name: str) -> tuple[Address, ...]:
-    pairs = frames.field(message, name, list, low=1, high=MAX_CANDIDATES + 1)
+def _addresses(message: Message, name: str, low: int = 1) -> tuple[Address, ...]:
+    pairs = frames.field(message, name, list, low=low, high=MAX_CANDIDATES + 1)
     return tuple(_address(pair) for pair in pairs)
 
 
 def _address(pair: object) -> Address:
     match pair:
-        case [str(host), int(port)] if _is_ip(host) and 0 < port < 65536:
-            return host, port
+        case [str(host), int(port)] if 0 < port < 65536:
+            # A name would be looked up by whoever connects there, at our command.
+            with contextlib.suppress(ValueError):
+                return plain(host), port
     raise ProtocolError("an address must be a pair of IP address and port")
-
-
-def _is_ip(host: str) -> bool:
-    """A name would be looked up by whoever connects there, at our command."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 # ------------------------------------------------------------------ the server's side
@@ -199,7 +190,7 @@ class ServerSide:
         self._hello_body = b""
         self._challenge = b""
         self._joined = False
-        self.observed = observed
+        self.observed = plain(observed[0]), observed[1]
         self.deadline = now + AUTH_SECONDS
         self.outgoing = bytearray()
         """Bytes to write; the caller takes and clears them."""
@@ -330,11 +321,13 @@ class Punch:
 
     peer: int
     addresses: tuple[Address, ...]
+    """Of the IP versions that both have; of each, the outermost first."""
     cookie: bytes
     ticket: bytes | None = None
     """For a relay leg, where the server relays."""
     hopeless: bool = False
-    """One side's NAT gives every connection another port: relay at once."""
+    """One side's NAT gives every connection another port, or the two have no IP version in
+    common: relay at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,7 +434,7 @@ class ClientSide:
 def _punch(message: Message) -> Punch:
     return Punch(
         frames.field(message, "peer", int),
-        _addresses(message, "at"),
+        _addresses(message, "at", low=0),
         _sixteen(message, "cookie"),
         _sixteen(message, "ticket") if "ticket" in message else None,
         frames.field(message, "hopeless", bool),

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from fmi_client.protocol.rendezvous import Address
+from fmi_client.protocol.addresses import Address
 from fmi_client.transport.sockets import bound_socket
 
 READ_BYTES = 4096

@@ -6,13 +6,15 @@ import contextlib
 import os
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from fmi_client.errors import FmiError, RendezvousError
 from fmi_client.protocol import auth
-from fmi_client.protocol.rendezvous import Address, ClientSide, Event, Hello, Ready, Welcome
+from fmi_client.protocol.addresses import Address, format_address
+from fmi_client.protocol.rendezvous import ClientSide, Event, Hello, Ready, Welcome
+from fmi_client.transport.race import Race
 from fmi_client.transport.reactor import Reactor
-from fmi_client.transport.sockets import IN_PROGRESS, RETRY, bound_socket, keep_alive
+from fmi_client.transport.sockets import RETRY, keep_alive, own_addresses
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
 """Bounds of the wait before the next attempt; drawn anew each time ("full jitter"), so that
@@ -26,7 +28,7 @@ class Control:
     """Connects, authenticates, and turns the server's messages into events.
 
     Args:
-        server: address with the host resolved.
+        servers: its addresses, in the order of preference.
         port: local port to bind, shared with the listener.
         make_hello: builds the hello for the addresses under which we are known.
         on_event: given each event of the conversation.
@@ -37,15 +39,18 @@ class Control:
     def __init__(
         self,
         reactor: Reactor,
-        server: Address,
+        servers: tuple[Address, ...],
         port: int,
         token: auth.Token | None,
-        make_hello: Callable[[Address], Hello],
+        make_hello: Callable[[tuple[Address, ...]], Hello],
         on_event: Callable[[Event], None],
         on_lost: Callable[[FmiError], None],
     ) -> None:
         self._reactor = reactor
-        self._server = server
+        self._servers = servers
+        self.server = servers[0]
+        """Where we are connected to, or were last."""
+        self._race: Race | None = None
         self._port = port
         self._token = token
         self._make_hello = make_hello
@@ -70,30 +75,32 @@ class Control:
         """Begin to connect; repeats until it succeeds or `close` is called."""
         if self._closed:
             return
-        sock = self._sock = bound_socket(self._port)
-        code = sock.connect_ex(self._server)
-        if code and code not in IN_PROGRESS:
-            self._try_again(code)
-        else:
-            self._reactor.watch(sock, None, self._connected)
+        self._race = Race(
+            self._reactor, self._servers, self._port, self._connected, self._unreachable
+        )
+        self._race.next()
 
-    def _connected(self) -> None:
-        sock = self._open_socket()
-        self._reactor.unwatch(sock)
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            self._try_again(code)
-            return
+    def _connected(self, sock: socket.socket, server: Address) -> None:
+        self._sock, self.server = sock, server
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
         keep_alive(sock)
-        self.side = ClientSide(self._make_hello(sock.getsockname()[:2]), self._token)
+        hello = self._make_hello(own_addresses(sock.getsockname()[:2]))
+        self.side = ClientSide(hello, self._token)
         self.flush()
 
-    def _try_again(self, code: int) -> None:
+    def _unreachable(self, codes: dict[Address, int]) -> None:
+        reasons = {address: os.strerror(code) for address, code in codes.items()}
+        if len(reasons) > 1:
+            why = ", ".join(f"{format_address(each)}: {reason}" for each, reason in reasons.items())
+        else:
+            (why,) = reasons.values()
+        self._try_again(codes.values(), why)
+
+    def _try_again(self, codes: Collection[int], why: str) -> None:
         self._drop()
-        self.last_error = os.strerror(code) if code else "the server closed the connection"
-        if code and code not in RETRY:
+        self.last_error = why
+        if codes and RETRY.isdisjoint(codes):
             self._lose(RendezvousError(f"cannot connect: {self.last_error}"))
             return
         self._reactor.call_later(random.uniform(0, self._pause), self.connect)
@@ -104,13 +111,17 @@ class Control:
         if self._leaving or self.joined:
             why = os.strerror(code) if code else "closed by the server"
             self._lose(RendezvousError(f"connection to the server lost: {why}"))
+        elif code:
+            self._try_again([code], os.strerror(code))
         else:
-            self._try_again(code)
+            self._try_again([], "the server closed the connection")
 
     def _drop(self) -> None:
         sock, self._sock = self._sock, None
         self.side = None
         self.welcomed = False
+        if self._race is not None:
+            self._race.cancel()
         if sock is not None:
             self._reactor.unwatch(sock)
             sock.close()

@@ -15,10 +15,11 @@ import errno
 import random
 import socket
 from collections.abc import Callable
+from functools import partial
 
 from fmi_client.errors import AuthenticationFailed, FmiError, ProtocolError, PunchFailed
+from fmi_client.protocol.addresses import Address, format_address, version
 from fmi_client.protocol.peer import HELLO_BYTES, Handshake, read_hello
-from fmi_client.protocol.rendezvous import Address
 from fmi_client.protocol.rendezvous import Punch as PunchNow
 from fmi_client.transport.reactor import Callback, Reactor
 from fmi_client.transport.relay import Dial
@@ -28,6 +29,7 @@ from fmi_client.transport.sockets import (
     answers,
     bound_socket,
     connect_short,
+    family,
     keep_alive,
     system_error,
 )
@@ -166,7 +168,10 @@ class Punch:
         self._picked: _Trial | None = None
         self._connecting: set[socket.socket] = set()
         self._over = False
-        self._last_error = "no answer"
+        outside = {version(each): each for each in reversed(instruction.addresses)}
+        self._outside = frozenset(outside.values())
+        """Of each IP version, the address that is farthest from the peer."""
+        self._last_error = "no answer" if outside else "one has only IPv4, the other only IPv6"
         self._no_relay = "has not relayed yet" if instruction.ticket else "does not relay"
         """What the server does instead of relaying."""
         self.stranger: AuthenticationFailed | None = None
@@ -185,7 +190,7 @@ class Punch:
         began = self.reactor.now()
 
         def failed(error: OSError) -> None:
-            refused = error.errno == errno.ECONNREFUSED and address == self.instruction.addresses[0]
+            refused = error.errno == errno.ECONNREFUSED and address in self._outside
             if not refused:
                 self._retry(address, pause, error)
             elif self.rank > self.peer and pause > FIRST_PAUSE:
@@ -208,8 +213,13 @@ class Punch:
             self._attempt(address, FIRST_PAUSE)
             return
 
-        def further(_: OSError | None = None) -> None:
+        def further() -> None:
             self._climb(address, rungs[1:], seconds)
+
+        def ended(error: OSError) -> None:
+            # Over IPv6 we are told that the hops were too few: the doors are open nevertheless.
+            told = error.errno == errno.EHOSTUNREACH
+            self.reactor.call_later(seconds if told else 0.0, further)
 
         def give_up() -> None:
             if sock in self._connecting and not answers(sock):
@@ -217,7 +227,7 @@ class Punch:
                 sock.close()
                 further()
 
-        sock = self._connect(address, further, rungs[0])
+        sock = self._connect(address, ended, rungs[0])
         if sock is not None:
             self.reactor.call_later(seconds, give_up)
 
@@ -228,7 +238,7 @@ class Punch:
         if self._over:
             return None
         try:
-            sock = bound_socket(self._port)
+            sock = bound_socket(self._port, family(address))
         except OSError as error:
             on_error(error)
             return None
@@ -264,8 +274,8 @@ class Punch:
         self.reactor.unwatch(sock)
 
     def _note(self, address: Address, error: OSError) -> None:
-        if address == self.instruction.addresses[0]:  # private ones may be anybody's
-            self._last_error = f"{address[0]}:{address[1]}: {error}"
+        if address in self._outside:  # private ones may be anybody's
+            self._last_error = f"{format_address(address)}: {error}"
 
     def _retry(self, address: Address, pause: float, error: OSError) -> None:
         self._note(address, error)
@@ -384,27 +394,32 @@ class Punch:
 
 
 class Lobby:
-    """The listener: callers wait here until they said which rank they claim to be.
+    """The listeners: callers wait here until they said which rank they claim to be.
 
     Args:
         find: returns the punch that expects a caller of this rank, or None.
     """
 
     def __init__(
-        self, reactor: Reactor, sock: socket.socket, rank: int, find: Callable[[int], Punch | None]
+        self,
+        reactor: Reactor,
+        listeners: list[socket.socket],
+        rank: int,
+        find: Callable[[int], Punch | None],
     ) -> None:
         self._reactor = reactor
-        self._sock = sock
+        self._listeners = listeners
         self._rank = rank
         self._find = find
         self._callers: dict[socket.socket, bytes] = {}
         self._waiting: dict[int, list[tuple[socket.socket, bytes]]] = {}
-        sock.listen(LOBBY_SEATS)
-        reactor.watch(sock, self._accept)
+        for listener in listeners:
+            listener.listen(LOBBY_SEATS)
+            reactor.watch(listener, partial(self._accept, listener))
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            sock, _ = self._sock.accept()
+            sock, _ = listener.accept()
         except OSError:
             return  # the caller has gone, or we have no descriptor to spare just now
         if len(self._callers) >= LOBBY_SEATS:
@@ -460,8 +475,9 @@ class Lobby:
             sock.close()
 
     def close(self) -> None:
-        """Close the listener, and the door on who still waits; harmless the second time."""
+        """Close the listeners, and the door on who still waits; harmless the second time."""
         for sock in list(self._callers):
             self._dismiss(sock)
-        self._reactor.unwatch(self._sock)
-        self._sock.close()
+        for listener in self._listeners:
+            self._reactor.unwatch(listener)
+            listener.close()

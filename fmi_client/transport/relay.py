@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
+from fmi_client.protocol.addresses import Address
 from fmi_client.protocol.relay import RELAY_FULL, RELAY_GO, relay_request
-from fmi_client.protocol.rendezvous import Address
 from fmi_client.transport.reactor import Reactor
-from fmi_client.transport.sockets import IN_PROGRESS, keep_alive, system_error
+from fmi_client.transport.sockets import IN_PROGRESS, family, keep_alive, system_error
 
 
 class Dial:
@@ -33,7 +33,7 @@ class Dial:
         self._on_failed = on_failed
         # From any port: the one that we punch from has a connection to the server already.
         self._sock: socket.socket | None = socket.socket(
-            type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+            family(server), socket.SOCK_STREAM | socket.SOCK_NONBLOCK
         )
         code = self._sock.connect_ex(server)
         if code and code not in IN_PROGRESS:

@@ -22,7 +22,7 @@ from fmi_client.check import Plan, run
 from fmi_client.findings import ADVICE, LinkFound, Nat, Report, Step, classify, outlook
 from fmi_client.joining import JoinRequest
 from fmi_client.protocol import frames
-from fmi_client.protocol.rendezvous import Address
+from fmi_client.protocol.addresses import Address
 from fmi_client.transport.sockets import parse_endpoint
 from rendezvous_server import admin
 from tests.support import serving
@@ -479,6 +479,24 @@ async def test_nothing_listens() -> None:
     assert step(report, "connect").text.endswith("connection refused")
 
 
+async def test_the_addresses_of_a_server_are_tried_in_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serving() as (_, address):
+        port = parse_endpoint(address)[1]
+        found = (("127.0.0.9", port), ("127.0.0.1", port))
+        monkeypatch.setattr(check, "resolve", lambda *_: found)
+        report = await checked(f"fmi.example.org:{port}")
+        assert report.ok
+        assert step(report, "resolve").text == "fmi.example.org is 127.0.0.9, 127.0.0.1"
+        assert step(report, "connect").text == f"127.0.0.1:{port} accepts connections"
+    report = await checked(f"fmi.example.org:{port}")
+    assert causes(report) == ["refused"]
+    assert step(report, "connect").text == "; ".join(
+        f"{ip}:{port}: connection refused" for ip, _ in found
+    )
+
+
 async def test_packets_vanish() -> None:
     """As behind a security group: a queue that is full drops what knocks."""
     with socket.socket() as full:
@@ -500,7 +518,7 @@ async def test_packets_vanish() -> None:
 async def test_a_name_that_is_not_known(
     monkeypatch: pytest.MonkeyPatch, code: int, cause: str
 ) -> None:
-    def unknown(*_: object) -> None:
+    def unknown(*_: object, **__: object) -> None:
         raise socket.gaierror(code, "no")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
@@ -515,7 +533,7 @@ async def test_a_name_that_is_none() -> None:
 
 async def test_a_name_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: over.wait(10))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(10))
     assert causes(await checked("nowhere.invalid", timeout=0.05)) == ["name_server"]
     # The process can end all the same.
     assert [each.daemon for each in threading.enumerate() if each.name == "in time"] == [True]
@@ -768,7 +786,7 @@ def test_a_slow_link_is_asked_for_less(
 async def test_a_relayed_link_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
     hello = JoinRequest.hello
     nowhere = ("127.0.0.9", 9)  # instead of our own addresses, which nothing keeps a peer from
-    monkeypatch.setattr(JoinRequest, "hello", lambda self, local: hello(self, nowhere))
+    monkeypatch.setattr(JoinRequest, "hello", lambda self, own: hello(self, (nowhere,)))
     async with (
         serving() as (server, address),
         translated(address, "127.0.0.2", False) as one,

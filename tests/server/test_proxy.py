@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import fmi_client
 from fmi_client.errors import ProtocolError
 from fmi_client.protocol import auth
-from fmi_client.protocol.rendezvous import Address, ClientSide, Hello, Welcome
+from fmi_client.protocol.addresses import Address
+from fmi_client.protocol.rendezvous import ClientSide, Hello, Welcome
 from fmi_client.transport.punch import Punch
 from rendezvous_server.proxy import MAX_BODY, split_header
 from tests.support import KEY, logged, serving, until
@@ -141,7 +142,7 @@ async def test_a_job_behind_a_balancer(kind: str, monkeypatch: pytest.MonkeyPatc
         members = next(iter(server.registry.jobs)).members
         for comm in ranks:
             port = comm._endpoint._port
-            assert members[comm.rank].addresses == (("127.0.0.1", port),)
+            assert members[comm.rank].reach[4].addresses == (("127.0.0.1", port),)
             assert joined[comm.rank] == f"127.0.0.1:{port}"
         totals = await asyncio.gather(*(comm.allreduce(np.ones(50_000)) for comm in ranks))
         assert all((total == 3).all() for total in totals)

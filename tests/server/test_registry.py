@@ -153,6 +153,71 @@ def test_where_there_is_hope_for_a_punch(
     assert registry.request(two, {"t": "link", "peer": 0}, NOW)[0][1]["hopeless"] is False
 
 
+IPV4, IPV6 = ("203.0.113.1", 1000), ("2001:db8::1", 1000)
+OTHER_IPV4, OTHER_IPV6 = ("198.51.100.7", 3000), ("2001:db8:7::1", 3000)
+INSIDE, SYMMETRIC = ("10.0.0.1", 1000), ("203.0.113.1", 2000)
+UNIQUE_LOCAL = ("fd00::1", 1000)
+
+
+@pytest.mark.parametrize(
+    ("seen", "own", "other_seen", "other_own", "hope", "told"),
+    [
+        (IPV4, [INSIDE], OTHER_IPV6, [OTHER_IPV6], False, []),
+        (IPV4, [INSIDE, IPV6], OTHER_IPV6, [OTHER_IPV6], True, [IPV6]),
+        (IPV4, [INSIDE, IPV6], OTHER_IPV4, [("10.0.0.1", 3000)], True, [IPV4, INSIDE]),
+        (SYMMETRIC, [INSIDE], OTHER_IPV4, [INSIDE, OTHER_IPV6], False, [SYMMETRIC, INSIDE]),
+        (SYMMETRIC, [INSIDE, IPV6], SYMMETRIC, [INSIDE], True, [SYMMETRIC, INSIDE]),
+        (
+            SYMMETRIC,
+            [INSIDE, IPV6],
+            OTHER_IPV4,
+            [INSIDE, OTHER_IPV6],
+            True,
+            [SYMMETRIC, INSIDE, IPV6],
+        ),
+        (IPV6, [IPV6, INSIDE], OTHER_IPV4, [INSIDE], False, [INSIDE]),
+        (IPV6, [IPV6, INSIDE], OTHER_IPV4, [OTHER_IPV4], True, [INSIDE]),
+        (IPV6, [IPV6, INSIDE], INSIDE, [UNIQUE_LOCAL], True, [IPV6]),
+        (IPV4, [INSIDE, UNIQUE_LOCAL], OTHER_IPV6, [("fd00::2", 3000)], False, [UNIQUE_LOCAL]),
+        (IPV4, [INSIDE, UNIQUE_LOCAL], OTHER_IPV6, [OTHER_IPV6], True, [UNIQUE_LOCAL]),
+        (IPV4, [IPV6], OTHER_IPV4, [OTHER_IPV4], False, []),
+        (IPV4, [IPV6], OTHER_IPV6, [OTHER_IPV6], True, [IPV6]),
+    ],
+    ids=[
+        "nothing in common",
+        "both and IPv6",
+        "both and IPv4",
+        "a symmetric NAT, IPv6 on one side only",
+        "behind one symmetric NAT",
+        "IPv6 on both sides makes up for a symmetric NAT",
+        "what a NAT makes of an address that we never saw",
+        "the same, but the other is public",
+        "the same, over IPv6",
+        "private addresses of IPv6",
+        "the same, but the other is public",
+        "a NAT64 is no address of a rank",
+        "behind a NAT64, IPv6 is as good as ever",
+    ],
+)
+def test_ranks_are_told_what_both_have(
+    registry: Registry,
+    seen: Any,
+    own: Any,
+    other_seen: Any,
+    other_own: Any,
+    hope: bool,
+    told: Any,
+) -> None:
+    hello = replace(HELLO, size=2, candidates=tuple(own))
+    one, _ = registry.join(hello, seen, "one", NOW)
+    two, _ = registry.join(replace(hello, rank=1, candidates=tuple(other_own)), other_seen, "", NOW)
+    registry.request(one, {"t": "link", "peer": 1}, NOW)
+    outbox = registry.request(two, {"t": "link", "peer": 0}, NOW)
+    (message,) = (message for member, message in outbox if member is two)
+    assert message["hopeless"] is not hope
+    assert message["at"] == [list(address) for address in told]
+
+
 def test_tickets_are_good_once_and_not_for_ever(registry: Registry, members: list[Member]) -> None:
     registry.request(members[0], {"t": "link", "peer": 1}, NOW)
     tickets = [m["ticket"] for _, m in registry.request(members[1], {"t": "link", "peer": 0}, NOW)]

@@ -14,6 +14,7 @@ import fmi_client
 from fmi_client.errors import FmiError, PunchFailed, RankFailed, RendezvousError
 from fmi_client.protocol.relay import relay_request
 from fmi_client.transport.punch import Punch
+from rendezvous_server.registry import Reach
 from rendezvous_server.relay import BUFFER_BYTES
 from tests.support import KEY, logged, serving, until
 
@@ -67,7 +68,8 @@ async def test_a_direct_connection_is_preferred() -> None:
     async with serving() as (server, address):
         ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
         for member in next(iter(server.registry.jobs)).members.values():
-            member.addresses = (*member.addresses, ("127.0.0.1", 9))  # as behind a symmetric NAT
+            # As behind a symmetric NAT.
+            member.reach[4] = Reach(member.reach[4].seen, (("127.0.0.1", 9),))
         await asyncio.gather(*(comm.barrier() for comm in ranks))
         assert [comm.stats()["links"][1 - comm.rank]["kind"] for comm in ranks] == ["direct"] * 2
         await close(ranks)

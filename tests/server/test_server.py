@@ -81,9 +81,9 @@ def connected(port: int, own_port: int = 0) -> socket.socket:
     return sock
 
 
-def http(port: int, path: str) -> tuple[int, str]:
+def http(port: int, path: str, host: str = "127.0.0.1") -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{host}:{port}{path}", timeout=5) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -154,6 +154,7 @@ async def test_sigterm_drains() -> None:
     ("arguments", "said"),
     [
         (["--host", "0.0.0.0"], "loopback only"),
+        (["--host", "::"], "loopback only"),
         (["--secret-file", "/nonexistent"], "cannot read the secret file"),
         (["--port", "70000"], "less than or equal to 65535"),
         (["--log-level", "loud"], "unknown log level"),
@@ -225,9 +226,10 @@ async def test_a_second_server_does_without_the_default_admin_port() -> None:
 
 def test_where_it_listens_depends_on_who_may_join(tmp_path: Path) -> None:
     assert config.choose_host(None, None, False) == "127.0.0.1"
-    assert config.choose_host(None, SECRET, False) == "0.0.0.0"
-    assert config.choose_host(None, None, True) == "0.0.0.0"
-    assert config.choose_host("localhost", None, False) == "localhost"
+    assert config.choose_host(None, SECRET, False) == "::"
+    assert config.choose_host(None, None, True) == "::"
+    for host in ("localhost", "::1"):
+        assert config.choose_host(host, None, False) == host
     (tmp_path / "short").write_bytes(b"short\n")
     with pytest.raises(config.ConfigError, match="at least 16"):
         config.read_secret(tmp_path / "short")

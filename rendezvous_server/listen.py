@@ -1,0 +1,45 @@
+"""Sockets to listen on: of both IP versions, at one port."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from contextlib import ExitStack
+
+EVERYWHERE = "::"
+"""The host that stands for all interfaces and both versions of IP, or the one there is."""
+
+NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+
+
+def listen(host: str, port: int, backlog: int = 128) -> list[socket.socket]:
+    """Listen at every address of `host` and at the same port; 0 takes a free one.
+
+    Raises:
+        OSError: it cannot be; the text names the address.
+    """
+    with ExitStack() as stack:
+        sockets: list[socket.socket] = []
+        for address in _addresses(host):
+            at = sockets[0].getsockname()[1] if sockets else port
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            try:
+                sock = socket.create_server((address, at), family=family, backlog=backlog)
+            except OSError as error:
+                if sockets and error.errno in NO_IPV6:
+                    continue
+                if sockets and error.errno == errno.EADDRINUSE and port == 0:
+                    return listen(host, port, backlog)  # we hold this port: another is drawn
+                raise
+            # Made anew, it knows that it speaks TCP: asyncio switches Nagle off only then.
+            sockets.append(stack.enter_context(socket.socket(fileno=sock.detach())))
+        stack.pop_all()
+        return sockets
+
+
+def _addresses(host: str) -> list[str]:
+    """Return those of IPv4 first, without which no machine is."""
+    if host == EVERYWHERE:
+        return ["0.0.0.0", "::"]
+    found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    return sorted({str(name[0]) for *_, name in found}, key=lambda text: (":" in text, text))
