@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Self
 from fmi_client.endpoint import MAX_SECONDS, Allocate, Endpoint, left_error, some_ranks
 from fmi_client.errors import FmiError, JoinTimeout, RankFailed, RendezvousError
 from fmi_client.protocol import auth
-from fmi_client.protocol.addresses import Address, format_address, version
+from fmi_client.protocol.addresses import Address, format_address, plain, version
 from fmi_client.protocol.rendezvous import (
     MAX_JOB_NAME,
     MAX_SIZE,
@@ -362,8 +363,9 @@ def resolve(host: str, port: int) -> tuple[Address, ...]:
     Raises:
         RendezvousError: there is no such host.
     """
-    # No time is lost on names of a version that we don't have; but an address is an address.
-    flags = 0 if ":" in host else socket.AI_ADDRCONFIG
+    with contextlib.suppress(ValueError):
+        return ((plain(host), port),)
+    flags = socket.AI_ADDRCONFIG  # what we have no addresses for is not looked up
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
     except socket.gaierror as error:

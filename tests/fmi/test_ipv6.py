@@ -22,24 +22,12 @@ from fmi_client.transport.sockets import bound_pair, bound_socket, own_addresses
 from tests.support import KEY, serving
 
 
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
-
-
 async def join(address: str, rank: int, size: int = 2, **more: Any) -> Any:
     arguments: dict[str, Any] = {"job": "job", "key": KEY, "timeout": 10} | more
     return await fmi_client.connect(address, rank=rank, size=size, **arguments)
 
 
-@needs_ipv6
+@pytest.mark.usefixtures("ipv6")
 @pytest.mark.parametrize("hopeless", [False, True])
 async def test_a_job_over_ipv6(monkeypatch: pytest.MonkeyPatch, hopeless: bool) -> None:
     if hopeless:
@@ -70,8 +58,7 @@ async def join_by_both(address: str) -> list[Any]:
     )
 
 
-@needs_ipv6
-@pytest.mark.usefixtures("loopback_of_both")
+@pytest.mark.usefixtures("ipv6", "loopback_of_both")
 async def test_ranks_without_a_version_in_common_are_relayed_at_once() -> None:
     async with serving(host="::") as (_, address):
         ranks = await join_by_both(address)
@@ -83,8 +70,7 @@ async def test_ranks_without_a_version_in_common_are_relayed_at_once() -> None:
             await comm.close()
 
 
-@needs_ipv6
-@pytest.mark.usefixtures("loopback_of_both")
+@pytest.mark.usefixtures("ipv6", "loopback_of_both")
 async def test_without_a_relay_they_are_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fmi_client.joining.PUNCH_SECONDS", 0.1)
     async with serving(host="::", relay=False) as (_, address):
@@ -114,7 +100,7 @@ def closed() -> Iterator[Address]:
         yield sock.getsockname()
 
 
-@needs_ipv6
+@pytest.mark.usefixtures("ipv6")
 async def test_a_name_with_several_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(host="::1") as (_, address):
         good = parse_endpoint(address)
@@ -153,23 +139,29 @@ def test_a_name_is_resolved_to_ipv4_first(monkeypatch: pytest.MonkeyPatch) -> No
         (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("203.0.113.1", 7)),
         (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 7, 0, 0)),
     ]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+    def look_up(*_: object, flags: int, **__: object) -> Any:
+        assert flags & socket.AI_ADDRCONFIG, "a version that we don't have costs no time"
+        return found
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     assert resolve("a-name", 7) == (("203.0.113.1", 7), ("2001:db8::1", 7))
     found += [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"203.0.113.{i}", 7)) for i in range(99)]
     assert len(resolve("a-name", 7)) == 8
 
 
-@needs_ipv6
+@pytest.mark.usefixtures("ipv6")
 def test_ipv6_is_resolved_where_only_loopback_has_it() -> None:
     assert resolve("::1", 7) == (("::1", 7),)
 
 
 # ------------------------------------------------------------------------------ sockets
-@needs_ipv6
+@pytest.mark.usefixtures("ipv6")
 def test_both_versions_listen_at_one_port() -> None:
     pair = bound_pair()
     assert [sock.family for sock in pair] == [socket.AF_INET, socket.AF_INET6]
     assert len({sock.getsockname()[1] for sock in pair}) == 1
+    assert pair[1].getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
     for sock in pair:
         sock.close()
 

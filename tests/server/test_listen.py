@@ -13,7 +13,6 @@ import pytest
 
 from rendezvous_server import listen as listening
 from rendezvous_server.listen import EVERYWHERE, listen
-from tests.fmi.test_ipv6 import needs_ipv6
 from tests.server.test_server import http, join, server_process
 
 create_server = socket.create_server
@@ -35,7 +34,7 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listening, "_addresses", narrowed)
 
 
-@needs_ipv6
+@pytest.mark.usefixtures("ipv6")
 def test_both_versions_share_a_free_port() -> None:
     sockets = listen(EVERYWHERE, 0)
     assert [sock.family for sock in sockets] == [socket.AF_INET, socket.AF_INET6]
@@ -83,7 +82,7 @@ def test_a_port_that_is_free_in_one_version_only(monkeypatch: pytest.MonkeyPatch
         listen(EVERYWHERE, 10000)
 
 
-@needs_ipv6
+@pytest.mark.usefixtures("ipv6")
 async def test_ranks_and_operators_may_come_by_ipv6() -> None:
     async with server_process("--host", "::1") as server:
         comm = await join(f"[::1]:{server.port}")
