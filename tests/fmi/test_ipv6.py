@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,33 @@ async def join(address: str, rank: int, size: int = 2, **more: Any) -> Any:
     return await fmi_client.connect(address, rank=rank, size=size, **arguments)
 
 
+@contextlib.contextmanager
+def deaf() -> Iterator[Address]:
+    """An address that does not answer: its queue holds one connection, and is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        address = server.getsockname()
+        with socket.create_connection(address):
+            yield address
+
+
+@contextlib.contextmanager
+def closed() -> Iterator[Address]:
+    """An address that refuses."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()
+
+
 @pytest.mark.usefixtures("ipv6")
 @pytest.mark.parametrize("hopeless", [False, True])
 async def test_a_job_over_ipv6(monkeypatch: pytest.MonkeyPatch, hopeless: bool) -> None:
     if hopeless:
         monkeypatch.setattr(punch.Punch, "_attempt", lambda *_: None)
     async with serving(host="::1") as (server, address):
-        ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
+        with closed() as bad:  # the server's name has an address of IPv4, too
+            servers = (bad, parse_endpoint(address))
+            monkeypatch.setattr("fmi_client.communicator.resolve", lambda *_: servers)
+            ranks = await asyncio.gather(*(join("a-name", r) for r in range(2)))
         totals = await asyncio.gather(*(comm.allreduce(np.ones(1000)) for comm in ranks))
         assert all((total == 2).all() for total in totals)
         for comm in ranks:
@@ -83,23 +104,6 @@ async def test_without_a_relay_they_are_told_why(monkeypatch: pytest.MonkeyPatch
 
 
 # ------------------------------------------------------------- servers of many addresses
-@contextlib.contextmanager
-def deaf() -> Iterator[Address]:
-    """An address that does not answer: its queue holds one connection, and is full."""
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
-        address = server.getsockname()
-        with socket.create_connection(address):
-            yield address
-
-
-@contextlib.contextmanager
-def closed() -> Iterator[Address]:
-    """An address that refuses."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        yield sock.getsockname()
-
-
 @pytest.mark.usefixtures("ipv6")
 async def test_a_name_with_several_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(host="::1") as (_, address):
@@ -169,7 +173,7 @@ def test_both_versions_listen_at_one_port() -> None:
 def test_without_ipv6_there_is_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
     def only_ipv4(port: int, family: int = socket.AF_INET) -> socket.socket:
         if family == socket.AF_INET6:
-            raise OSError(97, "Address family not supported by protocol")
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
         return bound_socket(port)
 
     monkeypatch.setattr("fmi_client.transport.sockets.bound_socket", only_ipv4)
@@ -184,7 +188,7 @@ def test_a_port_that_is_taken_in_one_version_is_not_used(monkeypatch: pytest.Mon
         if family == socket.AF_INET6:
             tried.append(port)
             if len(tried) == 1:
-                raise OSError(98, "Address already in use")
+                raise OSError(errno.EADDRINUSE, "Address already in use")
         return bound_socket(0)
 
     monkeypatch.setattr("fmi_client.transport.sockets.bound_socket", one_is_taken)
@@ -198,15 +202,15 @@ def test_on_this_machine_one_version_is_enough() -> None:
     assert own_addresses(("::1", 7)) == (("::1", 7),)
 
 
-def test_hops_that_were_too_few_are_no_reason_to_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report of a near router comes at once, the peer's knock after a round trip."""
-    monkeypatch.setattr(punch, "connect_short", lambda *_: 113)  # EHOSTUNREACH
+@pytest.fixture
+def attempt() -> Iterator[punch.Punch]:
+    """A punch of the higher rank at one address of each version, not begun."""
     reactor = SyncReactor()
-    instruction = punch.PunchNow(1, (("2001:db8::1", 7),), bytes(16))
-    attempt = punch.Punch(
+    instruction = punch.PunchNow(1, (("203.0.113.1", 7), ("2001:db8::1", 7)), bytes(16))
+    made = punch.Punch(
         reactor,
         instruction,
-        rank=0,
+        rank=2,
         epoch=0,
         key=None,
         port=0,
@@ -215,12 +219,58 @@ def test_hops_that_were_too_few_are_no_reason_to_hurry(monkeypatch: pytest.Monke
         on_linked=lambda *_: None,
         on_failed=lambda _: None,
     )
-    begun = reactor.now()
-    monkeypatch.setattr(attempt, "_attempt", lambda *_: attempt.cancel())
-    attempt._climb(("2001:db8::1", 7), [2, 3, 4], 0.01)
-    reactor.run_until(lambda: attempt._over, begun + 5)
-    assert 0.03 <= reactor.now() - begun < 5
+    yield made
+    made.cancel()
     reactor.close()
+
+
+def run(attempt: punch.Punch, done: Callable[[], bool]) -> float:
+    """Let it go on until `done()`; returns how many seconds that took."""
+    reactor = attempt.reactor
+    assert isinstance(reactor, SyncReactor)
+    begun = reactor.now()
+    assert reactor.run_until(done, begun + 5)
+    return reactor.now() - begun
+
+
+def test_each_version_has_its_router_that_refuses(
+    monkeypatch: pytest.MonkeyPatch, attempt: punch.Punch
+) -> None:
+    def refused(*_: object) -> socket.socket:
+        raise OSError(errno.ECONNREFUSED, "Connection refused")
+
+    climbed: list[Address] = []
+    monkeypatch.setattr(punch, "bound_socket", refused)
+    monkeypatch.setattr(attempt, "_climb", lambda address, *_: climbed.append(address))
+    attempt.start()
+    run(attempt, lambda: len(climbed) == 2)
+    assert set(climbed) == {("203.0.113.1", 7), ("2001:db8::1", 7)}
+
+
+def test_hops_that_were_too_few_are_no_reason_to_hurry(
+    monkeypatch: pytest.MonkeyPatch, attempt: punch.Punch
+) -> None:
+    """The report of a near router comes at once, the peer's knock after a round trip."""
+    monkeypatch.setattr(punch, "connect_short", lambda *_: errno.EHOSTUNREACH)
+    climbed: list[Address] = []
+    monkeypatch.setattr(attempt, "_attempt", lambda address, _: climbed.append(address))
+    attempt._climb(("2001:db8::1", 7), [2, 3, 4], 0.01)
+    assert run(attempt, lambda: bool(climbed)) >= 0.03
+
+
+def test_a_firewall_that_forbids_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, attempt: punch.Punch
+) -> None:
+    """It says "administratively prohibited" until the peer has knocked from inside."""
+    tried: list[int] = []
+
+    def forbidden(*_: object) -> socket.socket:
+        tried.append(1)
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(punch, "bound_socket", forbidden)
+    attempt.start()
+    run(attempt, lambda: len(tried) > 4)
 
 
 # -------------------------------------------------------------------------------- text

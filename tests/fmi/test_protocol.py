@@ -62,6 +62,14 @@ def converse(
     return at_client, at_server
 
 
+def test_addresses_have_one_form() -> None:
+    """They are compared as text: what the server saw with what a rank says of itself."""
+    odd = replace(HELLO, candidates=(("::ffff:10.0.0.7", 1), ("2001:DB8:0::1", 2)))
+    assert Hello.decode(odd.encode()).candidates == (("10.0.0.7", 1), ("2001:db8::1", 2))
+    side = ServerSide(Admission(None, True), ("::ffff:203.0.113.9", 4242), NOW)
+    assert side.observed == SEEN
+
+
 @pytest.mark.parametrize("step", [1, 7, 10**6])
 def test_a_rank_with_a_token_is_admitted_and_recognises_the_server(step: int) -> None:
     client = ClientSide(HELLO, token())
