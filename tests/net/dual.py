@@ -8,11 +8,14 @@
 
 IPv6 is routed, not translated. A router that is a NAT for IPv4 is a firewall for IPv6: what
 nobody asked for is dropped, or refused where the NAT refuses.
+
+``python -m tests.net.dual [TRIES]`` measures pairs of hosts.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +24,8 @@ from pathlib import Path
 from typing import Literal
 
 from tests.net.lab import SERVER_PORT, Host, Lab, Nat, Site, _run, build
+from tests.net.matrix import HEADER, row
+from tests.net.play import Summary, play
 
 Family = Literal["v4", "v6", "both"]
 
@@ -131,3 +136,27 @@ def _enable(namespace: str) -> None:
 
 def _configure(namespace: str, *commands: str) -> None:
     _run("ip", "-6", "-n", namespace, "-batch", "-", text="\n".join(commands) + "\n")
+
+
+# ------------------------------------------------------------------------- measurements
+PAIRS: tuple[tuple[Family, Family], ...] = (
+    ("v4", "v6"),
+    ("both", "v4"),
+    ("both", "v6"),
+    ("both", "both"),
+    ("v6", "v6"),
+)
+
+
+def main(tries: int) -> None:
+    """Print a Markdown table, as `tests.net.matrix` does for IPv4."""
+    print(HEADER, flush=True)
+    for nat in ("preserving", "rst", "random"):
+        for one, other in PAIRS:
+            with build_dual((Site(nat), one), (Site(nat), other)) as lab:
+                summary = Summary(play(lab, tries, timeout=30 + 5 * tries))
+            print(row(f"{nat}: {one} and {other}", summary), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)

@@ -65,6 +65,7 @@ def test_rank_item_in_upper_case() -> None:
         ({"data_size": "huge"}, "data_size: got 'huge', expected 'small', 'medium' or 'large'"),
         ({"fmi_enabled": "perhaps"}, "fmi_enabled: got 'perhaps', expected a valid boolean"),
         ({"rendezvous_endpoint": "host"}, "rendezvous_endpoint: got 'host', expected host:port"),
+        ({"rendezvous_endpoint": "::1"}, "rendezvous_endpoint: got '::1', expected host:port"),
         ({"rendezvous_endpoint": "h:65536"}, "rendezvous_endpoint: got 'h:65536', expected host"),
         ({"rendezvous_endpoint": None, "fmi_enabled": True}, "rendezvous_endpoint: missing, "),
         ({"bucket": "a b"}, "bucket: got 'a b', expected the name of an S3 bucket"),
@@ -124,7 +125,8 @@ def test_missing_field_and_no_object() -> None:
 
 def test_ranks_work_alone_if_told_so() -> None:
     assert not parse(Payload, {**STEP_1, "fmi_enabled": "false"}).joins
-    assert parse(Payload, {"data": "d", "rendezvous_endpoint": "localhost:10000"}).joins
+    for endpoint in ("localhost:10000", "[::1]:10000"):
+        assert parse(Payload, {"data": "d", "rendezvous_endpoint": endpoint}).joins
 
 
 @pytest.mark.parametrize(

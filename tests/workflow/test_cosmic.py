@@ -84,6 +84,8 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (["--data", ".", "--seed", "3"], ["--data", "--seed", "leave them out"]),
         (["--run", "../up"], ["--run", "use letters, digits"]),
         (["--rendezvous", "localhost"], ["--rendezvous", "host:port, as in 127.0.0.1:10000"]),
+        (["--rendezvous", "[::1]"], ["--rendezvous", "host:port"]),
+        (["--rendezvous", "::1"], ["--rendezvous", "host:port"]),
         (["--rendezvous", "a:1", "--no-fmi"], ["--rendezvous", "--no-fmi"]),
         (["--data-size", "tiny"], ["'--data-size'", "'small', 'medium', 'large'"]),
         (["--wrold-size", "2"], ["--wrold-size", "--world-size"]),

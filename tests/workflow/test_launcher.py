@@ -184,6 +184,15 @@ async def test_somebody_elses_server_is_used(
     assert recorded(tmp_path, "server.json") is None
 
 
+@pytest.mark.usefixtures("ipv6")
+async def test_somebody_elses_server_may_be_at_an_address_of_ipv6(plan: Plan) -> None:
+    async with await asyncio.start_server(
+        lambda reader, writer: writer.close(), "::1", 0
+    ) as server:
+        endpoint = f"[::1]:{server.sockets[0].getsockname()[1]}"
+        await run_job(plan(fmi=True, rendezvous=endpoint), lambda event: None)
+
+
 async def test_nobody_listens_at_the_given_endpoint(plan: Plan, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
