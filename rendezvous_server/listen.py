@@ -26,7 +26,7 @@ def listen(host: str, port: int, backlog: int = 128) -> list[socket.socket]:
             try:
                 sock = socket.create_server((address, at), family=family, backlog=backlog)
             except OSError as error:
-                if sockets and error.errno in NO_IPV6:
+                if sockets and family == socket.AF_INET6 and error.errno in NO_IPV6:
                     continue
                 if sockets and error.errno == errno.EADDRINUSE and port == 0:
                     return listen(host, port, backlog)  # we hold this port: another is drawn

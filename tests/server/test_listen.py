@@ -71,6 +71,12 @@ def test_a_machine_without_ipv6(monkeypatch: pytest.MonkeyPatch, code: int) -> N
         listen("::1", 0)
 
 
+def test_an_address_that_is_not_ours_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "_addresses", lambda _: ["127.0.0.1", "203.0.113.1"])
+    with pytest.raises(OSError, match=r"203\.0\.113\.1"):
+        listen("a-name", 0)
+
+
 def test_a_port_that_is_free_in_one_version_only(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = refusing(monkeypatch, errno.EADDRINUSE, times=2)
     sockets = listen(EVERYWHERE, 0)
