@@ -107,7 +107,8 @@ class _Pulse:
 
     def stop(self) -> None:
         self._over.set()
-        self._thread.join()
+        if self._thread.is_alive():  # Ctrl-C may come before it has begun
+            self._thread.join()
 
     def _beat(self) -> None:
         while not self._over.wait(self._every):
