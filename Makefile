@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.ready
 
-.PHONY: help env run test test-full lint format clean
+.PHONY: help env run test test-full bench lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -35,6 +35,10 @@ test: env ## the test suite, with coverage; ARGS="-k punch"
 
 test-full: env ## what needs root, Docker, an emulator or many minutes; ARGS as for test
 	$(BIN)/python -m pytest -m full $(ARGS)
+
+bench: env ## our collectives beside gloo and Open MPI, some ten minutes; ARGS="--rounds 2"
+	$(PIP) install -q -e ".[bench]"
+	$(BIN)/python -m benchmarks.collectives $(ARGS)
 
 lint: env ## ruff and mypy
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -51,17 +51,16 @@ def main(
     sizes = [int(word) for word in worlds.split(",")]
     out.mkdir(parents=True, exist_ok=True)
     document: Record = {"about": _about(sizes), "records": []}
-    with _server() as server:
+    with serve() as server:
         for number in range(rounds):
             document["records"].append({"round": number, "raw": raw.measure()})
             slots = [(name, size) for size in sizes for name in names]
             random.shuffle(slots)
             for name, size in slots:
                 _say(f"round {number + 1} of {rounds}: {name}, {size} ranks")
-                cases = run(name, size, server)
-                document["records"].append(
-                    {"round": number, "peer": name, "world": size, "seconds": cases}
-                )
+                seconds = run(name, size, server)
+                place = {"round": number, "peer": name, "world": size}
+                document["records"].append(place | {"seconds": seconds})
                 (out / "collectives.json").write_text(json.dumps(document, indent=1) + "\n")
     table = report.table(document)
     (out / "collectives.md").write_text(table)
@@ -111,16 +110,28 @@ def _version(name: str) -> str:
 
 
 # -------------------------------------------------------------------------- running
-def run(name: str, size: int, server: str) -> dict[str, float]:
-    """Run one library once; returns the seconds of each case on its slowest rank."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "BENCH_SERVER": server,
-        "BENCH_JOB": f"bench-{os.urandom(6).hex()}",
-        "BENCH_SIZE": str(size),
-        "BENCH_GLOO_PORT": str(_free_port()),
-    }
-    module = [sys.executable, "-m", "benchmarks.rank", name]
+def run(name: str, size: int, server: str, cases: Sequence[str] = ()) -> dict[str, float]:
+    """Run one library once; returns the seconds of each case on its slowest rank.
+
+    Args:
+        cases: names of some of `rank.CASES`; none: all of them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "BENCH_SERVER": server,
+            "BENCH_JOB": f"bench-{os.urandom(6).hex()}",
+            "BENCH_SIZE": str(size),
+            "BENCH_FILE": f"{folder}/gloo",
+        }
+        ranks = _ranks(name, size, environment, cases)
+    return {case: max(rank[case] for rank in ranks) for case in ranks[0]}
+
+
+def _ranks(
+    name: str, size: int, environment: dict[str, str], cases: Sequence[str]
+) -> list[dict[str, float]]:
+    module = [sys.executable, "-m", "benchmarks.rank", name, *cases]
     if name == "mpi":
         mpirun = str(Path(sys.executable).parent / "mpirun")
         allow = ["--allow-run-as-root", "--oversubscribe"]
@@ -131,7 +142,7 @@ def run(name: str, size: int, server: str) -> dict[str, float]:
     ranks = [json.loads(line) for line in lines if line.startswith("{")]
     if len(ranks) != size:
         raise RuntimeError(f"{name}: {len(ranks)} of {size} ranks answered")
-    return {case: max(rank[case] for rank in ranks) for case in ranks[0]}
+    return ranks
 
 
 def _outputs(commands: list[tuple[list[str], dict[str, str]]]) -> list[str]:
@@ -153,7 +164,7 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _server() -> Iterator[str]:
+def serve() -> Iterator[str]:
     """Run a rendezvous server; ranks come back until it listens."""
     port = _free_port()
     options = ["--port", str(port), "--admin-port", "-1", "--log-level", "error"]

@@ -152,10 +152,9 @@ def _gloo() -> Iterator[Peer]:
 
     torch.set_num_threads(1)
     place = _place()
-    address = f"tcp://127.0.0.1:{os.environ['BENCH_GLOO_PORT']}"
     dist.init_process_group(
         "gloo",
-        init_method=address,
+        init_method=f"file://{os.environ['BENCH_FILE']}",
         rank=place["rank"],
         world_size=place["size"],
         timeout=timedelta(seconds=SECONDS),

@@ -1,4 +1,4 @@
-"""One rank of a benchmark: ``python -m benchmarks.rank PEER``, started by `collectives.py`.
+"""One rank of a benchmark: ``python -m benchmarks.rank PEER [CASE ...]``; see `collectives.py`.
 
 Prints one JSON line: for each case the seconds of an operation on this rank.
 """
@@ -85,4 +85,4 @@ def main(name: str, cases: list[Case]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], CASES)
+    main(sys.argv[1], [case for case in CASES if not sys.argv[2:] or case.name in sys.argv[2:]])
