@@ -231,6 +231,8 @@ class SocketEndpoint(Endpoint):
         for link in list(self.links.values()):
             if isinstance(link, SocketLink) and link.pending and link.peer not in self._punches:
                 link.fail(self._lost_control)
+        for punch in self._punches.values():
+            punch.orphan(self._lost_control)
 
     def _gone(self, gone: Gone) -> None:
         if not gone.clean:
@@ -316,7 +318,9 @@ class SocketEndpoint(Endpoint):
             self._reactor.call_later(VERDICT_SECONDS, lambda: self._blame(link))
 
     def _blame(self, link: SocketLink) -> None:
-        if link.error is None:
+        if link.kind == "relay" and self._lost_control is not None:
+            link.fail(self._lost_control)  # it led through the server
+        elif link.error is None:
             because = link.lost_because
             link.fail(RankFailed(f"the link to rank {link.peer} broke: {because}", rank=link.peer))
 

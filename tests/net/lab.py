@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import IO, Literal, get_args
+from typing import Literal, get_args
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,6 +68,16 @@ table ip lab {{
 """
 # What the counters count: connections that got a mapping, and SYNs that had none.
 
+_FORGET = """
+table ip lab {
+  counter forgotten { }
+  chain pass {
+    type filter hook forward priority filter
+    ct state invalid counter name forgotten drop
+  }
+}
+"""
+
 _FLAGS: dict[Nat, str] = {"random": "random,fully-random"}
 _VERDICTS: dict[Nat, str] = {"rst": "reject with tcp reset", "stack": "accept"}
 
@@ -83,11 +93,14 @@ class Site:
         nat: how it is connected.
         hosts: how many hosts it has; a public site has one.
         lan: first three numbers of the private network's addresses.
+        memory: seconds after which its router forgets a connection that is idle, and drops what
+            still comes of it; None: days, as is the kernel's default.
     """
 
     nat: Nat
     hosts: int = 1
     lan: str = "10.0.0"
+    memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +133,21 @@ class Lab:
     namespaces: list[str] = field(default_factory=list)
     prefix: str = field(default_factory=lambda: f"{PREFIX}{os.getpid()}-{next(_serial)}-")
     _blocks: Iterator[int] = field(default_factory=count)
+    _running: subprocess.Popen[bytes] | None = None
+
+    def start_server(self) -> None:
+        """Run the rendezvous server; ranks come back until it listens."""
+        options = ["--allow-anonymous", "--port", str(SERVER_PORT), "--admin-port", str(ADMIN_PORT)]
+        host = Host(self.prefix + "server", "")
+        command = host.command(sys.executable, "-m", "rendezvous_server", *options)
+        with self.log.open("ab") as log:
+            self._running = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+    def kill_server(self) -> None:
+        """End it without a word; harmless if it does not run."""
+        if self._running is not None:
+            self._running.kill()
+            self._running.wait()
 
     def namespace(self, name: str) -> str:
         full = self.prefix + name
@@ -157,11 +185,14 @@ def build(*sites: Site, delay: float = 0.0) -> Iterator[Lab]:
         _forward(lab.namespace("core"))
         for number, site in enumerate(sites):
             _build_site(lab, site, f"site{number}")
+        server = lab.uplink(lab.namespace("server"), "203.0.113")
+        lab.server = f"{server.address}:{SERVER_PORT}"
         log = stack.enter_context(tempfile.NamedTemporaryFile(prefix=lab.prefix))
         lab.log = Path(log.name)
         if delay:
             stack.enter_context(_slow_down(lab, delay))
-        stack.enter_context(_serve(lab, log))
+        stack.callback(lab.kill_server)
+        lab.start_server()
         yield lab
 
 
@@ -184,6 +215,8 @@ def _build_site(lab: Lab, site: Site, name: str) -> None:
 def _set_up_router(lab: Lab, outer: str, site: Site, name: str) -> str:
     """Make a router, or two; returns the one at the private network."""
     _masquerade(outer, site.nat)
+    if site.memory is not None:
+        _forget_after(outer, site.memory)
     if site.nat != "double":
         return outer
     inner = lab.namespace(f"{name}-inner")
@@ -201,6 +234,13 @@ def _masquerade(namespace: str, nat: Nat) -> None:
     _run("ip", "netns", "exec", namespace, "nft", "-f", "-", text=rules)
 
 
+def _forget_after(namespace: str, seconds: int) -> None:
+    """What belongs to no known connection is not one's beginning, and is dropped."""
+    _write(namespace, "netfilter/nf_conntrack_tcp_timeout_established", seconds)
+    _write(namespace, "netfilter/nf_conntrack_tcp_loose", 0)
+    _run("ip", "netns", "exec", namespace, "nft", "-f", "-", text=_FORGET)
+
+
 def _build_lan(router: str, lan: str) -> None:
     bridge = ("ip", "-n", router, "link", "add", "lan", "type", "bridge", "forward_delay", "0")
     _run(*bridge)
@@ -215,20 +255,6 @@ def _plug(host: Host, router: str, port: str, lan: str) -> None:
 
 
 @contextmanager
-def _serve(lab: Lab, log: IO[bytes]) -> Iterator[None]:
-    """Run a rendezvous server at a public address; ranks come back until it listens."""
-    host = lab.uplink(lab.namespace("server"), "203.0.113")
-    lab.server = f"{host.address}:{SERVER_PORT}"
-    options = ["--allow-anonymous", "--port", str(SERVER_PORT), "--admin-port", str(ADMIN_PORT)]
-    command = host.command(sys.executable, "-m", "rendezvous_server", *options)
-    with subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as server:
-        try:
-            yield
-        finally:
-            server.kill()
-
-
-@contextmanager
 def _slow_down(lab: Lab, seconds: float) -> Iterator[None]:
     """Send what crosses the core through a process that holds it back."""
     core = lab.prefix + "core"
@@ -238,8 +264,8 @@ def _slow_down(lab: Lab, seconds: float) -> Iterator[None]:
     rules = ("iif lo lookup main", "iif slow lookup main", "from all lookup 100")
     for preference, rule in enumerate(rules, 10):
         _run("ip", "-n", core, "rule", "add", "pref", str(preference), *rule.split())
-    _write(core, "conf/all/rp_filter", 0)
-    _write(core, "conf/slow/rp_filter", 0)
+    _write(core, "ipv4/conf/all/rp_filter", 0)
+    _write(core, "ipv4/conf/slow/rp_filter", 0)
     command = Host(core, "").command(sys.executable, "-m", "tests.net.delay", "slow", str(seconds))
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -351,9 +377,9 @@ def _default(namespace: str, gateway: str) -> None:
 
 
 def _forward(namespace: str) -> None:
-    _write(namespace, "ip_forward", 1)
+    _write(namespace, "ipv4/ip_forward", 1)
 
 
 def _write(namespace: str, name: str, value: int) -> None:
-    setting = f"echo {value} > /proc/sys/net/ipv4/{name}"
+    setting = f"echo {value} > /proc/sys/net/{name}"
     _run("ip", "netns", "exec", namespace, "sh", "-c", setting)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import select
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -85,6 +86,50 @@ def play(lab: Lab, tries: int = 1, hosts: Sequence[Host] = (), timeout: float = 
         raise RuntimeError("a rank crashed; its traceback is above")
     lines = [[json.loads(line) for line in output.splitlines()] for output in outputs]
     return [Try(list(records)) for records in zip(*lines, strict=True)]
+
+
+class Rank:
+    """A rank that goes from stop to stop; see `tests.net.steps`."""
+
+    def __init__(self, lab: Lab, number: int, *stops: str, size: int = 2) -> None:
+        words = [lab.server, "steps", str(number), str(size), *stops]
+        command = lab.hosts[number].command(sys.executable, "-m", "tests.net.steps", *words)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+
+    def _line(self, seconds: float) -> str:
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            raise TimeoutError("the rank says nothing")
+        return self.process.stdout.readline().strip()
+
+    def comes_to(self, stop: str, seconds: float = 10) -> None:
+        line = self._line(seconds)
+        assert line == stop, line
+
+    def go(self, word: str = "") -> None:
+        assert self.process.stdin is not None
+        print(word, file=self.process.stdin, flush=True)
+
+    def ends(self, seconds: float = 20) -> dict[str, Any]:
+        """Return what it says at the end."""
+        result: dict[str, Any] = json.loads(self._line(seconds))
+        return result
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@contextmanager
+def ranks(lab: Lab, *stops: str) -> Iterator[list[Rank]]:
+    """One rank on each host; they stop where they are told to."""
+    with ExitStack() as stack:
+        them = []
+        for number in range(len(lab.hosts)):
+            them.append(Rank(lab, number, *stops, size=len(lab.hosts)))
+            stack.callback(them[-1].close)
+        yield them
 
 
 def sites_of(one: Nat, other: Nat, *, together: bool = False) -> list[Site]:

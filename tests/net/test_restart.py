@@ -1,0 +1,128 @@
+"""The server is killed in the middle, and comes back without a memory of anybody."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from tests.net.lab import Lab, Nat, build
+from tests.net.play import Rank, ranks, sites_of
+
+pytestmark = pytest.mark.full
+
+SOON = 3.0
+
+
+def restart(lab: Lab) -> None:
+    lab.kill_server()
+    lab.start_server()
+
+
+def has_logged(lab: Lab, word: str) -> None:
+    give_up = time.monotonic() + 10
+    while word not in lab.log.read_text():
+        assert time.monotonic() < give_up, f"the server never said {word!r}"
+        time.sleep(0.01)
+
+
+def fine(result: dict[str, Any], kind: str) -> bool:
+    return result.get("total") == 3.0 and result["kinds"] == [kind]
+
+
+@pytest.mark.parametrize(("one", "other"), [("preserving", "rst"), ("random", "random")])
+def test_ranks_that_wait_join_again(one: Nat, other: Nat) -> None:
+    with build(*sites_of(one, other)) as lab, closing(Rank(lab, 0)) as first:
+        has_logged(lab, "joined")
+        restart(lab)
+        with closing(Rank(lab, 1)) as second:
+            kind = "direct" if one == "preserving" else "relay"
+            for rank in (first, second):
+                result = rank.ends()
+                assert fine(result, kind), result
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_ranks_that_have_no_links_yet_say_at_once_that_the_server_was_lost(back: bool) -> None:
+    with build(*sites_of("preserving", "double")) as lab, ranks(lab, "joined") as both:
+        for rank in both:
+            rank.comes_to("joined")
+        lab.kill_server()
+        if back:
+            lab.start_server()
+        for rank in both:
+            rank.go()
+        for rank in both:
+            result = rank.ends()
+            assert result["error"] == "RendezvousError", result
+            assert "connection to the server lost" in result["why"]
+            assert result["took"] < 0.5
+
+
+def test_a_punch_that_was_told_comes_about_without_the_server() -> None:
+    with build(*sites_of("preserving", "double")) as lab, ranks(lab, "told") as both:
+        for rank in both:
+            rank.comes_to("told")
+        lab.kill_server()
+        for rank in both:
+            rank.go()
+        for rank in both:
+            result = rank.ends()
+            assert fine(result, "direct"), result
+            assert result["took"] < SOON
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_pair_that_needs_the_relay_says_soon_that_the_server_was_lost(back: bool) -> None:
+    with build(*sites_of("random", "random")) as lab, ranks(lab, "told") as both:
+        for rank in both:
+            rank.comes_to("told")
+        lab.kill_server()
+        if back:
+            lab.start_server()
+        for rank in both:
+            rank.go()
+        for rank in both:
+            result = rank.ends()
+            assert result["error"] == "RendezvousError", result
+            assert result["took"] < SOON
+
+
+def test_a_rank_whose_peer_was_not_told_any_more_says_soon_that_the_server_was_lost() -> None:
+    with build(*sites_of("preserving", "preserving")) as lab, ranks(lab, "told") as both:
+        for rank in both:
+            rank.comes_to("told")
+        lab.kill_server()
+        both[0].go()
+        both[1].go("deaf")
+        for rank in both:
+            result = rank.ends()
+            assert result["error"] == "RendezvousError", result
+            assert result["took"] < SOON
+
+
+def test_direct_links_live_on() -> None:
+    with build(*sites_of("preserving", "rst")) as lab, ranks(lab, "linked") as both:
+        for rank in both:
+            rank.comes_to("linked")
+        restart(lab)
+        for rank in both:
+            rank.go()
+        for rank in both:
+            result = rank.ends()
+            assert fine(result, "direct"), result
+
+
+def test_relayed_links_end_with_the_server_and_no_rank_is_blamed() -> None:
+    with build(*sites_of("random", "random")) as lab, ranks(lab, "linked") as both:
+        for rank in both:
+            rank.comes_to("linked")
+        restart(lab)
+        for rank in both:
+            rank.go()
+        for rank in both:
+            result = rank.ends()
+            assert result["error"] == "RendezvousError", result
+            assert result["took"] < SOON
