@@ -3,8 +3,9 @@
 It prints the name of each STOP when it comes there, and goes on when it gets a line:
 
     joined   all ranks are there
-    told     the server has just told it to punch; "deaf" in the line: it has not heard that
-    linked   a barrier has ended
+    told     the server has just told it to punch; the line "deaf": it has not heard that
+    linked   it has exchanged a message with the rank half the job away, and no other;
+             the line may hold seconds for the allreduce that follows
 
 Then it says in JSON how it ended, and how many seconds after its last stop.
 """
@@ -32,7 +33,7 @@ def stop(name: str, stops: list[str]) -> str:
     if name not in stops:
         return ""
     print(name, flush=True)
-    word = sys.stdin.readline()
+    word = sys.stdin.readline().strip()
     _began = time.monotonic()
     return word
 
@@ -41,7 +42,7 @@ def stop_when_told(stops: list[str]) -> None:
     punch = SocketEndpoint._punch
 
     def told(self: SocketEndpoint, instruction: Any) -> None:
-        if "deaf" not in stop("told", stops):
+        if stop("told", stops) != "deaf":
             punch(self, instruction)
 
     SocketEndpoint._punch = told  # type: ignore[method-assign]
@@ -50,9 +51,9 @@ def stop_when_told(stops: list[str]) -> None:
 def work(server: str, job: str, rank: int, size: int, stops: list[str]) -> dict[str, Any]:
     with sync.connect(server, job=job, rank=rank, size=size, key=KEY, timeout=JOIN_SECONDS) as comm:
         stop("joined", stops)
-        comm.barrier()
-        stop("linked", stops)
-        total = comm.allreduce(np.full(100_000, rank + 1.0))
+        comm.sendrecv(rank, (rank + size // 2) % size)
+        patience = stop("linked", stops)
+        total = comm.allreduce(np.full(100_000, rank + 1.0), timeout=float(patience or 10))
         comm.barrier()
         return {"total": total[-1], "kinds": {k["kind"] for k in comm.stats()["links"].values()}}
 
