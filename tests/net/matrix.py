@@ -18,8 +18,8 @@ FIRST_TRIES = 3
 """A pair that fails so often in a row is not tried further."""
 
 HEADER = """\
-| ranks behind | tries | direct | relay | failed | median ms | max ms |
-|---|---|---|---|---|---|---|"""
+| ranks behind | tries | direct | relay | failed | median ms | p99 ms | max ms |
+|---|---|---|---|---|---|---|---|"""
 
 Pair = tuple[Nat, Nat, bool]
 """Two kinds, and whether both ranks are behind one router."""
@@ -43,10 +43,10 @@ def measure(one: Nat, other: Nat, together: bool, tries: int, delay: float) -> S
 
 
 def row(name: str, summary: Summary) -> str:
+    counts = [len(summary.tries), *map(summary.count, ("direct", "relay", "failed"))]
     times = summary.milliseconds
-    took = [f"{summary.median:.1f}", f"{times[-1]:.1f}"] if times else ["", ""]
-    counts = [summary.count(kind) for kind in ("direct", "relay", "failed")]
-    return f"| {' | '.join([name, str(len(summary.tries)), *map(str, counts), *took])} |"
+    took = [summary.median, summary.p99, times[-1]] if times else []
+    return f"| {' | '.join([name, *map(str, counts), *(f'{each:.1f}' for each in took)])} |"
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import select
 import statistics
 import subprocess
@@ -66,6 +67,12 @@ class Summary:
     @property
     def median(self) -> float:
         return statistics.median(self.milliseconds)
+
+    @property
+    def p99(self) -> float:
+        """The time that 99 of 100 tries kept; of fewer than 100, the longest."""
+        times = self.milliseconds
+        return times[math.ceil(0.99 * len(times)) - 1]
 
 
 def play(lab: Lab, tries: int = 1, hosts: Sequence[Host] = (), timeout: float = 60) -> list[Try]:

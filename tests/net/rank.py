@@ -17,7 +17,10 @@ from fmi_client import sync
 from fmi_client.errors import FmiError
 from tests.support import KEY
 
-MIB = 1 << 20
+PIECE = 1 << 16
+PIECES = 16
+"""A MiB each way, in pieces: none may be lost, or come before another."""
+
 JOIN_SECONDS = 15.0
 PATIENCE = 3.0
 """Seconds for the first barrier; a link is to be made within one."""
@@ -25,22 +28,29 @@ PATIENCE = 3.0
 Record = dict[str, Any]
 
 
-def payload(rank: int) -> np.ndarray:
-    return np.random.default_rng(rank).integers(0, 256, MIB, dtype=np.uint8)
+class WrongData(Exception):
+    """What came is not what was sent."""
 
 
-def use(comm: sync.Communicator) -> float:
+def payload(job: str, rank: int) -> bytes:
+    return np.random.default_rng([rank, *job.encode()]).bytes(PIECE * PIECES)
+
+
+def use(comm: sync.Communicator, job: str) -> float:
     """Make every link and prove it both ways; returns the seconds to the first barrier's end."""
     start = time.monotonic()
     comm.barrier(timeout=PATIENCE)
     seconds = time.monotonic() - start
     total = comm.allreduce(np.full(1000, comm.rank + 1.0))
-    assert (total == comm.size * (comm.size + 1) / 2).all()
-    mine = payload(comm.rank)
+    if not (total == comm.size * (comm.size + 1) / 2).all():
+        raise WrongData("allreduce")
+    mine = payload(job, comm.rank)
+    pieces = [mine[start : start + PIECE] for start in range(0, len(mine), PIECE)]
     for step in range(1, comm.size):
-        source = (comm.rank - step) % comm.size
-        got = comm.sendrecv(mine, (comm.rank + step) % comm.size, source)
-        assert (got == payload(source)).all()
+        source, dest = (comm.rank - step) % comm.size, (comm.rank + step) % comm.size
+        got = b"".join(comm.sendrecv(piece, dest, source) for piece in pieces)
+        if got != payload(job, source):
+            raise WrongData(f"sendrecv with rank {source}")
     comm.barrier()
     return seconds
 
@@ -52,9 +62,9 @@ def attempt(server: str, job: str, rank: int, size: int) -> Record:
             server, job=job, rank=rank, size=size, key=KEY, timeout=JOIN_SECONDS
         ) as comm:
             ready = time.monotonic()
-            seconds = use(comm)
+            seconds = use(comm, job)
             links = comm.stats()["links"]
-    except FmiError as error:
+    except (FmiError, WrongData) as error:
         return {"error": type(error).__name__, "why": str(error), "took": time.monotonic() - start}
     kinds = {peer: link["kind"] for peer, link in links.items()}
     return {"linked": seconds, "joined": ready - start, "kinds": kinds}
