@@ -116,7 +116,7 @@ class Host:
 
     def socket(self) -> socket.socket:
         """Return a TCP socket of this host for the calling process to use."""
-        with _inside(self.namespace):
+        with inside(self.namespace):
             sock = socket.socket()
         sock.settimeout(5)
         return sock
@@ -285,7 +285,7 @@ def counters(namespace: str) -> dict[str, int]:
 
 
 @contextmanager
-def _inside(namespace: str) -> Iterator[None]:
+def inside(namespace: str) -> Iterator[None]:
     """Let this thread open sockets in another namespace; they stay there."""
     with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{namespace}") as there:
         _set_namespace(there.fileno())

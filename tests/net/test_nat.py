@@ -6,6 +6,7 @@ import pytest
 
 from tests.net.lab import Nat, Site, build
 from tests.net.play import Summary, Try, play, sites_of
+from tests.net.proof import prove
 
 pytestmark = pytest.mark.full
 
@@ -103,3 +104,10 @@ def test_ranks_behind_all_kinds_of_nats_make_one_job() -> None:
     sites = [Site("none"), Site("preserving", hosts=2), Site("random", hosts=2), Site("rst")]
     done = tried(*sites, tries=2)
     assert [each.errors for each in done] == [[], []]
+
+
+def test_fifty_punches_lose_nothing() -> None:
+    """The thousand of ``python -m tests.net.proof``, in small."""
+    done = [each for _, tries in prove(50) for each in tries]
+    assert len(done) >= 50
+    assert soon(done), done
