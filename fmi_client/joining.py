@@ -138,6 +138,7 @@ class SocketEndpoint(Endpoint):
         self._left: set[int] = set()
         self._leaving = False
         self._punches: dict[int, PunchAttempt] = {}
+        self._told: dict[int, Punch] = {}
         self._lost_control: FmiError | None = None
         self._started = reactor.now()
         listeners = bound_pair()
@@ -232,7 +233,7 @@ class SocketEndpoint(Endpoint):
             if isinstance(link, SocketLink) and link.pending and link.peer not in self._punches:
                 link.fail(self._lost_control)
         for punch in self._punches.values():
-            punch.orphan(self._lost_control)
+            punch.hurry(self._lost_control)
 
     def _gone(self, gone: Gone) -> None:
         if not gone.clean:
@@ -279,6 +280,7 @@ class SocketEndpoint(Endpoint):
         link = self.links.get(peer)
         if not isinstance(link, SocketLink) or not link.pending or peer in self._punches:
             return
+        self._told[peer] = instruction
         punch = PunchAttempt(
             self._reactor,
             instruction,
@@ -297,7 +299,7 @@ class SocketEndpoint(Endpoint):
 
     def _linked(self, link: SocketLink, sock: socket.socket, kind: str, first: bytes) -> None:
         del self._punches[link.peer]
-        link.attach(sock, kind, first)
+        link.attach(sock, kind, first, unsure=self.rank > link.peer)
 
     def _unlinked(self, link: SocketLink, error: FmiError) -> None:
         del self._punches[link.peer]
@@ -314,6 +316,9 @@ class SocketEndpoint(Endpoint):
             link.fail(left_error(link.peer))
         elif self._lost_control is not None:
             self._blame(link)
+        elif link.revive():
+            self._punch(self._told[link.peer])
+            self._punches[link.peer].hurry(broken_error(link))
         else:
             self._reactor.call_later(VERDICT_SECONDS, lambda: self._blame(link))
 
@@ -321,8 +326,7 @@ class SocketEndpoint(Endpoint):
         if link.kind == "relay" and self._lost_control is not None:
             link.fail(self._lost_control)  # it led through the server
         elif link.error is None:
-            because = link.lost_because
-            link.fail(RankFailed(f"the link to rank {link.peer} broke: {because}", rank=link.peer))
+            link.fail(broken_error(link))
 
     # --------------------------------------------------------------------- ending
     def tell(self, event: JobAborted) -> None:
@@ -352,6 +356,10 @@ class SocketEndpoint(Endpoint):
         self._lobby.close()
         self._control.close()
         super().close()
+
+
+def broken_error(link: SocketLink) -> RankFailed:
+    return RankFailed(f"the link to rank {link.peer} broke: {link.lost_because}", rank=link.peer)
 
 
 def ask_before(timeout: float) -> float:

@@ -25,16 +25,20 @@ JOIN_BYTES = 16 * 1024
 UNEXPECTED_BYTES = 1024 * 1024
 """Above this, a link with data for nobody is not read until somebody asks for it."""
 
+MOST_REPEATED = 64
+"""So many small messages are kept until the peer is known to have the link; see `attach`."""
+
 _GATHER = 64  # buffers in one sendmsg; the kernel allows 1,024
 
 
 class Send(Pending):
     """A message on its way; it is done when the system has taken all of it."""
 
-    __slots__ = ("started", "views")
+    __slots__ = ("started", "views", "whole")
 
     def __init__(self, *views: memoryview, done: bool = False) -> None:
         super().__init__(done)
+        self.whole = views
         self.views = deque(views)
         self.started = False
 
@@ -97,11 +101,20 @@ class SocketLink:
         self._queue: deque[Send] = deque()
         self._room = False
         self._interest = (False, False)
+        self._sent: list[Send] | None = None
+        """What the peer may have to be sent again; None: it was there, or that is too much."""
 
-    def attach(self, sock: socket.socket, kind: str, first: bytes) -> None:
-        """Start to carry data over `sock`; `first` was read from it already."""
+    def attach(self, sock: socket.socket, kind: str, first: bytes, unsure: bool = False) -> None:
+        """Start to carry data over `sock`; `first` was read from it already.
+
+        Args:
+            unsure: the last word of the handshake was ours, and may be lost with the
+                connection. Then the peer has taken nothing of what we sent, and waits for
+                another connection: see `revive`.
+        """
         self._sock = sock
         self.kind = kind
+        self._sent = [] if unsure and not first else None
         try:
             self.inbox.feed(first)
         except ProtocolError as error:
@@ -121,12 +134,17 @@ class SocketLink:
         if nbytes <= JOIN_BYTES:
             return self._send_small(b"".join((start, *payload.parts)))
         views = (_flat(part) for part in payload.parts if len(part))
-        message = Send(memoryview(start), *views)
+        return self._enqueue(memoryview(start), *views)
+
+    def _enqueue(self, *views: memoryview) -> Send:
+        message = Send(*views)
         self._queue.append(message)
         self._flush()
         return message
 
     def _send_small(self, whole: bytes) -> Send:
+        if self._sent is not None:
+            return self._enqueue(memoryview(whole))
         sent = 0
         if self._sock is not None and not self._queue:
             try:
@@ -169,7 +187,25 @@ class SocketLink:
                 views[0] = views[0][sent:]
                 return
             self._queue.popleft()
+            if self._sent is not None:
+                self._keep(message, self._sent)
             message.finish()
+
+    def _keep(self, message: Send, sent: list[Send]) -> None:
+        sent.append(message)
+        large = len(message.whole) > 1  # the caller's memory, which it may change from now on
+        if large or len(sent) > MOST_REPEATED:
+            self._sent = None
+
+    def revive(self) -> bool:
+        """Whether a lost connection can be replaced; if so, wait for `attach` once more."""
+        if self._sent is None or self.error is not None:
+            return False
+        for message in self._queue:
+            message.views, message.started = deque(message.whole), False
+        self._queue.extendleft(Send(*message.whole) for message in reversed(self._sent))
+        self.kind, self.lost, self._sent = "pending", False, None
+        return True
 
     def withdraw(self, sent: Send) -> bool:
         if sent in self._queue and not sent.started:
@@ -218,6 +254,7 @@ class SocketLink:
         if count == 0:
             self._lose(ConnectionResetError("the peer closed the connection"))
             return
+        self._sent = None
         try:
             self.inbox.buffer_updated(count)
         except ProtocolError as error:

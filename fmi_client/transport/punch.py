@@ -49,9 +49,8 @@ RELAY_AFTER = 0.4
 RELAY_GRACE = 0.05
 """Seconds for which a proven relay leg lets a direct connection come first."""
 
-ORPHAN_SECONDS = 2.0
-"""How long a punch goes on without the server: the peer may not have been told, and neither
-the relay nor anybody's word that it left will come."""
+LAST_SECONDS = 2.0
+"""How long a punch goes on that may be in vain: without the server, or after a broken link."""
 
 LOBBY_SECONDS = 5.0
 """How long a caller may take to say who it is, or wait for the server to announce it."""
@@ -180,7 +179,7 @@ class Punch:
         """What the server does instead of relaying."""
         self.stranger: AuthenticationFailed | None = None
         """Set when somebody answered in the peer's place, or the peer without our key."""
-        self._orphaned: FmiError | None = None
+        self._in_the_end: FmiError | None = None
         self._timer = reactor.call_later(seconds, self._expire)
 
     def start(self) -> None:
@@ -359,10 +358,10 @@ class Punch:
         """Whether a proven connection only waits for the peer's last word."""
         return self._picked is not None
 
-    def orphan(self, error: FmiError) -> None:
-        """The server is lost: what does not come about soon fails with `error`."""
-        self._orphaned = error
-        self._seconds = ORPHAN_SECONDS
+    def hurry(self, error: FmiError) -> None:
+        """If nothing comes about soon, fail with `error`."""
+        self._in_the_end = error
+        self._seconds = LAST_SECONDS
         self._timer.cancel()
         self._timer = self.reactor.call_later(self._seconds, self._expire)
 
@@ -383,8 +382,8 @@ class Punch:
                 rank=self.rank,
                 peer=self.peer,
             )
-        if self._orphaned is not None:
-            return self._orphaned
+        if self._in_the_end is not None:
+            return self._in_the_end
         return PunchFailed(
             f"no connection within {self._seconds:.3g} s (last: {self._last_error}); a symmetric "
             f"NAT or a firewall may be in the way, and the server {self._no_relay}",
