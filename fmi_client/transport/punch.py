@@ -49,6 +49,10 @@ RELAY_AFTER = 0.4
 RELAY_GRACE = 0.05
 """Seconds for which a proven relay leg lets a direct connection come first."""
 
+DOUBT_SECONDS = 0.3
+"""How long the peer may take to follow a choice: if it proves itself elsewhere later than that,
+it is awake, and either the choice or its answer was lost."""
+
 LAST_SECONDS = 2.0
 """How long a punch goes on that may be in vain: without the server, or after a broken link."""
 
@@ -169,6 +173,7 @@ class Punch:
         self._seconds = seconds
         self._trials: list[_Trial] = []
         self._picked: _Trial | None = None
+        self._picked_at = 0.0
         self._connecting: set[socket.socket] = set()
         self._over = False
         outside = {version(each): each for each in reversed(instruction.addresses)}
@@ -317,15 +322,18 @@ class Punch:
             return
         if trial.handshake.complete:
             self._win(trial)
-        elif trial.handshake.low and trial.handshake.proven and self._picked is None:
-            if trial.kind == "relay" and not self.instruction.hopeless:
+        elif trial.handshake.low and trial.handshake.proven:
+            if self._picked is not None:
+                if self.reactor.now() - self._picked_at > DOUBT_SECONDS:
+                    self.drop(self._picked)
+            elif trial.kind == "relay" and not self.instruction.hopeless:
                 self.reactor.call_later(RELAY_GRACE, lambda: self._pick(trial))
             else:
                 self._pick(trial)
 
     def _pick(self, trial: _Trial) -> None:
         if not self._over and self._picked is None and trial in self._trials:
-            self._picked = trial
+            self._picked, self._picked_at = trial, self.reactor.now()
             trial.pick()
 
     def drop(self, trial: _Trial) -> None:

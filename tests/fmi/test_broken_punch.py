@@ -24,24 +24,31 @@ LOW, HIGH = True, False
 class Breaker:
     """Where a connection breaks: before the message that one side sends.
 
-    The other side sees the end at once. What this side sends from then on is lost, and it
-    sees the end a little later.
+    What this side sends from then on is lost, and it sees the end a little later. The other
+    side sees the end at once, or (`silent`) never.
     """
 
-    def __init__(self, low: bool, message: int, times: int) -> None:
+    def __init__(self, low: bool, message: int, times: int, silent: bool = False) -> None:
         self.where = (low, message)
         self.left = times
-        self.far: list[socket.socket] = []
+        self.silent = silent
+        self.held: list[socket.socket] = []
 
     def passes(self, low: bool, message: int, sock: socket.socket) -> None:
         if self.left and (low, message) == self.where:
             self.left -= 1
             near, far = socket.socketpair()
             near.setblocking(False)
+            if self.silent:
+                self.held.append(sock.dup())
             os.dup2(near.fileno(), sock.fileno(), inheritable=False)
             near.close()
-            self.far.append(far)
+            self.held.append(far)
             asyncio.get_running_loop().call_later(0.02, far.close)
+
+    def close(self) -> None:
+        for sock in self.held:
+            sock.close()
 
 
 def fragile(breaker: Breaker) -> type[punch._Trial]:
@@ -102,8 +109,24 @@ async def test_a_connection_that_breaks_is_replaced(
         assert took < 1.5, took
         for comm in ranks:
             await comm.close()
-    for far in breaker.far:
-        far.close()
+    breaker.close()
+
+
+@pytest.mark.parametrize("message", [HELLO, PROOF, CHOICE], ids=["hello", "proof", "choice"])
+@pytest.mark.parametrize("low", [LOW, HIGH], ids=["low", "high"])
+async def test_a_connection_that_breaks_on_one_side_only_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, low: bool, message: int
+) -> None:
+    """The dead half blocks the way for a new connection between the same ports."""
+    breaker = Breaker(low, message, 1, silent=True)
+    monkeypatch.setattr(punch, "_Trial", fragile(breaker))
+    async with serving() as (_, address):
+        ranks = await pair(address)
+        assert await exchange(ranks) < 1.5
+        assert breaker.left == 0
+        for comm in ranks:
+            await comm.close()
+    breaker.close()
 
 
 async def test_connections_that_are_not_chosen_disturb_nothing(
