@@ -299,7 +299,7 @@ class SocketEndpoint(Endpoint):
 
     def _linked(self, link: SocketLink, sock: socket.socket, kind: str, first: bytes) -> None:
         del self._punches[link.peer]
-        link.attach(sock, kind, first, unsure=self.rank > link.peer)
+        link.attach(sock, kind, first)
 
     def _unlinked(self, link: SocketLink, error: FmiError) -> None:
         del self._punches[link.peer]

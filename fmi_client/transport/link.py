@@ -104,17 +104,15 @@ class SocketLink:
         self._sent: list[Send] | None = None
         """What the peer may have to be sent again; None: it was there, or that is too much."""
 
-    def attach(self, sock: socket.socket, kind: str, first: bytes, unsure: bool = False) -> None:
+    def attach(self, sock: socket.socket, kind: str, first: bytes) -> None:
         """Start to carry data over `sock`; `first` was read from it already.
 
-        Args:
-            unsure: the last word of the handshake was ours, and may be lost with the
-                connection. Then the peer has taken nothing of what we sent, and waits for
-                another connection: see `revive`.
+        Until something of the peer's has come, another connection may take its place: see
+        `revive`.
         """
         self._sock = sock
         self.kind = kind
-        self._sent = [] if unsure and not first else None
+        self._sent = None if first else []
         try:
             self.inbox.feed(first)
         except ProtocolError as error:
@@ -198,7 +196,13 @@ class SocketLink:
             self._sent = None
 
     def revive(self) -> bool:
-        """Whether a lost connection can be replaced; if so, wait for `attach` once more."""
+        """Whether a lost connection can be replaced; if so, wait for `attach` once more.
+
+        The last word of the handshake may be lost with its connection: the peer has no link
+        then and wants another connection. If nothing of the peer's has come, it can be given
+        one, and all that was sent is sent again; if the peer has taken any of it, the peer
+        will not revive its own end, and no second connection comes about.
+        """
         if self._sent is None or self.error is not None:
             return False
         for message in self._queue:

@@ -78,6 +78,21 @@ table ip lab {
 }
 """
 
+_CUT = """
+table ip cut {{ }}
+delete table ip cut
+table ip cut {{
+  counter cut {{ }}
+  chain pass {{
+    type filter hook forward priority filter
+    ip saddr {server} accept
+    ip daddr {server} accept
+    tcp flags & rst == rst accept
+    ct bytes > {nbytes} limit rate 1/day burst 1 packets counter name cut reject with tcp reset
+  }}
+}}
+"""
+
 _FLAGS: dict[Nat, str] = {"random": "random,fully-random"}
 _VERDICTS: dict[Nat, str] = {"rst": "reject with tcp reset", "stack": "accept"}
 
@@ -148,6 +163,16 @@ class Lab:
         if self._running is not None:
             self._running.kill()
             self._running.wait()
+
+    def cut(self, nbytes: int) -> None:
+        """Answer one packet with a reset, once a connection has carried so many bytes.
+
+        Its sender believes that the connection has ended; the other side hears nothing.
+        """
+        core = self.prefix + "core"
+        _write(core, "netfilter/nf_conntrack_acct", 1)
+        rules = _CUT.format(server=self.server.split(":")[0], nbytes=nbytes)
+        _run("ip", "netns", "exec", core, "nft", "-f", "-", text=rules)
 
     def namespace(self, name: str) -> str:
         full = self.prefix + name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.net.lab import Nat, Site, build
+from tests.net.lab import Nat, Site, build, counters
 from tests.net.play import Summary, Try, play, sites_of
 from tests.net.proof import prove
 
@@ -104,6 +104,16 @@ def test_ranks_behind_all_kinds_of_nats_make_one_job() -> None:
     sites = [Site("none"), Site("preserving", hosts=2), Site("random", hosts=2), Site("rst")]
     done = tried(*sites, tries=2)
     assert [each.errors for each in done] == [[], []]
+
+
+# A handshake's packets, from SYN to the answer to the choice, have some 750 bytes.
+@pytest.mark.parametrize("nbytes", [60, 150, 300, 450, 600])
+def test_a_connection_that_a_router_resets_is_replaced(nbytes: int) -> None:
+    with build(*sites_of("preserving", "preserving")) as lab:
+        lab.cut(nbytes)
+        done = play(lab)
+        assert counters(f"{lab.prefix}core")["cut"] == 1
+    assert soon(done), done
 
 
 def test_fifty_punches_lose_nothing() -> None:
