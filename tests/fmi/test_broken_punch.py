@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import fmi_client
-from fmi_client.joining import JoinRequest
+from fmi_client.errors import RendezvousError
+from fmi_client.joining import JoinRequest, SocketEndpoint
 from fmi_client.protocol.rendezvous import Address, Hello
 from fmi_client.transport import punch
-from tests.support import KEY, serving
+from tests.support import KEY, serving, until
 
 HELLO, PROOF, CHOICE = range(3)
 LOW, HIGH = True, False
@@ -154,3 +155,22 @@ async def test_connections_that_are_not_chosen_disturb_nothing(
             for comm in ranks:
                 await comm.close()
     assert proven.count(True) >= 10, "there was nothing to choose from"
+
+
+async def test_a_punch_that_the_peer_never_heard_of_ends_soon_after_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(punch, "LAST_SECONDS", 0.1)
+    tell = SocketEndpoint._punch
+    monkeypatch.setattr(
+        SocketEndpoint, "_punch", lambda self, told: None if self.rank else tell(self, told)
+    )
+    async with serving() as (server, address):
+        ranks = await pair(address)
+        barriers = [asyncio.ensure_future(comm.barrier()) for comm in ranks]
+        await until(lambda: bool(ranks[0]._endpoint._punches))
+        await server.stop()
+        for comm, barrier in reversed(list(zip(ranks, barriers, strict=True))):
+            with pytest.raises(RendezvousError, match="connection to the server lost"):
+                await asyncio.wait_for(barrier, 3)
+            await comm.close()
