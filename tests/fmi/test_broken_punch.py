@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -141,9 +140,9 @@ async def test_connections_that_are_not_chosen_disturb_nothing(
             proven.append(self.handshake.proven)
             super().close()
 
-    def known(request: JoinRequest, local: Address) -> Hello:
-        others = tuple((f"127.0.0.{n}", local[1]) for n in range(2, 7))
-        return replace(make_hello(request, local), candidates=(local, *others))
+    def known(request: JoinRequest, own: tuple[Address, ...]) -> Hello:
+        others = ((f"127.0.0.{n}", own[0][1]) for n in range(2, 7))
+        return make_hello(request, (*own, *others))
 
     make_hello = JoinRequest.hello
     monkeypatch.setattr(JoinRequest, "hello", known)
