@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from fmi_client import collectives
@@ -126,9 +127,9 @@ class Caller:
     def _collective(self, signature: str, steps: Steps[Any], timeout: float | None) -> Any:
         seq = self._seq
         self._seq += 1
-        name = signature.split("(")[0]
+        name, encoded = _signed(signature)
         key = (COLLECTIVE, self._context, seq)
-        return self._run(Call(name, key, signature.encode(), steps, self._seconds(timeout)))
+        return self._run(Call(name, key, encoded, steps, self._seconds(timeout)))
 
     def _point(self, op: str, tag: int, steps: Steps[Any], timeout: float | None) -> Any:
         if not 0 <= operator.index(tag) <= MAX_TAG:
@@ -246,6 +247,11 @@ class Caller:
         by = self._endpoint.rank
         self._endpoint.tell(JobAborted(by, "abort", reason))
         self._endpoint.fail(Aborted(by=by, reason=reason, rank=by))
+
+
+@lru_cache(maxsize=1024)
+def _signed(signature: str) -> tuple[str, bytes]:
+    return signature.split("(")[0], signature.encode()
 
 
 def _name(error: BaseException) -> str:

@@ -7,6 +7,7 @@ event loop. Not to be shared between threads.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -35,12 +36,12 @@ POLL_SECONDS = 0.001
 """At most so long a loop of calls that all find their data ready is deaf to everything else."""
 
 
-SPIN_SECONDS = 50e-6
-"""How long a wait looks at its link again and again before it sleeps; to be woken costs as much."""
+SPIN_SECONDS = 200e-6
+"""How long a wait looks at its link again and again before it sleeps: to be woken takes 50 µs.
+In between it lets go of the core: where ranks outnumber cores, the peer needs it to answer."""
 
 LONGEST_SKIP = 63
-"""Waits that sleep at once after a spin in vain, at most: where ranks outnumber cores, the
-peer needs ours to answer."""
+"""After a spin in vain so many waits, at most, sleep at once: the next may be as long."""
 
 
 class Communicator(Operations):
@@ -92,14 +93,18 @@ class Communicator(Operations):
     def _spin(self, under_way: UnderWay) -> bool:
         """Wait without sleeping, while that has been worth it; True if the step is done."""
         source = under_way.step.source
-        if self._skip:
-            self._skip -= 1
-            return False
         if source is None or not under_way.small:
             return False
         read, now = self._endpoint.links[self._group[source]].read, self._reactor.now
+        read()
+        if under_way.done:
+            return True
+        if self._skip:
+            self._skip -= 1
+            return False
         end = now() + SPIN_SECONDS
         while now() < end:
+            os.sched_yield()
             read()
             if under_way.done:
                 self._skips = 0

@@ -177,7 +177,10 @@ class Inbox:
         queue = self._unexpected.get(receive.key)
         if not queue:
             self.waiting += 1
-            self._awaited.setdefault(receive.key, deque()).append(receive)
+            awaited = self._awaited.get(receive.key)
+            if awaited is None:
+                awaited = self._awaited[receive.key] = deque()
+            awaited.append(receive)
             if self.held:
                 self.held = False
                 self._parse()
@@ -247,7 +250,7 @@ class Inbox:
         current = self._current
         if current is not None:
             return current.data[current.filled : current.filled + current.left]
-        return self._stage[self._filled :]
+        return self._stage[self._filled :] if self._filled else self._stage
 
     def buffer_updated(self, count: int) -> None:
         """Take note that `count` bytes were put into `get_buffer()`.
@@ -349,7 +352,10 @@ class Inbox:
 
     def _compact(self, start: int) -> None:
         left = self._filled - start
-        if start and left:
+        if not left:
+            self._filled = 0
+            return
+        if start:
             self._stage[:left] = bytes(self._stage[start : self._filled])
         self._filled = left
         if left >= HEADER_BYTES:
