@@ -29,7 +29,7 @@ from fmi_client.protocol.rendezvous import (
 )
 from fmi_client.transport.control import Control
 from fmi_client.transport.link import SocketLink
-from fmi_client.transport.punch import Lobby
+from fmi_client.transport.lobby import Lobby
 from fmi_client.transport.punch import Punch as PunchAttempt
 from fmi_client.transport.reactor import Reactor
 from fmi_client.transport.sockets import bound_pair, parse_endpoint

@@ -15,11 +15,10 @@ import errno
 import random
 import socket
 from collections.abc import Callable
-from functools import partial
 
 from fmi_client.errors import AuthenticationFailed, FmiError, ProtocolError, PunchFailed
 from fmi_client.protocol.addresses import Address, format_address, version
-from fmi_client.protocol.peer import HELLO_BYTES, Handshake, read_hello
+from fmi_client.protocol.peer import Handshake
 from fmi_client.protocol.rendezvous import Punch as PunchNow
 from fmi_client.transport.reactor import Callback, Reactor
 from fmi_client.transport.relay import Dial
@@ -55,11 +54,6 @@ it is awake, and either the choice or its answer was lost."""
 
 LAST_SECONDS = 2.0
 """How long a punch goes on that may be in vain: without the server, or after a broken link."""
-
-LOBBY_SECONDS = 5.0
-"""How long a caller may take to say who it is, or wait for the server to announce it."""
-
-LOBBY_SEATS = 128
 
 MAX_TRIALS = 16
 """Connections tried at once for one peer: whoever forges hellos gets no more than these."""
@@ -324,12 +318,24 @@ class Punch:
             self._win(trial)
         elif trial.handshake.low and trial.handshake.proven:
             if self._picked is not None:
-                if self.reactor.now() - self._picked_at > DOUBT_SECONDS:
-                    self.drop(self._picked)
+                self._doubt(self._picked, trial)
             elif trial.kind == "relay" and not self.instruction.hopeless:
                 self.reactor.call_later(RELAY_GRACE, lambda: self._pick(trial))
             else:
                 self._pick(trial)
+
+    def _doubt(self, picked: _Trial, other: _Trial) -> None:
+        """Give up a choice that the peer does not follow though it proves itself elsewhere.
+
+        Not at once: a peer that has just woken up may follow next, and close the other.
+        """
+
+        def drop() -> None:
+            if not self._over and self._picked is picked and other in self._trials:
+                self.drop(picked)
+
+        if self.reactor.now() - self._picked_at > DOUBT_SECONDS:
+            self.reactor.call_later(RELAY_GRACE, drop)
 
     def _pick(self, trial: _Trial) -> None:
         if not self._over and self._picked is None and trial in self._trials:
@@ -412,93 +418,3 @@ class Punch:
             sock.close()
         self._trials.clear()
         self._connecting.clear()
-
-
-class Lobby:
-    """The listeners: callers wait here until they said which rank they claim to be.
-
-    Args:
-        find: returns the punch that expects a caller of this rank, or None.
-    """
-
-    def __init__(
-        self,
-        reactor: Reactor,
-        listeners: list[socket.socket],
-        rank: int,
-        find: Callable[[int], Punch | None],
-    ) -> None:
-        self._reactor = reactor
-        self._listeners = listeners
-        self._rank = rank
-        self._find = find
-        self._callers: dict[socket.socket, bytes] = {}
-        self._waiting: dict[int, list[tuple[socket.socket, bytes]]] = {}
-        for listener in listeners:
-            listener.listen(LOBBY_SEATS)
-            reactor.watch(listener, partial(self._accept, listener))
-
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            sock, _ = listener.accept()
-        except OSError:
-            return  # the caller has gone, or we have no descriptor to spare just now
-        if len(self._callers) >= LOBBY_SEATS:
-            sock.close()
-            return
-        sock.setblocking(False)
-        self._callers[sock] = b""
-        self._reactor.watch(sock, lambda: self._read(sock))
-        self._reactor.call_later(LOBBY_SECONDS, lambda: self._dismiss(sock))
-
-    def _read(self, sock: socket.socket) -> None:
-        try:
-            data = sock.recv(HELLO_BYTES - len(self._callers[sock]))
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        hello = self._callers[sock] + data
-        if not data:
-            self._dismiss(sock)
-        elif len(hello) < HELLO_BYTES:
-            self._callers[sock] = hello
-        else:
-            self._introduce(sock, hello)
-
-    def _introduce(self, sock: socket.socket, hello: bytes) -> None:
-        try:
-            caller = read_hello(hello)
-        except ProtocolError:
-            self._dismiss(sock)
-            return
-        if caller.receiver != self._rank or caller.sender == self._rank:
-            self._dismiss(sock)
-            return
-        punch = self._find(caller.sender)
-        self._reactor.unwatch(sock)
-        if punch is None:
-            # The server told the peer first; our own instruction is under way.
-            self._waiting.setdefault(caller.sender, []).append((sock, hello))
-            return
-        del self._callers[sock]
-        punch.adopt(sock, hello)
-
-    def call(self, punch: Punch) -> None:
-        """A punch began: hand over the callers that came early."""
-        for sock, hello in self._waiting.pop(punch.peer, []):
-            if self._callers.pop(sock, None) is not None:
-                punch.adopt(sock, hello)
-
-    def _dismiss(self, sock: socket.socket) -> None:
-        if self._callers.pop(sock, None) is not None:
-            self._reactor.unwatch(sock)
-            sock.close()
-
-    def close(self) -> None:
-        """Close the listeners, and the door on who still waits; harmless the second time."""
-        for sock in list(self._callers):
-            self._dismiss(sock)
-        for listener in self._listeners:
-            self._reactor.unwatch(listener)
-            listener.close()
