@@ -38,7 +38,7 @@ FOLD_BYTES = 256 * 1024
 DIRECT_BYTES = 64 * 1024
 """Items from this size on go straight between root and owner, past the tree."""
 
-SEGMENT_BYTES = 1024 * 1024
+SEGMENT_BYTES = 4 * 1024 * 1024
 """A large broadcast moves down the tree in pieces of this size, one level behind the other."""
 
 EMPTY = Payload(b"", ())

@@ -244,6 +244,11 @@ class Inbox:
         """Whether a payload has begun to arrive, and has its place."""
         return self._current is not None
 
+    @property
+    def left(self) -> int:
+        """How many bytes the payload lacks that is arriving; 0 where none is."""
+        return self._current.left if self._current is not None else 0
+
     # ----------------------------------------------------------------- their side
     def get_buffer(self) -> memoryview:
         """Return where the next bytes of the stream belong; never empty."""

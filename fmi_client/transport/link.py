@@ -25,6 +25,9 @@ JOIN_BYTES = 16 * 1024
 UNEXPECTED_BYTES = 1024 * 1024
 """Above this, a link with data for nobody is not read until somebody asks for it."""
 
+WORTH_BYTES = 256 * 1024
+"""Of a large payload, so much must have come to be worth waking up for."""
+
 MOST_REPEATED = 64
 """So many small messages are kept until the peer is known to have the link; see `attach`."""
 
@@ -101,6 +104,7 @@ class SocketLink:
         self._queue: deque[Send] = deque()
         self._room = False
         self._interest = (False, False)
+        self._worth = 1
         self._sent: list[Send] | None = None
         """What the peer may have to be sent again; None: it was there, or that is too much."""
 
@@ -111,6 +115,7 @@ class SocketLink:
         `revive`.
         """
         self._sock = sock
+        self._worth = 1
         self.kind = kind
         self._sent = None if first else []
         try:
@@ -265,6 +270,10 @@ class SocketLink:
             self._malformed(error)
         if self.inbox.held or self.inbox.unexpected_bytes > UNEXPECTED_BYTES:
             self._update_interest()
+        worth = min(self.inbox.left, WORTH_BYTES) or 1
+        if worth != self._worth and self._sock is not None:
+            self._worth = worth
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, worth)
 
     def _malformed(self, error: ProtocolError) -> None:
         self._lose(error.at(peer=self.peer))
