@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -157,16 +156,10 @@ def _outputs(commands: list[tuple[list[str], dict[str, str]]]) -> list[str]:
         return [process.communicate(timeout=SLOT_SECONDS)[0] for process in processes]
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-    return port
-
-
 @contextmanager
 def serve() -> Iterator[str]:
     """Run a rendezvous server; ranks come back until it listens."""
-    port = _free_port()
+    port = random.randrange(20_000, 30_000)  # below those that the system gives to ranks
     options = ["--port", str(port), "--admin-port", "-1", "--log-level", "error"]
     command = [sys.executable, "-m", "rendezvous_server", *options]
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, cwd=ROOT, stderr=log) as server:

@@ -26,9 +26,6 @@ MAX_TAG = 2**63 - 1
 STUCK_SECONDS = 0.05
 """A send that takes longer may wait for a peer that itself waits to send; see `make_room`."""
 
-SMALL_BYTES = 16 * 1024
-"""A payload up to this size comes in one piece: to wait for it is to wait for its sender."""
-
 LAST_SECONDS = 1.0
 """After the deadline of a collective, how long the search for the missing ranks may take."""
 
@@ -55,12 +52,8 @@ class UnderWay(NamedTuple):
         return (sent is None or sent.done) and (received is None or received.done)
 
     @property
-    def small(self) -> bool:
-        """Whether it is worth no more than a moment."""
-        into = self.step.into
-        if self.step.fold is not None or not (self.sent is None or self.sent.done):
-            return False
-        return into is None or len(into) <= SMALL_BYTES
+    def only_receiving(self) -> bool:
+        return self.sent is None or self.sent.done
 
     @property
     def well(self) -> bool:

@@ -141,7 +141,7 @@ class SocketEndpoint(Endpoint):
         self._told: dict[int, Punch] = {}
         self._lost_control: FmiError | None = None
         self._started = reactor.now()
-        listeners = bound_pair()
+        listeners = bound_pair(but=request.server[1])
         self._port: int = listeners[0].getsockname()[1]
         self._lobby = Lobby(reactor, listeners, request.rank, self._punches.get)
         self._control = Control(

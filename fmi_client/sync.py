@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -92,11 +93,8 @@ class Communicator(Operations):
 
     def _spin(self, under_way: UnderWay) -> bool:
         """Wait without sleeping, while that has been worth it; True if the step is done."""
-        source = under_way.step.source
-        if source is None or not under_way.small:
-            return False
-        read, now = self._endpoint.links[self._group[source]].read, self._reactor.now
-        read()
+        look, now = self._look(under_way), self._reactor.now
+        look()
         if under_way.done:
             return True
         if self._skip:
@@ -105,12 +103,19 @@ class Communicator(Operations):
         end = now() + SPIN_SECONDS
         while now() < end:
             os.sched_yield()
-            read()
+            look()
             if under_way.done:
                 self._skips = 0
                 return True
         self._skip = self._skips = min(2 * self._skips + 1, LONGEST_SKIP)
         return False
+
+    def _look(self, under_way: UnderWay) -> Callable[[], object]:
+        """Return the quickest way to find out whether a step is done."""
+        source = under_way.step.source
+        if source is not None and under_way.only_receiving:
+            return self._endpoint.links[self._group[source]].read
+        return partial(self._reactor.poll, 0.0)
 
     def _wait(self, call: Call, under_way: UnderWay, deadline: float) -> None:
         if not self._spin(under_way):

@@ -63,12 +63,22 @@ def bound_socket(port: int, family: int = socket.AF_INET) -> socket.socket:
     return sock
 
 
-def bound_pair() -> list[socket.socket]:
-    """Return a socket for IPv4 and, where the machine has it, one for IPv6, at one free port."""
+def bound_pair(but: int = 0) -> list[socket.socket]:
+    """Return a socket for IPv4 and, where the machine has it, one for IPv6, at one free port.
+
+    Args:
+        but: not this one. A server that has yet to start on our machine would find its port
+            taken, and we would connect to ourselves.
+    """
     while True:
         four = bound_socket(0)
+        port = four.getsockname()[1]
+        if port == but:
+            pair = bound_pair(but)
+            four.close()
+            return pair
         try:
-            return [four, bound_socket(four.getsockname()[1], socket.AF_INET6)]
+            return [four, bound_socket(port, socket.AF_INET6)]
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 return [four]

@@ -12,6 +12,7 @@ import pytest
 import fmi_client
 from fmi_client.errors import AuthenticationFailed, FmiError, RankFailed, RendezvousError
 from fmi_client.protocol.peer import Handshake
+from fmi_client.transport import sockets
 from rendezvous_server.config import Config
 from rendezvous_server.server import Server
 from tests.support import KEY, run_ranks, serving, until
@@ -167,3 +168,18 @@ async def test_ranks_that_wait_rejoin_a_server_that_comes_back() -> None:
     assert await asyncio.gather(first.allreduce(1), second.allreduce(2)) == [3, 3]
     await asyncio.gather(first.close(), second.close())
     await again.stop()
+
+
+def test_a_rank_leaves_the_servers_port_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would connect to itself until a server on its machine, which cannot start, answers."""
+    with contextlib.closing(sockets.bound_socket(0)) as server:
+        port = server.getsockname()[1]
+        ports = iter([port, 0])
+        bound = sockets.bound_socket
+        monkeypatch.setattr(
+            sockets, "bound_socket", lambda at, *more: bound(at or next(ports, 0), *more)
+        )
+        pair = sockets.bound_pair(but=port)
+        assert port not in {each.getsockname()[1] for each in pair}
+        for each in pair:
+            each.close()
