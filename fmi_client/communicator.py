@@ -8,17 +8,12 @@ from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Any, Self
 
+from fmi_client import channels
 from fmi_client.calls import LAST_SECONDS, STUCK_SECONDS, Call, UnderWay
 from fmi_client.collectives import Step
 from fmi_client.endpoint import Endpoint, MemoryEndpoint
 from fmi_client.errors import FmiError
-from fmi_client.joining import (
-    LEAVE_SECONDS,
-    JoinRequest,
-    SocketEndpoint,
-    ask_before,
-    resolve,
-)
+from fmi_client.joining import LEAVE_SECONDS, JoinRequest, ask_before
 from fmi_client.operations import Operations
 from fmi_client.payloads import allocate
 from fmi_client.protocol.inbox import Receive
@@ -161,7 +156,7 @@ class Connecting:
 
 
 def connect(
-    server: str,
+    server: str | None,
     *,
     job: str,
     rank: int,
@@ -170,30 +165,40 @@ def connect(
     token: str | None = None,
     epoch: int = 0,
     timeout: float = 30.0,
+    channel: str = "auto",
+    store: str | None = None,
 ) -> Connecting:
-    """Join `job` as `rank` of `size` through the rendezvous server; returns when all are there.
+    """Join `job` as `rank` of `size`; returns when all are there.
 
     Args:
-        server: "host:port" or "[v6]:port" (port 10000 by default).
+        server: the rendezvous server's "host:port" or "[v6]:port" (port 10000 by default); None
+            where there is a store.
         job: the job's name; all ranks give the same.
         rank, size: this process's number from 0, and the number of all.
         key: 32 bytes (or 64 hexadecimal digits) that only the job's ranks know; default FMI_KEY.
         token: what admits the job to the server, from `make_token`; default FMI_TOKEN.
         epoch: number of the attempt; ranks of an older one are refused.
         timeout: seconds, for joining and as the default of every operation.
+        channel: how ranks reach each other: "auto" (directly, or else relayed by the server),
+            "direct" (never relayed), "relay" (always), "object" (through `store`, without the
+            server). All ranks give the same. docs/channels.md says when to use which.
+        store: "s3://bucket/prefix", or a folder that all ranks mount; for "object" only.
 
     Raises:
-        ValueError: rank, size, key, token or server are malformed.
-        RendezvousError: the server cannot be reached or refuses (its subclasses say why).
+        ValueError: rank, size, key, token, server, channel or store are malformed.
+        RendezvousError: the server (or store) cannot be reached or refuses (its subclasses say
+            why).
         JoinTimeout: not all ranks came; ``missing`` lists them.
     """
-    return Connecting(JoinRequest.make(server, job, rank, size, key, token, epoch, timeout))
+    return Connecting(
+        JoinRequest.make(server, job, rank, size, key, token, epoch, timeout, channel, store)
+    )
 
 
 async def _join(request: JoinRequest) -> Communicator:
     loop = asyncio.get_running_loop()
-    servers = await loop.run_in_executor(None, resolve, *request.server)
-    endpoint = SocketEndpoint(AsyncReactor(loop), servers, request, allocate)
+    place = await loop.run_in_executor(None, channels.find, request)
+    endpoint = channels.endpoint(AsyncReactor(loop), place, request, allocate)
     communicator = Communicator(endpoint, range(endpoint.size), 0, request.timeout)
     try:
         endpoint.connect()
@@ -204,7 +209,7 @@ async def _join(request: JoinRequest) -> Communicator:
     return communicator
 
 
-async def _wait_ready(endpoint: SocketEndpoint, timeout: float) -> None:
+async def _wait_ready(endpoint: channels.Joining, timeout: float) -> None:
     ask = ask_before(timeout)
     if not await _until(endpoint, lambda: endpoint.settled, timeout - ask):
         endpoint.ask_missing()

@@ -39,6 +39,8 @@ Allocate = Callable[[int], memoryview]
 class Endpoint:
     """What all kinds of endpoint share: links, the running collectives, and failure."""
 
+    grace = GRACE_SECONDS
+
     def __init__(self, rank: int, size: int, allocate: Allocate) -> None:
         self.rank = rank
         self.size = size
@@ -115,7 +117,7 @@ class Endpoint:
     def late(self, event: JobAborted) -> None:
         """A collective's deadline passed, here or (as we were told) at another rank.
 
-        Whoever still waits says for whom. After `GRACE_SECONDS` those who were waited for
+        Whoever still waits says for whom. After `grace` seconds those who were waited for
         and did not report themselves waiting are the ones that are missing, on every rank.
         """
         self._waited_for.update(event.ranks)
@@ -129,7 +131,7 @@ class Endpoint:
             self._waited_for.update(waited_for)
             self._waiting.add(self.rank)
             self.tell(mine)
-        self._later(GRACE_SECONDS, self._conclude)
+        self._later(self.grace, self._conclude)
 
     def _conclude(self) -> None:
         event = self._late

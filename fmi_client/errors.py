@@ -104,7 +104,7 @@ def _rebuild(kind: type[Any], args: tuple[Any, ...], state: dict[str, Any]) -> A
 
 
 class RendezvousError(FmiError):
-    """The rendezvous server refused the request, or cannot be reached."""
+    """The rendezvous server (or store) refused the request, or cannot be reached."""
 
 
 class AuthenticationFailed(RendezvousError):

@@ -33,6 +33,7 @@ from fmi_client.transport.lobby import Lobby
 from fmi_client.transport.punch import Punch as PunchAttempt
 from fmi_client.transport.reactor import Reactor
 from fmi_client.transport.sockets import bound_pair, parse_endpoint
+from fmi_client.transport.store import parse_store
 
 VERDICT_SECONDS = 1.0
 """A broken link means that somebody died, but not who: the neighbour may only have noticed
@@ -46,6 +47,11 @@ that give up at the same moment would otherwise name each other."""
 
 MAX_SERVERS = 8
 """Addresses of the server that are tried: each may cost a moment."""
+
+NOWHERE = ("", 0)
+"""The server of a job that has none."""
+
+CHANNELS = ("auto", "direct", "relay", "object")
 
 LEAVE_SECONDS = 0.5
 """How long the server may take to hear our goodbye."""
@@ -63,11 +69,13 @@ class JoinRequest:
     timeout: float
     key: bytes | None = field(repr=False)
     token: auth.Token | None = field(repr=False)
+    channel: str = "auto"
+    store: str = ""
 
     @classmethod
     def make(
         cls,
-        server: str,
+        server: str | None,
         job: str,
         rank: int,
         size: int,
@@ -75,6 +83,8 @@ class JoinRequest:
         token: str | None,
         epoch: int,
         timeout: float,
+        channel: str = "auto",
+        store: str | None = None,
     ) -> Self:
         """Check the arguments; key and token default to FMI_KEY and FMI_TOKEN.
 
@@ -91,10 +101,11 @@ class JoinRequest:
             raise ValueError(f"epoch={epoch} is not from 0 to 2**31 - 1")
         if not timeout > 0:
             raise ValueError(f"timeout={timeout} s leaves no time to join")
+        _check_channel(channel, server, store)
         key = key if key is not None else os.environ.get("FMI_KEY") or None
         token = token or os.environ.get("FMI_TOKEN") or None
         return cls(
-            parse_endpoint(server),
+            parse_endpoint(server) if server is not None else NOWHERE,
             job,
             int(rank),
             int(size),
@@ -102,12 +113,25 @@ class JoinRequest:
             min(float(timeout), MAX_SECONDS),
             auth.parse_key(key),
             auth.Token.parse(token) if token else None,
+            channel,
+            store or "",
         )
 
     def hello(self, own: tuple[Address, ...]) -> Hello:
         """Return what the server is told, with a nonce made now: a snapshot has no old one."""
         expires = self.token.expires if self.token else 0
         return Hello(self.job, self.size, self.rank, self.epoch, expires, own, auth.nonce())
+
+
+def _check_channel(channel: str, server: str | None, store: str | None) -> None:
+    if channel not in CHANNELS:
+        raise ValueError(f"channel={channel!r} is none of {', '.join(CHANNELS)}")
+    if channel == "object":
+        parse_store(store or "")
+    elif store is not None:
+        raise ValueError(f"store={store!r} is for channel='object' only")
+    elif server is None:
+        raise ValueError(f"channel={channel!r} needs a server")
 
 
 class SocketEndpoint(Endpoint):
@@ -292,6 +316,7 @@ class SocketEndpoint(Endpoint):
             seconds=PUNCH_SECONDS,
             on_linked=lambda sock, kind, first: self._linked(link, sock, kind, first),
             on_failed=lambda error: self._unlinked(link, error),
+            channel=self._request.channel,
         )
         self._punches[peer] = punch
         punch.start()

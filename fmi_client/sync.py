@@ -1,8 +1,9 @@
 """The blocking communicator: what a Lambda handler uses.
 
 The same methods as the async one, each returning its result. All progress (also answering
-a peer that wants a link) happens inside the calls, in the calling thread: no thread, no
-event loop. Not to be shared between threads.
+a peer that wants a link) happens inside the calls, in the calling thread: no event loop, and
+no thread but those in which the object channel waits for its store. Not to be shared between
+threads.
 """
 
 from __future__ import annotations
@@ -13,17 +14,12 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+from fmi_client import channels
 from fmi_client.calls import LAST_SECONDS, STUCK_SECONDS, Call, UnderWay
 from fmi_client.collectives import Step
 from fmi_client.endpoint import Endpoint
 from fmi_client.errors import FmiError
-from fmi_client.joining import (
-    LEAVE_SECONDS,
-    JoinRequest,
-    SocketEndpoint,
-    ask_before,
-    resolve,
-)
+from fmi_client.joining import LEAVE_SECONDS, JoinRequest, ask_before
 from fmi_client.operations import Operations, OpLike
 from fmi_client.ops import SUM
 from fmi_client.payloads import allocate
@@ -205,7 +201,7 @@ class Communicator(Operations):
 
 
 def connect(
-    server: str,
+    server: str | None,
     *,
     job: str,
     rank: int,
@@ -214,11 +210,14 @@ def connect(
     token: str | None = None,
     epoch: int = 0,
     timeout: float = 30.0,
+    channel: str = "auto",
+    store: str | None = None,
 ) -> Communicator:
     """Join `job` as `rank` of `size`; the arguments and errors of `fmi_client.connect`."""
-    request = JoinRequest.make(server, job, rank, size, key, token, epoch, timeout)
+    request = JoinRequest.make(server, job, rank, size, key, token, epoch, timeout, channel, store)
+    place = channels.find(request)
     reactor = SyncReactor()
-    endpoint = SocketEndpoint(reactor, resolve(*request.server), request, allocate)
+    endpoint = channels.endpoint(reactor, place, request, allocate)
     communicator = Communicator(endpoint, reactor, range(size), 0, request.timeout)
     try:
         endpoint.connect()
@@ -229,7 +228,7 @@ def connect(
     return communicator
 
 
-def wait_ready(endpoint: SocketEndpoint, reactor: SyncReactor, timeout: float) -> None:
+def wait_ready(endpoint: channels.Joining, reactor: SyncReactor, timeout: float) -> None:
     """Wait until all ranks of a job are there; the errors of `connect`."""
     end = reactor.now() + timeout
     if not reactor.run_until(lambda: endpoint.settled, end - ask_before(timeout)):

@@ -17,25 +17,34 @@ RankFunction = Callable[[sync.Communicator], Any]
 
 
 def _be_rank(
-    pipe: Any, address: str, job: str, rank: int, size: int, function: RankFunction
+    pipe: Any,
+    address: str | None,
+    job: str,
+    rank: int,
+    size: int,
+    function: RankFunction,
+    options: dict[str, Any],
 ) -> None:
     # Inherited handlers would report our own death to the parent's event loop.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     try:
-        with sync.connect(address, job=job, rank=rank, size=size, key=KEY, timeout=15) as comm:
+        arguments = {"job": job, "rank": rank, "size": size, "key": KEY, "timeout": 15} | options
+        with sync.connect(address, **arguments) as comm:
             pipe.send(function(comm))
     except BaseException as error:
         pipe.send(error)
 
 
-def run_processes(address: str, size: int, function: RankFunction, job: str = "job") -> list[Any]:
+def run_processes(
+    address: str | None, size: int, function: RankFunction, job: str = "job", **options: Any
+) -> list[Any]:
     """Run `function(comm)` in `size` processes; results, errors or "died" in rank order."""
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = spawn.Pipe(duplex=False)
         process = spawn.Process(
-            target=_be_rank, args=(theirs, address, job, rank, size, function), daemon=True
+            target=_be_rank, args=(theirs, address, job, rank, size, function, options), daemon=True
         )
         process.start()
         theirs.close()

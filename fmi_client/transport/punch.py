@@ -134,6 +134,7 @@ class Punch:
     Args:
         instruction: the server's "punch now": addresses and cookie of this pair.
         server: where relay legs go.
+        channel: "direct" takes none, "relay" nothing else, "auto" what comes first.
         on_linked: given the chosen socket, its kind ("direct" or "relay"), and the bytes that
             came behind the handshake.
         on_failed: given the error when `seconds` have passed in vain.
@@ -152,6 +153,7 @@ class Punch:
         seconds: float,
         on_linked: Callable[[socket.socket, str, bytes], None],
         on_failed: Callable[[FmiError], None],
+        channel: str = "auto",
     ) -> None:
         self.reactor = reactor
         self.instruction = instruction
@@ -161,6 +163,8 @@ class Punch:
         self.key = key
         self._port = port
         self._server = server
+        self._channel = channel
+        self._hopeless = instruction.hopeless or channel == "relay"
         self._relay: Dial | None = None
         self._on_linked = on_linked
         self._on_failed = on_failed
@@ -182,11 +186,14 @@ class Punch:
         self._timer = reactor.call_later(seconds, self._expire)
 
     def start(self) -> None:
-        for address in self.instruction.addresses:
-            self._attempt(address, FIRST_PAUSE)
-        if self.instruction.ticket is not None:
-            wait = 0.0 if self.instruction.hopeless else RELAY_AFTER
+        if self._channel != "relay":
+            for address in self.instruction.addresses:
+                self._attempt(address, FIRST_PAUSE)
+        if self.instruction.ticket is not None and self._channel != "direct":
+            wait = 0.0 if self._hopeless else RELAY_AFTER
             self.reactor.call_later(wait, self._dial_relay)
+        elif self._channel == "relay":
+            self.reactor.call_later(0, self._expire)
 
     # ----------------------------------------------------------------- connecting
     def _attempt(self, address: Address, pause: float) -> None:
@@ -302,7 +309,7 @@ class Punch:
 
     def adopt(self, sock: socket.socket, hello: bytes) -> None:
         """Take over a connection that the peer made to our listener."""
-        if self._over or len(self._trials) >= MAX_TRIALS:
+        if self._over or self._channel == "relay" or len(self._trials) >= MAX_TRIALS:
             sock.close()
             return
         trial = _Trial(self, sock, None)
@@ -319,7 +326,7 @@ class Punch:
         elif trial.handshake.low and trial.handshake.proven:
             if self._picked is not None:
                 self._doubt(self._picked, trial)
-            elif trial.kind == "relay" and not self.instruction.hopeless:
+            elif trial.kind == "relay" and not self._hopeless:
                 self.reactor.call_later(RELAY_GRACE, lambda: self._pick(trial))
             else:
                 self._pick(trial)
@@ -399,11 +406,18 @@ class Punch:
         if self._in_the_end is not None:
             return self._in_the_end
         return PunchFailed(
-            f"no connection within {self._seconds:.3g} s (last: {self._last_error}); a symmetric "
-            f"NAT or a firewall may be in the way, and the server {self._no_relay}",
+            f"no connection within {self._seconds:.3g} s (last: {self._last_error}); {self._why()}",
             rank=self.rank,
             peer=self.peer,
         )
+
+    def _why(self) -> str:
+        if self._channel == "relay":
+            return f"channel='relay' allows nothing but the relay, and the server {self._no_relay}"
+        relay = f"the server {self._no_relay}"
+        if self._channel == "direct":
+            relay = "channel='direct' rules out the relay"
+        return f"a symmetric NAT or a firewall may be in the way, and {relay}"
 
     def cancel(self) -> None:
         """Stop trying and close what is open."""

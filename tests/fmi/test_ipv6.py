@@ -53,7 +53,7 @@ async def test_a_job_over_ipv6(monkeypatch: pytest.MonkeyPatch, hopeless: bool) 
     async with serving(host="::1") as (server, address):
         with closed() as bad:  # the server's name has an address of IPv4, too
             servers = (bad, parse_endpoint(address))
-            monkeypatch.setattr("fmi_client.communicator.resolve", lambda *_: servers)
+            monkeypatch.setattr("fmi_client.channels.resolve", lambda *_: servers)
             ranks = await asyncio.gather(*(join("a-name", r) for r in range(2)))
         totals = await asyncio.gather(*(comm.allreduce(np.ones(1000)) for comm in ranks))
         assert all((total == 2).all() for total in totals)
@@ -110,7 +110,7 @@ async def test_a_name_with_several_addresses(monkeypatch: pytest.MonkeyPatch) ->
         good = parse_endpoint(address)
         for trap in (closed, deaf):
             with trap() as bad:
-                monkeypatch.setattr("fmi_client.communicator.resolve", lambda *_: (bad, good))
+                monkeypatch.setattr("fmi_client.channels.resolve", lambda *_: (bad, good))
                 begun = time.monotonic()
                 comm = await join("a-name:1", 0, 1)
                 assert time.monotonic() - begun < 0.9  # TCP itself would try again after a second
@@ -120,7 +120,7 @@ async def test_a_name_with_several_addresses(monkeypatch: pytest.MonkeyPatch) ->
 async def test_the_preferred_address_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that refuses at once does not end the attempt at another that is slow."""
     with closed() as bad, deaf() as slow:
-        monkeypatch.setattr("fmi_client.communicator.resolve", lambda *_: (slow, bad))
+        monkeypatch.setattr("fmi_client.channels.resolve", lambda *_: (slow, bad))
         monkeypatch.setattr("fmi_client.transport.race.HEAD_START", 0.01)
         with pytest.raises(RendezvousError, match="no answer yet"):
             await join("a-name:1", 0, 1, timeout=0.2)
@@ -128,7 +128,7 @@ async def test_the_preferred_address_is_waited_for(monkeypatch: pytest.MonkeyPat
 
 async def test_each_address_is_named_when_none_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     with closed() as one, closed() as two:
-        monkeypatch.setattr("fmi_client.communicator.resolve", lambda *_: (one, two))
+        monkeypatch.setattr("fmi_client.channels.resolve", lambda *_: (one, two))
         with pytest.raises(RendezvousError) as caught:
             await join("[2001:db8::1]:7", 0, 1, timeout=0.2)
     said = str(caught.value)

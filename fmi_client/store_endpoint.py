@@ -1,0 +1,225 @@
+"""A rank that meets the others in a store: a folder or bucket instead of a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from fmi_client.endpoint import Allocate, Endpoint, left_error, some_ranks
+from fmi_client.errors import (
+    AuthenticationFailed,
+    FmiError,
+    JoinTimeout,
+    ProtocolError,
+    RendezvousError,
+)
+from fmi_client.joining import JoinRequest
+from fmi_client.meeting import Host, Meeting
+from fmi_client.protocol import frames
+from fmi_client.protocol.objects import Scheme, event_rank
+from fmi_client.protocol.rendezvous import JobAborted, abort_message, read_abort
+from fmi_client.transport.objects import Depot, ObjectLink
+from fmi_client.transport.reactor import Reactor
+from fmi_client.transport.store import Store
+
+LOOK_SECONDS = 0.25
+"""How often a rank that waits asks whether the job is over: one small read."""
+
+GRACE_SECONDS = 0.9
+"""How long the ranks have to find out who is missing: they look, answer, and look again."""
+
+LEFT = "left"
+
+
+class StoreEndpoint(Endpoint):
+    """A rank that joins through a store; knows of the others what they put there.
+
+    Nobody watches over the ranks here: one that dies without a word is noticed by a deadline.
+    """
+
+    grace = GRACE_SECONDS
+
+    def __init__(
+        self, reactor: Reactor, store: Store, request: JoinRequest, allocate: Allocate
+    ) -> None:
+        super().__init__(request.rank, request.size, allocate)
+        self.ready = False
+        self.join_seconds = 0.0
+        self._reactor = reactor
+        self._request = request
+        self._started = reactor.now()
+        self._run = ""
+        scheme = Scheme(request.job, request.epoch, request.size, request.key)
+        self._depot = Depot(reactor, store, scheme, lambda: self.on_change())
+        kind = Host if request.rank == 0 else Meeting
+        self._meeting = kind(self._depot, self.rank, self.size, self._on_ready, self._join_failed)
+        self._gone: dict[int, FmiError] = {}
+        self._heard: set[str] = set()
+        self._looking = False
+        self._said = self._saying = 0
+        self._leaving = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether joining has ended, well or not."""
+        return self.ready or self.failure is not None
+
+    def connect(self) -> None:
+        """Begin to join; `on_change` is called when it is `settled`."""
+        self._meeting.start()
+
+    def ask_missing(self) -> None:
+        """Look who has not come."""
+        self._meeting.ask_missing()
+
+    def join_error(self) -> FmiError:
+        """Return what to raise when the time for joining was not enough."""
+        timeout, meeting = self._request.timeout, self._meeting
+        if not meeting.began:
+            return RendezvousError(
+                f"the store {self._request.store} did not answer within {timeout:.3g} s",
+                rank=self.rank,
+                op="connect",
+            )
+        if meeting.stranger is not None:
+            return AuthenticationFailed(
+                f"rank {meeting.stranger} cannot be authenticated; all ranks of a job need the "
+                "same key, or none (or its ticket is an old one, and it has not come)",
+                rank=self.rank,
+                peer=meeting.stranger,
+                op="connect",
+            )
+        missing = meeting.missing or []
+        who = f": {some_ranks(missing)}" if missing else ""
+        return JoinTimeout(
+            f"job {self._request.job!r}: {len(missing) or 'some'} of {self.size} ranks "
+            f"did not join within {timeout:.3g} s{who}",
+            missing=missing,
+            rank=self.rank,
+            op="connect",
+        )
+
+    def _on_ready(self, run: str) -> None:
+        self._run = run
+        self.ready = True
+        self.join_seconds = self._reactor.now() - self._started
+        self.on_change()
+
+    def _join_failed(self, error: FmiError) -> None:
+        self.fail(error.at(rank=self.rank, op="connect"))
+
+    # ---------------------------------------------------------------------- links
+    def _make(self, peer: int) -> ObjectLink:
+        out, into = f"{self._run}/{self.rank}-{peer}", f"{self._run}/{peer}-{self.rank}"
+        link = ObjectLink(peer, self._depot, out, into, self._inbox(peer), self._watch)
+        link.gone = self._gone.get(peer)
+        return link
+
+    def _waits(self) -> bool:
+        others = (link for peer, link in self.links.items() if peer != self.rank)
+        return any(link.busy for link in others)
+
+    # ------------------------------------------------------------------ what others say
+    def _watch(self) -> None:
+        """Somebody waits: look now and then whether it is in vain."""
+        if not self._looking:
+            self._looking = True
+            self._depot.later(LOOK_SECONDS, self._look)
+
+    def _look(self) -> None:
+        if self._waits():
+            self._depot.get(f"{self._run}/over", self._looked)
+        else:
+            self._looking = False
+
+    def _looked(self, over: object, error: FmiError | None) -> None:
+        # A store that fails is for the links to report: they ask it more often.
+        if over is not None:
+            self._depot.names(f"{self._run}/events", self._listed)
+        else:
+            self._depot.later(LOOK_SECONDS, self._look)
+
+    def _listed(self, names: list[str] | None, error: FmiError | None) -> None:
+        for name in sorted(names or ()):
+            by = event_rank(name)
+            if by is not None and name not in self._heard:
+                self._heard.add(name)
+                self._depot.get(f"{self._run}/events/{name}", partial(self._hear, by))
+        self._depot.later(LOOK_SECONDS, self._look)
+
+    def _hear(self, by: int, data: memoryview | None, error: FmiError | None) -> None:
+        if data is None:
+            return
+        try:
+            events = [read_abort(message, by) for message, _ in frames.FrameReader().feed(data)]
+        except ProtocolError:
+            return
+        for event in events:
+            if event.kind == LEFT:
+                self._left(by)
+            else:
+                self.told(event)
+
+    def _left(self, peer: int) -> None:
+        self._gone[peer] = left_error(peer)
+        link = self.links.get(peer)
+        if isinstance(link, ObjectLink):
+            link.gone = self._gone[peer]
+
+    # ------------------------------------------------------------------------- and we
+    def tell(self, event: JobAborted) -> None:
+        self._said += 1
+        self._say(str(self._said), event, self._say_goodbye)
+
+    def _say(self, name: str, event: JobAborted, then: Callable[[], None]) -> None:
+        """Write the sign that there are events, and then one."""
+        if not self.ready:
+            return
+        self._saying += 1
+
+        def said(_: object, error: FmiError | None) -> None:
+            self._saying -= 1
+            then()
+
+        frame = frames.encode(abort_message("aborted", event))
+        path = f"{self._run}/events/{self.rank}-{name}"
+        self._depot.put(f"{self._run}/over", [], lambda *_: self._depot.put(path, [frame], said))
+
+    def late(self, event: JobAborted) -> None:
+        super().late(event)
+        self._watch()
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        self._depot.later(seconds, call)
+
+    # --------------------------------------------------------------------- ending
+    @property
+    def left(self) -> bool:
+        return not self._depot.pending
+
+    def leave(self) -> None:
+        if self._leaving:
+            return
+        self._leaving = True
+        super().leave()
+        if self.ready:
+            self._say_goodbye()
+        else:
+            self._meeting.withdraw()
+
+    def _say_goodbye(self) -> None:
+        """Say that we leave, after all else is said; the last one clears up."""
+        if self._leaving and not self._saying:
+            self._say(LEFT, JobAborted(self.rank, LEFT, ""), self._clear_up)
+
+    def _clear_up(self) -> None:
+        def clear(names: list[str] | None, error: FmiError | None) -> None:
+            left = [name for name in names or () if name.endswith(LEFT)]
+            if len(left) >= self.size:
+                self._depot.clear(self._run)
+
+        self._depot.names(f"{self._run}/events", clear)
+
+    def close(self) -> None:
+        super().close()
+        self._depot.close()
