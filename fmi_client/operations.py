@@ -16,6 +16,7 @@ import numpy as np
 from fmi_client import collectives
 from fmi_client.calls import Caller
 from fmi_client.collectives import Item, Steps
+from fmi_client.model import Model, calibrate
 from fmi_client.ops import SUM, Op, as_op
 from fmi_client.payloads import Array, is_array, is_tensor, pack, unpack
 from fmi_client.protocol.inbox import Receive
@@ -36,6 +37,9 @@ class Operations(Caller):
 
     Results of reductions are the same bits on every rank.
     """
+
+    model: Model | None = None
+    """What `calibrate` measured, or what you put here: predicts times and prices."""
 
     # ------------------------------------------------------------ point to point
     def send(self, obj: Any, dest: int, tag: int = 0, *, timeout: float | None = None) -> Any:
@@ -236,6 +240,19 @@ class Operations(Caller):
             signature, _then(steps, lambda got: None if got is None else got.result()), timeout
         )
 
+    # --------------------------------------------------------------------- costs
+    def calibrate(self, *, timeout: float | None = None) -> Any:
+        """Measure latency, bandwidth and speed of addition; all ranks must call it.
+
+        Takes about a quarter of a second, more where messages are slow. Returns a
+        `fmi_client.Model`, the same on every rank, and keeps it in ``model``.
+        """
+        return self._collective("calibrate()", self._calibrate(), timeout)
+
+    def _calibrate(self) -> Steps[Model]:
+        self.model = yield from calibrate(self.rank, self.size)
+        return self.model
+
     # -------------------------------------------------------------------- groups
     def split(self, color: int | None, key: int = 0, *, timeout: float | None = None) -> Any:
         """Return a communicator of the ranks with the same `color`, ordered by `key`, rank.
@@ -268,8 +285,8 @@ class Operations(Caller):
 
         Keys: ``join_seconds`` (from connect to all ranks present), ``operations``
         (collectives begun on this communicator), and ``links``: for each peer that was
-        needed its ``kind`` ("direct", "relay"; "pending" before it is made), ``bytes_sent``
-        and ``bytes_received`` (payload), and ``messages_received``.
+        needed its ``kind`` ("direct", "relay", "object"; "pending" before it is made),
+        ``bytes_sent`` and ``bytes_received`` (payload), and ``messages_received``.
         """
         links = {
             peer: {
