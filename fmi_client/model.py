@@ -148,8 +148,9 @@ def _reduce(n: int, p: int) -> Work:
 
 def _allreduce(n: int, p: int) -> Work:
     if n >= RING_BYTES:
-        steps = 2 * (p - 1)
-        return Work(steps, steps * n / p, steps / 2 * n / p, steps, p * steps)
+        # Halving and doubling where p is a power of two, or else a ring: the same bytes.
+        steps = 2 * (p - 1 if p & (p - 1) else _depth(p))
+        return Work(steps, 2 * (p - 1) * n / p, (p - 1) * n / p, steps, p * steps)
     doublings = p.bit_length() - 1
     extra = p - (1 << doublings)
     # Where p is no power of two, some combine in pairs before, and are told the result after.
@@ -199,7 +200,11 @@ def calibrate(rank: int, size: int) -> Steps[Model]:
         # Into new memory, as operations receive.
         yield Step((rank + 1) % size, probe, (rank - 1) % size, allocate(PROBE_BYTES))
 
-    latency = (yield from _time(lambda: collectives.barrier(rank, size), rank, size)) / _depth(size)
+    def small() -> Steps[None]:
+        # What carries data takes longer than a barrier, and most operations do.
+        yield from collectives.allgather(Payload(b"", (bytes(8),)), rank, size)
+
+    latency = (yield from _time(small, rank, size)) / _depth(size)
     transfer = yield from _time(shift, rank, size)
     bandwidth = PROBE_BYTES / max(transfer - latency, transfer / 10)
     mine = Payload(msgpack.packb([latency, bandwidth, reduction]), ())

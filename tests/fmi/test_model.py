@@ -77,11 +77,11 @@ def test_more_takes_longer_and_costs_more(op: str) -> None:
 
 def test_times_and_prices_by_hand() -> None:
     assert MODEL.seconds("barrier", 0, 5) == pytest.approx(3e-3)
-    # A ring of 4: six rounds of a quarter, three of which are added up.
-    ring = 6 * (1e-3 + 25e4 / 1e8) + 3 * 25e4 / 1e9
-    assert MODEL.seconds("allreduce", 1_000_000, 4) == pytest.approx(ring)
+    # Halving and doubling among 4: four rounds; three quarters are sent, added up, and sent again.
+    halving = 4e-3 + 1.5e6 / 1e8 + 75e4 / 1e9
+    assert MODEL.seconds("allreduce", 1_000_000, 4) == pytest.approx(halving)
     price = MODEL.price("allreduce", 1_000_000, 4, rank_second=2.0, message=0.5)
-    assert price == pytest.approx(4 * ring * 2 + 24 * 0.5)
+    assert price == pytest.approx(4 * halving * 2 + 16 * 0.5)
     with pytest.raises(ValueError, match="'sort' is none of barrier"):
         MODEL.seconds("sort", 1, 2)
 
@@ -124,7 +124,7 @@ def test_predictions_on_loopback_are_of_the_right_size(address: str) -> None:
             ratios.append(statistics.median(seconds) / model.seconds(op, nbytes, comm.size))
         return ratios
 
-    off = []
+    off: list[float] = []
     for _ in range(5):
         worst = np.array(run_processes(address, 2, rank)).max(0)
         off.append(float(np.exp(np.abs(np.log(worst))).max()))
