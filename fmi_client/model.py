@@ -17,8 +17,8 @@ from typing import NamedTuple
 import msgpack
 import numpy as np
 
-from fmi_client import collectives
-from fmi_client.collectives import DIRECT_BYTES, RING_BYTES, SEGMENT_BYTES, Step, Steps
+from fmi_client import collectives, reductions
+from fmi_client.collectives import DIRECT_BYTES, SEGMENT_BYTES, Step, Steps
 from fmi_client.errors import ProtocolError
 from fmi_client.payloads import allocate
 from fmi_client.protocol.peer import Payload
@@ -126,9 +126,18 @@ def _bcast(n: int, p: int) -> Work:
 
 
 def _gather(n: int, p: int) -> Work:
+    # Large items go straight to the root.
+    return _rooted(n, p, p - 1)
+
+
+def _scatter(n: int, p: int) -> Work:
+    # Those of the root's own children go with the tree.
+    return _rooted(n, p, p - 1 - _depth(p))
+
+
+def _rooted(n: int, p: int, past_the_tree: int) -> Work:
     depth = _depth(p)
-    # Large items whose tree path is longer than one hop go straight to the root.
-    direct = p - 1 - depth if n >= DIRECT_BYTES else 0
+    direct = past_the_tree if n >= DIRECT_BYTES else 0
     return Work(depth + (direct > 0), (p - 1) * n, 0, depth + direct, p - 1 + direct)
 
 
@@ -147,8 +156,8 @@ def _reduce(n: int, p: int) -> Work:
 
 
 def _allreduce(n: int, p: int) -> Work:
-    if n >= RING_BYTES:
-        # Halving and doubling where p is a power of two, or else a ring: the same bytes.
+    if reductions.choose(n, p) != "doubling":
+        # Halving and doubling again where p is a power of two, or else a ring: the same bytes.
         steps = 2 * (p - 1 if p & (p - 1) else _depth(p))
         return Work(steps, 2 * (p - 1) * n / p, (p - 1) * n / p, steps, p * steps)
     doublings = p.bit_length() - 1
@@ -173,7 +182,7 @@ OPERATIONS: dict[str, Callable[[int, int], Work]] = {
     "barrier": _barrier,
     "bcast": _bcast,
     "gather": _gather,
-    "scatter": _gather,
+    "scatter": _scatter,
     "allgather": _allgather,
     "reduce": _reduce,
     "allreduce": _allreduce,
@@ -181,7 +190,7 @@ OPERATIONS: dict[str, Callable[[int, int], Work]] = {
     "alltoall": _alltoall,
     "scan": _scan,
 }
-"""The operations that are modelled. scatter is gather the other way round."""
+"""The operations that are modelled."""
 
 
 # ----------------------------------------------------------------------------- measuring

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import os
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Self
+from functools import cache
+from typing import Any, Self, cast, get_args
 
 import numpy as np
 
-from fmi_client import collectives
+from fmi_client import collectives, reductions
 from fmi_client.calls import Caller
 from fmi_client.collectives import Item, Steps
 from fmi_client.model import Model, calibrate
@@ -21,6 +23,7 @@ from fmi_client.ops import SUM, Op, as_op
 from fmi_client.payloads import Array, is_array, is_tensor, pack, unpack
 from fmi_client.protocol.inbox import Receive
 from fmi_client.protocol.peer import Payload
+from fmi_client.reductions import Algorithm
 from fmi_client.values import ArrayValue, as_like, as_numpy, check_out, make_value
 
 OpLike = Op | Callable[[Any, Any], Any]
@@ -110,7 +113,10 @@ class Operations(Caller):
         return self._collective(f"gather(root={root})", self._gather(pack(obj), root, out), timeout)
 
     def _gather(self, payload: Payload, root: int, out: Any) -> Steps[Any]:
-        items = yield from collectives.gather(payload, self.rank, self.size, root)
+        places = None
+        if out is not None and self.rank == root:
+            places = [_memory(place) for place in _places(out)]
+        items = yield from collectives.gather(payload, self.rank, self.size, root, places)
         return None if items is None else _collected(items, out, self.rank)
 
     def allgather(self, obj: Any, *, out: Any = None, timeout: float | None = None) -> Any:
@@ -172,27 +178,37 @@ class Operations(Caller):
         op = as_op(op)
         # Elsewhere than at the root, `out` must not see the partial results.
         value = make_value(obj, op, out if self.rank == root else None)
-        steps = collectives.reduce(value, self.rank, self.size, root, op.commutative)
+        steps = reductions.reduce(value, self.rank, self.size, root, op.commutative)
         signature = f"reduce({op.name}, root={root}, {value.description})"
         return self._collective(
             signature, _then(steps, lambda here: value.result() if here else None), timeout
         )
 
     def allreduce(
-        self, obj: Any, op: OpLike = SUM, *, out: Any = None, timeout: float | None = None
+        self,
+        obj: Any,
+        op: OpLike = SUM,
+        *,
+        out: Any = None,
+        algorithm: Algorithm | None = None,
+        timeout: float | None = None,
     ) -> Any:
         """Return the combination of everybody's `obj`, the same bits on every rank.
 
         Args:
             obj: array, tensor, number, or anything that `op` combines and msgpack carries.
             out: array for the result, of the input's dtype and shape; may be the input.
+            algorithm: "doubling", "halving" or "ring", for experiments; default FMI_ALLREDUCE,
+                or what suits the size. All ranks must say the same.
 
         dtype and shape must agree; `CollectiveMismatch` on all ranks otherwise.
         """
         op = as_op(op)
         value = make_value(obj, op, out)
-        steps = collectives.allreduce(value, self.rank, self.size, op.commutative)
-        signature = f"allreduce({op.name}, {value.description})"
+        algorithm = algorithm or _preferred()
+        steps = reductions.allreduce(value, self.rank, self.size, op.commutative, algorithm)
+        how = f", {algorithm}" if algorithm else ""
+        signature = f"allreduce({op.name}, {value.description}{how})"
         return self._collective(signature, _then(steps, lambda _: value.result()), timeout)
 
     def reduce_scatter(
@@ -207,7 +223,7 @@ class Operations(Caller):
             length, *rest = value.source.shape
             mine = length // self.size + (self.rank < length % self.size)
             check_out(out, obj, (mine, *rest))
-        steps = collectives.reduce_scatter(value, self.rank, self.size, op.commutative)
+        steps = reductions.reduce_scatter(value, self.rank, self.size, op.commutative)
         signature = f"reduce_scatter({op.name}, {value.description})"
 
         def finish(part: Array) -> Any:
@@ -234,7 +250,7 @@ class Operations(Caller):
         value = make_value(obj, op, out)
         if not inclusive and out is not None:
             value = make_value(obj, op)
-        steps = collectives.scan(value, self.rank, self.size, inclusive, out)
+        steps = reductions.scan(value, self.rank, self.size, inclusive, out)
         signature = f"{name}({op.name}, {value.description})"
         return self._collective(
             signature, _then(steps, lambda got: None if got is None else got.result()), timeout
@@ -318,6 +334,18 @@ class Operations(Caller):
         return objs
 
 
+@cache
+def _preferred() -> Algorithm | None:
+    """Return the algorithm that the environment names, as it was at the first allreduce."""
+    named = os.environ.get("FMI_ALLREDUCE")
+    for each in get_args(Algorithm):
+        if each == named:
+            return cast(Algorithm, each)
+    if named:
+        raise ValueError(f"FMI_ALLREDUCE={named!r} is none of {', '.join(get_args(Algorithm))}")
+    return None
+
+
 def _one(step: collectives.Step, finish: Callable[[Receive], Any]) -> Steps[Any]:
     received = yield step
     return finish(received)
@@ -358,12 +386,14 @@ def _item(item: Item) -> Any:
     return unpack(item.meta, item.data if item.data is not None else b"")
 
 
+def _places(out: Any) -> list[Any]:
+    """Return where each rank's item goes: the arrays of a list, or the rows of an array."""
+    return list(out) if isinstance(out, list | tuple) else [out[i, ...] for i in range(len(out))]
+
+
 def _collected(items: list[Item], out: Any, own: int) -> list[Any]:
     if out is not None:
-        places = (
-            list(out) if isinstance(out, list | tuple) else [out[i, ...] for i in range(len(out))]
-        )
-        return [_fill(place, _item(item)) for place, item in zip(places, items, strict=True)]
+        return [_fill(place, _item(item)) for place, item in zip(_places(out), items, strict=True)]
     # Our own item lies in the caller's memory, which the result must not share.
     items[own] = items[own]._replace(data=bytearray(items[own].data or b""))
     return [_item(item) for item in items]
