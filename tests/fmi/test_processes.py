@@ -21,7 +21,7 @@ from fmi_client.errors import (
     RankFailed,
     RendezvousError,
 )
-from tests.processes import RankFunction, run_processes
+from tests.processes import RankFunction, run_processes, spawn
 
 
 def everything(comm: sync.Communicator) -> list[Any]:
@@ -158,9 +158,10 @@ def test_key_and_token_come_from_the_environment(
         sync.connect(address, job="j", rank=0, size=1)
 
 
-def test_a_large_reduction_takes_one_scratch_block_of_memory(address: str) -> None:
-    """Peak memory: result and a scratch of 1/size beyond the input, never a second copy."""
-    size, nbytes = 4, 64 * 1024 * 1024
+@pytest.mark.parametrize("size", [3, 4])
+def test_a_large_reduction_takes_next_to_no_memory(address: str, size: int) -> None:
+    """What comes is combined in pieces: no second copy, not even of a part."""
+    nbytes = 64 * 1024 * 1024
 
     def rank(comm: sync.Communicator) -> int:
         array = np.ones(nbytes // 4, "f4")
@@ -170,7 +171,24 @@ def test_a_large_reduction_takes_one_scratch_block_of_memory(address: str) -> No
         return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
     for grown in run_processes(address, size, rank, job="memory"):
-        assert grown < nbytes / size * 1.25
+        assert grown < 4 * 1024 * 1024
+
+
+def test_who_waits_does_not_work(address: str) -> None:
+    """A spin, then sleep: 1 % of a core at most."""
+    seconds = 1.5
+    over = spawn.Event()
+
+    def rank(comm: sync.Communicator) -> float:
+        comm.barrier()
+        if comm.rank == 1:
+            over.wait(seconds)
+        before = time.process_time()
+        comm.barrier()
+        return time.process_time() - before
+
+    waiting, _ = run_processes(address, 2, rank, job="waiting")
+    assert waiting < 0.01 * seconds
 
 
 def test_an_abort_right_after_joining_reaches_all_with_its_reason(address: str) -> None:
