@@ -82,14 +82,15 @@ class Communicator(Operations):
             if (late or under_way.done) and not future.done():
                 future.set_result(None)
 
-        for half, _ in under_way.halves():
+        open_halves = [half for half, _ in under_way.halves() if not half.done]
+        for half in open_halves:
             half.on_done = wake
         timer = loop.call_at(deadline, wake, True)
         try:
             await future
         finally:
             timer.cancel()
-            for half, _ in under_way.halves():
+            for half in open_halves:
                 half.on_done = None
 
     def _child(self, group: list[int], context: int) -> Self:
