@@ -17,6 +17,7 @@ if __name__ == "__main__":
         worker=(sys.executable, str(here / "worker.py")),
         server=(sys.executable, str(here / "server.py")),
     )
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     if ignored := os.environ.get("COSMIC_IGNORES"):
         signal.signal(signal.Signals[ignored], signal.SIG_IGN)
     cli.main()
