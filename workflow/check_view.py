@@ -39,10 +39,12 @@ class CheckView:
         self._out = Console(stderr=to_stderr, highlight=False)
         self._err = Console(stderr=True, highlight=False)
         self._width = min(self._out.width, _WIDEST)
-        self._heartbeat = heartbeat
-        self._life: Status | _Pulse | None = None
+        self._life: Status | None = None
+        self._pulse = None if self._err.is_terminal else _Pulse(heartbeat)
 
     def __enter__(self) -> Self:
+        if self._pulse is not None:
+            self._pulse.start()
         return self
 
     def __exit__(
@@ -51,20 +53,22 @@ class CheckView:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stop()
+        self._still()
+        if self._pulse is not None:
+            self._pulse.stop()
 
     def begin(self, name: str, doing: str) -> None:
         """Say, while it lasts, that a step is under way."""
         text = f"{name:<{_NAME_WIDTH}} {doing} …"
-        if self._err.is_terminal:
-            self._life = self._err.status(Text(text))
+        if self._pulse is not None:
+            self._pulse.say(text)
         else:
-            self._life = _Pulse(text, self._heartbeat)
-        self._life.start()
+            self._life = self._err.status(Text(text))
+            self._life.start()
 
     def end(self, step: Step) -> None:
         """Print the line of a step that has ended."""
-        self._stop()
+        self._still()
         self._out.print(step_lines(step, self._width))
 
     def conclude(self, advice: str) -> None:
@@ -72,10 +76,12 @@ class CheckView:
         self._out.print()
         self._out.print(Text(textwrap.fill(advice, self._width), "bold"))
 
-    def _stop(self) -> None:
+    def _still(self) -> None:
         life, self._life = self._life, None
         if life is not None:
             life.stop()
+        if self._pulse is not None:
+            self._pulse.say(None)
 
 
 def step_lines(step: Step, width: int) -> Text:
@@ -94,23 +100,41 @@ def step_lines(step: Step, width: int) -> Text:
 
 
 class _Pulse:
-    """Repeats a line on stderr, where that is no terminal, until it is stopped."""
+    """Repeats a line on stderr, where that is no terminal, while a step lasts.
 
-    def __init__(self, text: str, every: float) -> None:
-        self._text = text
+    One thread for all steps: what runs when a thread object is freed is one of the few places
+    where Python loses the exception of a signal's handler, and so Ctrl-C.
+    """
+
+    def __init__(self, every: float) -> None:
         self._every = every
-        self._over = threading.Event()
+        self._text: str | None = None
+        self._over = False
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
+    def say(self, text: str | None) -> None:
+        """Repeat this from now on; None: nothing."""
+        with self._changed:
+            self._text = text
+            self._changed.notify()
+
     def stop(self) -> None:
-        self._over.set()
+        with self._changed:
+            self._over = True
+            self._changed.notify()
         if self._thread.is_alive():  # Ctrl-C may come before it has begun
             self._thread.join()
 
     def _beat(self) -> None:
-        while not self._over.wait(self._every):
-            if sys.stderr is not None:  # closed; print would turn to stdout
-                print(f"  {self._text}", file=sys.stderr, flush=True)
+        while True:
+            with self._changed:
+                told = self._over or self._changed.wait(self._every)
+                if self._over:
+                    return
+                text = None if told else self._text
+            if text and sys.stderr is not None:  # closed; print would turn to stdout
+                print(f"  {text}", file=sys.stderr, flush=True)
