@@ -117,6 +117,17 @@ class JoinRequest:
             store or "",
         )
 
+    def not_all_came(self, missing: list[int]) -> JoinTimeout:
+        """Return what to raise when the time was not enough for `missing`; none: unknown ranks."""
+        who = f": {some_ranks(missing)}" if missing else ""
+        return JoinTimeout(
+            f"job {self.job!r}: {len(missing) or 'some'} of {self.size} ranks "
+            f"did not join within {self.timeout:.3g} s{who}",
+            missing=missing,
+            rank=self.rank,
+            op="connect",
+        )
+
     def hello(self, own: tuple[Address, ...]) -> Hello:
         """Return what the server is told, with a nonce made now: a snapshot has no old one."""
         expires = self.token.expires if self.token else 0
@@ -208,15 +219,7 @@ class SocketEndpoint(Endpoint):
                 rank=self.rank,
                 op="connect",
             )
-        missing = self.missing or []
-        who = f": {some_ranks(missing)}" if missing else ""
-        return JoinTimeout(
-            f"job {self._request.job!r}: {len(missing) or 'some'} of {self.size} ranks "
-            f"did not join within {timeout:.3g} s{who}",
-            missing=missing,
-            rank=self.rank,
-            op="connect",
-        )
+        return self._request.not_all_came(self.missing or [])
 
     # ------------------------------------------------------------- the server's word
     def _hello(self, own: tuple[Address, ...]) -> Hello:

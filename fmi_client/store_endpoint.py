@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from fmi_client.endpoint import Allocate, Endpoint, left_error, some_ranks
+from fmi_client.endpoint import Allocate, Endpoint, left_error
 from fmi_client.errors import (
     AuthenticationFailed,
     FmiError,
-    JoinTimeout,
     ProtocolError,
     RendezvousError,
 )
@@ -89,15 +88,7 @@ class StoreEndpoint(Endpoint):
                 peer=meeting.stranger,
                 op="connect",
             )
-        missing = meeting.missing or []
-        who = f": {some_ranks(missing)}" if missing else ""
-        return JoinTimeout(
-            f"job {self._request.job!r}: {len(missing) or 'some'} of {self.size} ranks "
-            f"did not join within {timeout:.3g} s{who}",
-            missing=missing,
-            rank=self.rank,
-            op="connect",
-        )
+        return self._request.not_all_came(meeting.missing or [])
 
     def _on_ready(self, run: str) -> None:
         self._run = run

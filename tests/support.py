@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Literal
@@ -50,6 +51,13 @@ def logged() -> Iterator[list[MutableMapping[str, Any]]]:
             yield entries
     finally:
         structlog.configure(wrapper_class=silent)
+
+
+def closed_port() -> int:
+    """Return a port of this machine on which nobody listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:

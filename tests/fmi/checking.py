@@ -67,12 +67,6 @@ async def listening(talk: Talk) -> AsyncIterator[int]:
     await asyncio.sleep(0)  # a transport closes in the next turn of the loop
 
 
-def closed_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def says(data: bytes) -> Talk:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(data)

@@ -23,7 +23,6 @@ from tests.fmi.checking import (
     after_hello,
     causes,
     checked,
-    closed_port,
     drips,
     hangs_up,
     listening,
@@ -33,7 +32,7 @@ from tests.fmi.checking import (
     step,
     token,
 )
-from tests.support import serving
+from tests.support import closed_port, serving
 
 
 async def test_all_is_well_and_running_jobs_notice_nothing() -> None:

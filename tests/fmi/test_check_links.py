@@ -23,12 +23,11 @@ from tests.fmi.checking import (
     SECRET,
     causes,
     checked,
-    closed_port,
     drips,
     listening,
     step,
 )
-from tests.support import serving
+from tests.support import closed_port, serving
 
 
 # ---------------------------------------------------------------------------- NATs

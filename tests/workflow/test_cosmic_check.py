@@ -6,14 +6,13 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 
 from fmi_client.findings import Step
-from tests.support import serving, until
+from tests.support import closed_port, serving, until
 from workflow.check_view import CheckView, step_lines
 
 SECRET = b"0123456789abcdef"
@@ -36,12 +35,6 @@ async def cosmic_check(*words: str) -> tuple[int, str, str]:
     out, err = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
-
-
-def closed_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 async def test_a_line_for_each_step_and_advice_at_the_end() -> None:
