@@ -15,12 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lambda_worker import storage
 from lambda_worker.shard import Piece, cut
+
+Array = NDArray[Any]
 
 SHAPES = {"images": (5, 32, 32), "magnitudes": (5,), "redshift": ()}
 # Both torch's list of safe classes and Python's warning filters belong to the whole process.
@@ -47,12 +51,12 @@ class Rows(NamedTuple):
     """Rows of a dataset: images (N, 5, 32, 32) nanomaggies ugriz, magnitudes (N, 5), redshift
     (N,), each float32 or float64; views of mapped files where possible."""
 
-    images: Tensor
-    magnitudes: Tensor
-    redshift: Tensor
+    images: Array
+    magnitudes: Array
+    redshift: Array
 
     def part(self, start: int, stop: int) -> Rows:
-        return Rows(*(tensor[start:stop] for tensor in self))
+        return Rows(*(array[start:stop] for array in self))
 
 
 class Shard:
@@ -81,13 +85,13 @@ class Shard:
         """Rows `start` to `stop` of the shard; copied only where they span pieces."""
         spans = cut(self._lengths, start, stop)
         parts = [self._parts[span.file].part(span.start, span.stop) for span in spans]
-        return parts[0] if len(parts) == 1 else Rows(*map(torch.cat, zip(*parts, strict=True)))
+        return parts[0] if len(parts) == 1 else Rows(*map(np.concatenate, zip(*parts, strict=True)))
 
     def flaw(self, row: int) -> str | None:
         """Which part of a row is not finite (or, for a redshift, not above -1), if any."""
         rows = self.batch(row, row + 1)
-        for name, tensor in zip(SHAPES, rows, strict=True):
-            if not bool(torch.isfinite(tensor).all()):
+        for name, array in zip(SHAPES, rows, strict=True):
+            if not np.isfinite(array).all():
                 return name
         return None if float(rows.redshift[0]) > -1 else "redshift"
 
@@ -112,7 +116,8 @@ def load(path: Path, name: str) -> Rows:
         raise DatasetError(f"{name}: no such file")
     with path.open("rb") as file:
         _check_zip(file.read(4), name)
-    return _tensors(_load(str(path), name, mmap=True), name)
+    tensors = _tensors(_load(str(path), name, mmap=True), name)
+    return Rows(*(tensor.detach().numpy() for tensor in tensors))
 
 
 def count(url: str) -> int:
@@ -129,7 +134,7 @@ def count(url: str) -> int:
 
     with storage.open_ranged(url) as file, FakeTensorMode():
         _check_zip(file.peek(4), url)
-        return len(_tensors(_load(file, url), url).redshift)
+        return len(_tensors(_load(file, url), url)[2])
 
 
 def _part(files: Mapping[str, Rows], piece: Piece) -> Rows:
@@ -178,7 +183,7 @@ def _reason(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__)[:160]
 
 
-def _tensors(content: object, name: str) -> Rows:
+def _tensors(content: object, name: str) -> Sequence[Tensor]:
     tensors = getattr(content, "tensors", None) if type(content) is TensorDataset else content
     if not isinstance(tensors, tuple | list) or len(tensors) != len(SHAPES):
         raise DatasetError(
@@ -192,7 +197,7 @@ def _tensors(content: object, name: str) -> Rows:
         raise DatasetError(
             f"{name}: images, magnitudes and redshift have {lengths} rows, expected equal numbers"
         )
-    return Rows(*(tensor.detach() for tensor in tensors))
+    return tensors
 
 
 def _check(name: str, what: str, shape: tuple[int, ...], tensor: object) -> None:

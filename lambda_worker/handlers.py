@@ -23,6 +23,7 @@ from lambda_worker.events import CheckTask, EventError, Payload, RankTask, RunIn
 if TYPE_CHECKING:
     from fmi_client.sync import Communicator
     from lambda_worker.dataset import Shard
+    from lambda_worker.engine import Predict
     from lambda_worker.inference import Inferred
 
 log = logging.getLogger("lambda_worker")
@@ -245,11 +246,11 @@ def _work(
     from lambda_worker import inference, metrics, summary
 
     baseline = summary.memory("VmRSS")
-    model, rows = _load(task, scratch, progress)
+    predict, rows = _load(task, scratch, progress)
     loaded = time.perf_counter()
     if comm is not None:
         comm.barrier()  # so that the ranks' inference times are of one moment
-    inferred = inference.run(model, rows, task.batch_size, partial(progress, "infer"))
+    inferred = inference.run(predict, rows, task.batch_size, partial(progress, "infer"))
     _judge(task, rows, inferred)
     total = metrics.sums(inferred.z_phot, inferred.z_spec)
     progress("gather", len(rows), len(rows))
@@ -266,21 +267,18 @@ def _work(
     return record
 
 
-def _load(task: RankTask, scratch: Path, progress: Progress) -> tuple[Any, Shard]:
-    import torch
-
+def _load(task: RankTask, scratch: Path, progress: Progress) -> tuple[Predict, Shard]:
     from lambda_worker import dataset
-    from lambda_worker.model import DEMO_MODEL, load_model
+    from lambda_worker.engine import open_engine
+    from lambda_worker.model import DEMO_MODEL
 
     pieces = [shard.Piece(*piece) for piece in task.shard or ()]
     if task.shard is None:
         pieces = [shard.Piece(file, 0, dataset.count(file)) for file in task.whole_files]
     of = sum(piece.stop - piece.start for piece in pieces)
     progress("load", 0, of)
-    if task.threads is not None:
-        torch.set_num_threads(task.threads)
-    model = load_model(storage.fetch(task.model or str(DEMO_MODEL), scratch))
-    return model, dataset.Shard(pieces, scratch)
+    model = storage.fetch(task.model or str(DEMO_MODEL), scratch)
+    return open_engine(model, threads=task.threads), dataset.Shard(pieces, scratch)
 
 
 def _judge(task: RankTask, rows: Shard, inferred: Inferred) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lambda_worker.dataset import Rows, Shard
+from lambda_worker.engine import Predict
 
 Progress = Callable[[int, int], None]
 
@@ -44,7 +42,7 @@ class Inferred:
 
 
 def run(
-    model: Callable[[Tensor, Tensor], Tensor],
+    predict: Predict,
     shard: Shard,
     batch_size: int,
     progress: Progress = lambda done, total: None,
@@ -52,7 +50,7 @@ def run(
     """Predict every row of the shard, in order.
 
     Args:
-        model: takes images (B, 5, 32, 32) and magnitudes (B, 5), float32; returns (B,).
+        predict: the model.
         shard: may be empty.
         batch_size: rows at a time; the last batch may be smaller. Batches span files.
         progress: called after each batch with rows done and rows in all.
@@ -61,24 +59,24 @@ def run(
     z_phot = np.empty(total, np.float32)
     z_spec = np.empty(total, np.float64)
     wall, cpu = time.perf_counter(), time.process_time()
-    with torch.inference_mode():
-        for start in range(0, total, batch_size):
-            stop = min(start + batch_size, total)
-            rows = shard.batch(start, stop)
-            z_phot[start:stop] = predict(model, rows)
-            z_spec[start:stop] = rows.redshift.numpy()
-            bits += 8 * (rows.images.nbytes + rows.magnitudes.nbytes)
-            batches += 1
-            progress(stop, total)
+    for start in range(0, total, batch_size):
+        stop = min(start + batch_size, total)
+        rows = shard.batch(start, stop)
+        z_phot[start:stop] = _predict(predict, rows)
+        z_spec[start:stop] = rows.redshift
+        bits += 8 * (rows.images.nbytes + rows.magnitudes.nbytes)
+        batches += 1
+        progress(stop, total)
     seconds = time.perf_counter() - wall, time.process_time() - cpu
     return Inferred(z_phot, z_spec, batches, bits, *seconds)
 
 
-def predict(model: Callable[[Tensor, Tensor], Tensor], rows: Rows) -> NDArray[Any]:
+def _predict(predict: Predict, rows: Rows) -> NDArray[np.float32]:
     """z_phot of a batch, (B,) float32, NaN where `Inferred` says."""
-    z_phot = model(rows.images.float(), rows.magnitudes.float())
-    finite = [torch.isfinite(tensor).flatten(1).all(1) for tensor in rows[:2]]
-    usable = finite[0] & finite[1] & torch.isfinite(rows.redshift) & (rows.redshift > -1)
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is told
+        images, magnitudes = (array.astype(np.float32, copy=False) for array in rows[:2])
+    z_phot = predict(images, magnitudes)
+    usable = np.isfinite(rows.images).all((1, 2, 3)) & np.isfinite(rows.magnitudes).all(1)
     # An infinite prediction must not count either, and NaN is the one mark.
-    usable &= torch.isfinite(z_phot)
-    return torch.where(usable, z_phot, torch.nan).numpy()
+    usable &= np.isfinite(rows.redshift) & (rows.redshift > -1) & np.isfinite(z_phot)
+    return np.where(usable, z_phot, np.float32(np.nan))

@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lambda_worker import inference, summary
 from lambda_worker.dataset import Shard
+from lambda_worker.engine import Array
 from lambda_worker.shard import Piece
 from tests.worker.worker_data import MakePt, tensors
 
 
-def first_magnitude(images: Tensor, magnitudes: Tensor) -> Tensor:
-    assert images.dtype == magnitudes.dtype == torch.float32
+def first_magnitude(images: Array, magnitudes: Array) -> Array:
+    assert images.dtype == magnitudes.dtype == np.float32
     return magnitudes[:, 0]
 
 
@@ -48,7 +48,7 @@ def test_rows_that_do_not_count_are_nan(tmp_path: Path) -> None:
 
 def test_predictions_that_are_not_finite_do_not_count(make_pt: MakePt, tmp_path: Path) -> None:
     shard = Shard([Piece(str(make_pt("a.pt", 3)), 0, 3)], tmp_path)
-    answers = torch.tensor([torch.inf, 0.1, torch.nan])
+    answers = np.array([np.inf, 0.1, np.nan], np.float32)
     assert inference.run(lambda images, magnitudes: answers, shard, 3).excluded.tolist() == [0, 2]
 
 
