@@ -20,6 +20,8 @@ import typer
 from fmi_client.transport.sockets import parse_endpoint
 from workflow.check import EXAMPLES as CHECK_EXAMPLES
 from workflow.check import check
+from workflow.cli_base import fail, group
+from workflow.cli_model import commands as model_commands
 from workflow.demo import data_path
 
 if TYPE_CHECKING:
@@ -28,23 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-
-def _group(text: str) -> typer.Typer:
-    return typer.Typer(
-        help=text,
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-
-
-app = _group("Redshift inference by ranks that meet at a rendezvous and then talk directly.")
-_data = _group("Demo datasets: SDSS-like galaxies with real magnitudes and redshifts.")
-_model = _group("The demo model.")
+app = group("Redshift inference by ranks that meet at a rendezvous and then talk directly.")
+_data = group("Demo datasets: SDSS-like galaxies with real magnitudes and redshifts.")
 app.add_typer(_data, name="data")
-app.add_typer(_model, name="model")
+app.add_typer(model_commands, name="model")
 
 
 class Size(StrEnum):
@@ -150,7 +139,7 @@ def run(
     except (RunFailed, StorageError, OSError) as error:
         if as_json:
             print(json.dumps({"error": _as_json(error)}))
-        _fail(error)
+        fail(error)
     _show(result, plot, as_json)
 
 
@@ -196,12 +185,6 @@ def _as_json(error: Exception) -> dict[str, object]:
     if isinstance(error, RunFailed):
         return error.as_json()
     return {"who": "cosmic", "type": type(error).__name__, "message": str(error), "rank": None}
-
-
-def _fail(error: Exception) -> NoReturn:
-    text = re.sub(r"^\[Errno \d+\] ", "", str(error))
-    print(f"Error: {text}", file=sys.stderr)
-    raise SystemExit(1)
 
 
 def _run(plan: RunPlan, demo: tuple[Size, int] | None) -> tuple[RunResult, str | None]:
@@ -289,48 +272,8 @@ def data_make(
         with open_view() as view:
             _make(path, rows or DATA_SIZES[size], split, seed, view)
     except OSError as error:
-        _fail(error)
+        fail(error)
     print(path)
-
-
-@_model.command("train")
-def model_train(
-    out: Annotated[Path, typer.Option(help="Folder for the three files.")] = Path("model"),
-    epochs: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Passes over the training rows.")
-    ] = 30,
-    rows: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=16, help="Only so many rows of each split, for a quick try."),
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of data and start.")] = 0,
-) -> None:
-    """Train the demo model on the catalogue's train split; some minutes on two cores.
-
-    Keeps the epoch that is best on val, and judges it once on test, whose galaxies it has never
-    seen. Writes model.safetensors, training_log.json and metrics.json.
-    """
-    from workflow.progress import open_view
-
-    try:
-        with open_view("steps") as view:
-            view.step(f"model: training {epochs} epochs")
-            from workflow.demo.train import train
-
-            done = train(
-                out,
-                epochs=epochs,
-                rows=rows,
-                seed=seed,
-                progress=lambda stage, n, of: view.update("model", stage, n, of),
-            )
-    except OSError as error:
-        _fail(error)
-    names = {"NMAD": "nmad", "bias": "bias", "R²": "r2"}
-    values = ", ".join(f"{name} {done[key]:.4f}" for name, key in names.items())
-    print(f"{out / 'model.safetensors'}: {done['parameters']:,} parameters")
-    print(f"on {done['n']:,} held-out galaxies: {values}")
-    print(f"use it: cosmic run --model {out / 'model.safetensors'}")
 
 
 def main() -> None:
