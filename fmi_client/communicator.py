@@ -13,6 +13,7 @@ from fmi_client.calls import LAST_SECONDS, STUCK_SECONDS, Call, UnderWay
 from fmi_client.collectives import Step
 from fmi_client.endpoint import Endpoint, MemoryEndpoint
 from fmi_client.errors import FmiError
+from fmi_client.hints import Choice
 from fmi_client.joining import LEAVE_SECONDS, JoinRequest, ask_before
 from fmi_client.operations import Operations
 from fmi_client.payloads import allocate
@@ -166,7 +167,7 @@ def connect(
     token: str | None = None,
     epoch: int = 0,
     timeout: float = 30.0,
-    channel: str = "auto",
+    channel: str | Choice = "auto",
     store: str | None = None,
 ) -> Connecting:
     """Join `job` as `rank` of `size`; returns when all are there.
@@ -182,8 +183,10 @@ def connect(
         timeout: seconds, for joining and as the default of every operation.
         channel: how ranks reach each other: "auto" (directly, or else relayed by the server),
             "direct" (never relayed), "relay" (always), "object" (through `store`, without the
-            server). All ranks give the same. docs/channels.md says when to use which.
-        store: "s3://bucket/prefix", or a folder that all ranks mount; for "object" only.
+            server). With FMI's hints "fast" and "cheap", or a `choose`, "auto" or "object" is
+            taken, whichever is predicted to be that of what `server` and `store` allow. All ranks
+            give the same, and with a hint the same places. docs/channels.md says when to use which.
+        store: "s3://bucket/prefix", or a folder that all ranks mount; for "object" and hints.
 
     Raises:
         ValueError: rank, size, key, token, server, channel or store are malformed.

@@ -11,6 +11,7 @@ from typing import Self
 
 from fmi_client.endpoint import MAX_SECONDS, Allocate, Endpoint, left_error, some_ranks
 from fmi_client.errors import FmiError, JoinTimeout, RankFailed, RendezvousError
+from fmi_client.hints import HINTS, Choice, settle
 from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address, format_address, plain, version
 from fmi_client.protocol.rendezvous import (
@@ -83,7 +84,7 @@ class JoinRequest:
         token: str | None,
         epoch: int,
         timeout: float,
-        channel: str = "auto",
+        channel: str | Choice = "auto",
         store: str | None = None,
     ) -> Self:
         """Check the arguments; key and token default to FMI_KEY and FMI_TOKEN.
@@ -101,6 +102,7 @@ class JoinRequest:
             raise ValueError(f"epoch={epoch} is not from 0 to 2**31 - 1")
         if not timeout > 0:
             raise ValueError(f"timeout={timeout} s leaves no time to join")
+        channel, server, store = settle(channel, server, store, size)
         _check_channel(channel, server, store)
         key = key if key is not None else os.environ.get("FMI_KEY") or None
         token = token or os.environ.get("FMI_TOKEN") or None
@@ -136,11 +138,11 @@ class JoinRequest:
 
 def _check_channel(channel: str, server: str | None, store: str | None) -> None:
     if channel not in CHANNELS:
-        raise ValueError(f"channel={channel!r} is none of {', '.join(CHANNELS)}")
+        raise ValueError(f"channel={channel!r} is none of {', '.join(CHANNELS + HINTS)}")
     if channel == "object":
         parse_store(store or "")
     elif store is not None:
-        raise ValueError(f"store={store!r} is for channel='object' only")
+        raise ValueError(f"store={store!r} is for channel='object' or a hint only")
     elif server is None:
         raise ValueError(f"channel={channel!r} needs a server")
 

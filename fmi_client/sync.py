@@ -19,6 +19,7 @@ from fmi_client.calls import LAST_SECONDS, STUCK_SECONDS, Call, UnderWay
 from fmi_client.collectives import Step
 from fmi_client.endpoint import Endpoint
 from fmi_client.errors import FmiError
+from fmi_client.hints import Choice
 from fmi_client.joining import LEAVE_SECONDS, JoinRequest, ask_before
 from fmi_client.operations import Operations, OpLike
 from fmi_client.ops import SUM
@@ -210,7 +211,7 @@ def connect(
     token: str | None = None,
     epoch: int = 0,
     timeout: float = 30.0,
-    channel: str = "auto",
+    channel: str | Choice = "auto",
     store: str | None = None,
 ) -> Communicator:
     """Join `job` as `rank` of `size`; the arguments and errors of `fmi_client.connect`."""

@@ -174,10 +174,13 @@ def test_wrong_arguments_are_refused_before_anything_happens(tmp_path: Path) -> 
         fmi_client.connect(server, job="a", rank=0, size=1, **options)
 
     for server, options, text in [
-        ("host", {"channel": "post"}, "none of auto, direct, relay, object"),
+        ("host", {"channel": "post"}, "none of auto, direct, relay, object, fast, cheap"),
         (None, {}, "channel='auto' needs a server"),
+        (None, {"channel": "cheap"}, "channel='cheap' needs a server, a store, or both"),
+        (None, {"channel": "fast", "store": ""}, "is not s3://bucket/prefix, nor a folder"),
+        ("host:x", {"channel": "fast"}, "host:x"),
         (None, {"channel": "object"}, "is not s3://bucket/prefix, nor a folder"),
-        ("host", {"store": "/tmp"}, "for channel='object' only"),
+        ("host", {"store": "/tmp"}, "for channel='object' or a hint only"),
     ]:
         with pytest.raises(ValueError, match=text):
             connect(server, **options)  # type: ignore[arg-type]
