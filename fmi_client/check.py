@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import secrets
 import socket
@@ -102,8 +103,10 @@ class Plan:
             raise ValueError("token and secret: give one of them, a token is made from the secret")
         if token and job is None:
             raise ValueError("token: it admits one job only; give its job, rank and size, too")
-        if not timeout > 0 or not wait > 0:
-            raise ValueError(f"timeout={timeout} s, wait={wait} s: they must be positive")
+        if not (0 < timeout < math.inf and 0 < wait < math.inf):
+            raise ValueError(
+                f"timeout={timeout} s, wait={wait} s: they must be positive and finite"
+            )
         if admin_port is None:
             admin_port = port + 1 if port < 65535 else 0
         if not 0 <= admin_port < 65536:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -100,8 +101,8 @@ class JoinRequest:
             raise ValueError(f"rank={rank} is not a rank of a job of {size}: 0 … {size - 1}")
         if not 0 <= epoch < 2**31:
             raise ValueError(f"epoch={epoch} is not from 0 to 2**31 - 1")
-        if not timeout > 0:
-            raise ValueError(f"timeout={timeout} s leaves no time to join")
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout={timeout} s: joining needs a positive, finite time")
         channel, server, store = settle(channel, server, store, size)
         _check_channel(channel, server, store)
         key = key if key is not None else os.environ.get("FMI_KEY") or None

@@ -6,6 +6,7 @@ Whatever is heavy is imported inside the commands, so that ``cosmic --help`` ans
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import sys
@@ -122,6 +123,8 @@ def run(
     _check_data(data, demo_options=data_size is not None or seed is not None)
     _check_model(model)
     _check_run(name, rendezvous, no_fmi)
+    if not math.isfinite(timeout):
+        raise _wrong("--timeout", f"{timeout} is not a number of seconds")
     plan = RunPlan(
         data=data or str(data_path(data_size or Size.small, Split.test, seed or 0)),
         world_size=world_size,

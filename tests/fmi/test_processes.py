@@ -137,6 +137,8 @@ def test_who_does_not_come_is_named(address: str) -> None:
         {"job": ""},
         {"epoch": -1},
         {"timeout": 0},
+        {"timeout": float("inf")},
+        {"timeout": float("nan")},
         {"key": b"x"},
     ],
 )

@@ -82,6 +82,8 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (["--batch-size", "many"], ["'--batch-size'"]),
         (["--data", "nowhere"], ["--data", "nowhere does not exist; name a .pt file or a folder"]),
         (["--data", ".", "--seed", "3"], ["--data", "--seed", "leave them out"]),
+        (["--timeout", "inf"], ["--timeout", "inf is not a number of seconds"]),
+        (["--timeout", "nan"], ["--timeout"]),
         (["--run", "../up"], ["--run", "use letters, digits"]),
         (["--rendezvous", "localhost"], ["--rendezvous", "host:port, as in 127.0.0.1:10000"]),
         (["--rendezvous", "[::1]"], ["--rendezvous", "host:port"]),

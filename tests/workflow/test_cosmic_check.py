@@ -114,6 +114,8 @@ async def test_ctrl_c_leaves_in_order() -> None:
         (["h:x"], "not an address of the form host:port"),
         (["h", "--secret-file", "nowhere"], "cannot read the secret file nowhere"),
         (["h", "--timeout", "0"], "timeout=0"),
+        (["h", "--timeout", "inf"], "timeout=inf"),
+        (["h", "--wait", "nan"], "wait=nan"),
     ],
 )
 async def test_wrong_usage(words: list[str], says: str) -> None:
