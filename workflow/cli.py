@@ -8,13 +8,10 @@ from __future__ import annotations
 import json
 import math
 import re
-import signal
-import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,7 +26,7 @@ if TYPE_CHECKING:
     from workflow.local import Event, RunPlan, RunResult
     from workflow.progress import View
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 app = group("Redshift inference by ranks that meet at a rendezvous and then talk directly.")
 _data = group("Demo datasets: SDSS-like galaxies with real magnitudes and redshifts.")
@@ -277,23 +274,3 @@ def data_make(
     except OSError as error:
         fail(error)
     print(path)
-
-
-def main() -> None:
-    """Entry point of ``cosmic``."""
-    from workflow.processes import stop_signals
-
-    # SIGTERM and SIGHUP would end this process where it stands, half-written files and all.
-    for number in stop_signals():
-        signal.signal(number, _stop)
-    try:
-        app(prog_name="cosmic")
-    except SystemExit as end:
-        if isinstance(end.code, int) and end.code > 128:
-            name = signal.Signals(end.code - 128).name
-            print(f"Stopped by {name}; nothing is left running.", file=sys.stderr)
-        raise
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)

@@ -13,13 +13,14 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from workflow.signals import stop_signals
+
 __all__ = [
     "LINE_LIMIT",
     "ProcessFamily",
     "death_note",
     "read_tail",
     "run_until_signal",
-    "stop_signals",
 ]
 
 Result = TypeVar("Result")
@@ -111,12 +112,6 @@ def death_note(code: int) -> str:
     except ValueError:
         name = f"signal {-code}"
     return f"was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
-
-
-def stop_signals() -> list[signal.Signals]:
-    """Return what stops a program, without what its parent has told it to ignore (nohup, say)."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def run_until_signal(work: Coroutine[Any, Any, Result]) -> Result:

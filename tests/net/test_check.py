@@ -20,7 +20,7 @@ Report = dict[str, Any]
 
 
 def start(host: Host, server: str, *words: str) -> subprocess.Popen[str]:
-    cosmic = (sys.executable, "-c", "from workflow.cli import main; main()")
+    cosmic = (sys.executable, "-m", "workflow")
     command = host.command(*cosmic, "check", server, "--json", *words)
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 

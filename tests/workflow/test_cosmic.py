@@ -170,6 +170,21 @@ def test_a_signal_leaves_nothing_behind(
     assert not list((tmp_path / "tmp").iterdir())
 
 
+def test_a_signal_while_the_program_is_still_being_imported(tmp_path: Path) -> None:
+    module = "import os, signal; os.kill(os.getpid(), signal.SIGINT); raise ImportError('late')"
+    (tmp_path / "typer.py").write_text(module)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "workflow", "--help"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.stderr == "Stopped by SIGINT; nothing is left running.\n"
+    assert (done.returncode, done.stdout) == (130, "")
+
+
 def test_a_signal_that_the_parent_told_to_ignore(start: Start, tmp_path: Path) -> None:
     process = start("run", "--data", f"fake://{HANG}", COSMIC_IGNORES="SIGHUP")
     until(lambda: len(pids(tmp_path)) == 5)

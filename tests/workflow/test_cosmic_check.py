@@ -23,7 +23,7 @@ async def started(*words: str, measured: bool = True) -> asyncio.subprocess.Proc
     """Start the command; `measured`: by coverage, if we are."""
     inherited = {k: v for k, v in os.environ.items() if measured or not k.startswith("COVERAGE_")}
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", "from workflow.cli import main; main()", *words),
+        *(sys.executable, "-m", "workflow", *words),
         env={**inherited, "PYTHONPATH": str(ROOT), "COLUMNS": "80"},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -36,7 +36,7 @@ RECORD = {  # the reference's ten keys, and those that every record has besides
 
 def cosmic(folder: Path, *words: str) -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, "-c", "from workflow.cli import main; main()", *words],
+        [sys.executable, "-m", "workflow", *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,

@@ -8,7 +8,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from workflow import cli, local
+from workflow import local
+from workflow.__main__ import main
 
 if __name__ == "__main__":
     here = Path(__file__).parent
@@ -20,4 +21,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     if ignored := os.environ.get("COSMIC_IGNORES"):
         signal.signal(signal.Signals[ignored], signal.SIG_IGN)
-    cli.main()
+    main()
