@@ -1,8 +1,8 @@
-"""`python -m lambda_worker init|infer|summarize`: a handler as a process.
+"""`python -m lambda_worker init|infer|summarize|check`: a handler as a process.
 
 The event is read from stdin as JSON. stdout carries JSON lines only: any number of
 `{"progress": {...}}`, then exactly one `{"result": ...}` (exit 0) or `{"error": {"type", "message",
-"rank"}}` (exit 1). Logs go to stderr.
+"rank"}}` (exit 1, or 143 where SIGTERM ends it). Logs go to stderr.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import signal
 import sys
 import time
 import traceback
-from types import TracebackType
-from typing import TextIO
+from types import FrameType, TracebackType
+from typing import NoReturn, TextIO
 
 from lambda_worker import handlers
 from lambda_worker.events import EventError
@@ -27,20 +27,33 @@ PROGRESS_EVERY = 0.1  # seconds; more lines than that nobody can see
 def main() -> None:
     """Run one handler; see the module."""
     parser = argparse.ArgumentParser(prog="python -m lambda_worker", description=__doc__)
-    parser.add_argument("step", choices=("init", "infer", "summarize"))
+    parser.add_argument("step", choices=("init", "infer", "summarize", "check"))
     step = parser.parse_args().step
     logging.basicConfig(level="INFO", format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("torch").setLevel("WARNING")  # it tells of its caches
     output = Output(_take_stdout())
     sys.excepthook = output.error
     # As an exit, not a sudden death: what is half-written or temporary is cleaned up.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    event = _read_event()
-    output.rank = _rank(event)
-    if step == "infer":
-        output.put("result", handlers.infer(event, None, output.progress))
-    else:
-        output.put("result", getattr(handlers, step)(event, None))
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        event = _read_event()
+        output.rank = _rank(event)
+        more = {"progress": output.progress} if step == "infer" else {}
+        output.put("result", getattr(handlers, step)(event, None, **more))
+    except Stopped as stopped:
+        output.error(type(stopped), stopped, None)
+        raise
+
+
+class Stopped(SystemExit):
+    """SIGTERM came; `code` is what shells expect."""
+
+    def __str__(self) -> str:
+        return "stopped by SIGTERM"
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped(128 + number)
 
 
 class Output:
@@ -65,7 +78,7 @@ class Output:
     ) -> None:
         """`sys.excepthook`: what ends the process becomes its last line."""
         ours = kind.__module__.startswith(("lambda_worker", "fmi_client"))
-        if not ours and kind is not KeyboardInterrupt:
+        if not ours and kind not in (Stopped, KeyboardInterrupt):
             traceback.print_exception(error)  # a defect: say where
         message = str(error) or kind.__name__
         self.put("error", {"type": kind.__name__, "message": message, "rank": self.rank})

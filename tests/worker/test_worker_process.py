@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import closed_port
 from tests.worker.worker_data import MakePt
 
 
@@ -52,6 +54,32 @@ def test_a_rank_that_fails_says_so_in_its_last_line(tmp_path: Path) -> None:
     assert error["message"].endswith("no.pt: no such file")
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_is_stopped_says_so_in_its_last_line() -> None:
+    command = [sys.executable, "-m", "lambda_worker", "infer"]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    event = {
+        **{"rank": 1, "world_size": 2, "run": "r", "shard": [], "results": "r"},
+        "rendezvous_endpoint": f"127.0.0.1:{closed_port()}",
+    }
+    with subprocess.Popen(command, text=True, **streams) as process:  # type: ignore[call-overload]
+        process.stdin.write(json.dumps(event))
+        process.stdin.close()
+        assert json.loads(process.stdout.readline())["progress"]["stage"] == "join"
+        process.terminate()  # it waits for rank 0, which never comes
+        error = json.loads(process.stdout.read())["error"]
+        assert error == {"type": "Stopped", "message": "stopped by SIGTERM", "rank": 1}
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_check_is_a_step_too() -> None:
+    event = {"server": f"127.0.0.1:{closed_port()}", "admin_port": 0}
+    code, lines, _ = run("check", event)
+    assert (code, len(lines)) == (0, 1)
+    assert lines[0]["result"]["ok"] is False
+    assert [step["name"] for step in lines[0]["result"]["steps"]] == ["resolve", "connect"]
 
 
 @pytest.mark.parametrize(
