@@ -53,7 +53,8 @@ DOUBT_SECONDS = 0.3
 it is awake, and either the choice or its answer was lost."""
 
 LAST_SECONDS = 2.0
-"""How long a punch goes on that may be in vain: without the server, or after a broken link."""
+"""How long a punch goes on that may be in vain: without the server or its relay, or after a
+broken link."""
 
 MAX_TRIALS = 16
 """Connections tried at once for one peer: whoever forges hellos gets no more than these."""
@@ -183,6 +184,7 @@ class Punch:
         self.stranger: AuthenticationFailed | None = None
         """Set when somebody answered in the peer's place, or the peer without our key."""
         self._in_the_end: FmiError | None = None
+        self._began = reactor.now()
         self._timer = reactor.call_later(seconds, self._expire)
 
     def start(self) -> None:
@@ -304,8 +306,15 @@ class Punch:
     def _met_at_relay(self, sock: socket.socket) -> None:
         self._trials.append(_Trial(self, sock, None, "relay"))
 
-    def _relay_failed(self, what: str) -> None:
+    def _relay_failed(self, what: str, final: bool) -> None:
         self._no_relay = what
+        if not final:
+            return
+        # Only a direct connection can come now: at most as late as others come about.
+        if self._channel == "relay":
+            self._give_up_in(0.0)
+        else:
+            self._give_up_in(RELAY_AFTER if self._hopeless else LAST_SECONDS)
 
     def adopt(self, sock: socket.socket, hello: bytes) -> None:
         """Take over a connection that the peer made to our listener."""
@@ -382,7 +391,10 @@ class Punch:
     def hurry(self, error: FmiError) -> None:
         """If nothing comes about soon, fail with `error`."""
         self._in_the_end = error
-        self._seconds = LAST_SECONDS
+        self._give_up_in(LAST_SECONDS)
+
+    def _give_up_in(self, seconds: float) -> None:
+        self._seconds = seconds
         self._timer.cancel()
         self._timer = self.reactor.call_later(self._seconds, self._expire)
 
@@ -406,7 +418,8 @@ class Punch:
         if self._in_the_end is not None:
             return self._in_the_end
         return PunchFailed(
-            f"no connection within {self._seconds:.3g} s (last: {self._last_error}); {self._why()}",
+            f"no connection after {self.reactor.now() - self._began:.1f} s "
+            f"(last: {self._last_error}); {self._why()}",
             rank=self.rank,
             peer=self.peer,
         )

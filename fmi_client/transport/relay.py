@@ -16,7 +16,8 @@ class Dial:
 
     Args:
         on_met: given the socket when the peer is at its other end.
-        on_failed: given what the server does instead, as in "the server refuses to relay".
+        on_failed: given what the server does instead, as in "the server refuses to relay", and
+            whether that is final for both ranks of the pair.
     """
 
     def __init__(
@@ -25,7 +26,7 @@ class Dial:
         server: Address,
         ticket: bytes,
         on_met: Callable[[socket.socket], None],
-        on_failed: Callable[[str], None],
+        on_failed: Callable[[str, bool], None],
     ) -> None:
         self._reactor = reactor
         self._ticket = ticket
@@ -64,8 +65,10 @@ class Dial:
             self._unreachable(error)
             return
         if answer != RELAY_GO:
-            full = answer == RELAY_FULL
-            self._fail("relays no more pairs of this job" if full else "refuses to relay")
+            if answer == RELAY_FULL:
+                self._fail("relays no more pairs of this job (--relay-pairs)", final=True)
+            else:
+                self._fail("refuses to relay")
             return
         self._reactor.unwatch(sock)
         self._sock = None
@@ -74,9 +77,9 @@ class Dial:
     def _unreachable(self, error: OSError) -> None:
         self._fail(f"cannot be asked to relay ({error.strerror})")
 
-    def _fail(self, what: str) -> None:
+    def _fail(self, what: str, final: bool = False) -> None:
         self.cancel()
-        self._on_failed(what)
+        self._on_failed(what, final)
 
     @property
     def waiting(self) -> bool:

@@ -116,20 +116,28 @@ async def test_a_job_that_relays_too_much_is_ended_and_told_why() -> None:
 
 
 @pytest.mark.usefixtures("unreachable")
-async def test_pairs_over_the_limit_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fmi_client.transport.punch.RELAY_AFTER", 0.0)
-    monkeypatch.setattr("fmi_client.joining.PUNCH_SECONDS", 0.3)
+@pytest.mark.parametrize(("channel", "nat"), [("relay", False), ("auto", True), ("auto", False)])
+async def test_pairs_over_the_limit_are_told_so(
+    channel: str, nat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fmi_client.transport.punch.RELAY_AFTER", 0.05)
+    monkeypatch.setattr("fmi_client.transport.punch.LAST_SECONDS", 0.2)
     async with serving(relay_pairs=1) as (server, address):
-        ranks = await asyncio.gather(*(join(address, r, 3) for r in range(3)))
+        ranks = await asyncio.gather(*(join(address, r, 3, channel=channel) for r in range(3)))
+        for member in next(iter(server.registry.jobs)).members.values():
+            if nat:
+                member.reach[4] = Reach(member.reach[4].seen, (("127.0.0.1", 9),))
         job = next(iter(server.registry.jobs))
         assert (await asyncio.gather(ranks[0].send(b"1", 1), ranks[1].recv(0)))[1] == b"1"
+        begun = time.monotonic()
         results = await asyncio.gather(
             ranks[0].send(b"2", 2), ranks[2].recv(0), return_exceptions=True
         )
+        assert time.monotonic() - begun < 2  # of the 10 that a punch may take
         assert any(isinstance(error, PunchFailed) for error in results)
         for error in results:
             assert isinstance(error, FmiError)
-            assert "the server relays no more pairs of this job" in str(error)
+            assert "the server relays no more pairs of this job (--relay-pairs)" in str(error)
         assert server.counters.relay_limits >= 1
         await close(ranks)
         await until(lambda: job.relay_pairs == 0)
