@@ -201,7 +201,9 @@ class Operations(Caller):
             algorithm: "doubling", "halving" or "ring", for experiments; default FMI_ALLREDUCE,
                 or what suits the size. All ranks must say the same.
 
-        dtype and shape must agree; `CollectiveMismatch` on all ranks otherwise.
+        dtype and shape must agree; `CollectiveMismatch` on all ranks otherwise. Halves (float16,
+        bfloat16) travel as halves: each combination is done in float32 and rounded, up to size - 1
+        times for an element, so cast to float32 before where that is too coarse.
         """
         op = as_op(op)
         value = make_value(obj, op, out)

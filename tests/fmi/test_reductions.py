@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fmi_client import operations, reductions
 from fmi_client.communicator import Communicator
 from fmi_client.errors import CollectiveMismatch
+from fmi_client.ops import MAX, PROD, SUM, Op
 from tests.support import run_ranks
 
 
@@ -39,6 +41,50 @@ async def test_large_arrays_are_added_and_scattered(size: int) -> None:
     exact = np.sum(arrays, axis=0, dtype="f8")
     for got, part in zip(results, np.array_split(exact, size), strict=True):
         np.testing.assert_allclose(got, part, atol=1e-5)
+
+
+def halves(size: int, count: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    return [torch.randn(count, generator=generator).to(dtype) for _ in range(size)]
+
+
+@pytest.mark.parametrize("op", [SUM, PROD, MAX])
+@pytest.mark.parametrize(
+    ("size", "count"), [(2, 1001), (3, 1001), (7, 1001), (3, 70_001), (8, 70_001)]
+)
+async def test_halves_have_the_same_bits_by_numpy_and_torch(size: int, count: int, op: Op) -> None:
+    tensors = halves(size, count, torch.float16)
+    torched = await run_ranks(size, lambda comm: comm.allreduce(tensors[comm.rank], op))
+    numpied = await run_ranks(size, lambda comm: comm.allreduce(tensors[comm.rank].numpy(), op))
+    assert {got.numpy().tobytes() for got in torched} == {got.tobytes() for got in numpied}
+    assert len({got.tobytes() for got in numpied}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+async def test_halves_are_rounded_after_each_combination(dtype: torch.dtype) -> None:
+    a, b, c, d = halves(4, 1001, dtype)
+    results = await run_ranks(4, lambda comm: comm.allreduce((a, b, c, d)[comm.rank]))
+
+    def add(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return (left.float() + right.float()).to(dtype)
+
+    assert all(torch.equal(got, add(add(a, b), add(c, d))) for got in results)
+    once = (a.float() + b.float() + c.float() + d.float()).to(dtype)
+    assert not torch.equal(results[0], once)
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize(
+    ("size", "count", "roundings"), [(8, 1001, 3), (7, 1001, 3), (8, 70_001, 3), (7, 70_001, 6)]
+)
+async def test_halves_are_rounded_as_often_as_documented(
+    size: int, count: int, roundings: int, dtype: torch.dtype, unit: float
+) -> None:
+    tensors = [tensor.abs() for tensor in halves(size, count, dtype)]
+    total = (await run_ranks(size, lambda comm: comm.allreduce(tensors[comm.rank])))[0].double()
+    exact = torch.stack(tensors).double().sum(0)
+    error = ((total - exact).abs() / exact).max()
+    assert unit / 2 < error <= (1 + unit) ** roundings - 1
 
 
 def test_which_algorithm_when() -> None:
