@@ -17,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib import metadata
 from importlib.util import find_spec
@@ -29,8 +29,8 @@ import typer
 
 from benchmarks import raw, report
 from benchmarks.peers import NAMES
+from benchmarks.start import ROOT, serve
 
-ROOT = Path(__file__).parents[1]
 SLOT_SECONDS = 300
 TCP_ONLY = ("--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", "lo")
 
@@ -154,19 +154,6 @@ def _outputs(commands: list[tuple[list[str], dict[str, str]]]) -> list[str]:
             processes.append(stack.enter_context(process))
             stack.callback(process.kill)
         return [process.communicate(timeout=SLOT_SECONDS)[0] for process in processes]
-
-
-@contextmanager
-def serve() -> Iterator[str]:
-    """Run a rendezvous server; ranks come back until it listens."""
-    port = random.randrange(20_000, 30_000)  # below those that the system gives to ranks
-    options = ["--port", str(port), "--admin-port", "-1", "--log-level", "error"]
-    command = [sys.executable, "-m", "rendezvous_server", *options]
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, cwd=ROOT, stderr=log) as server:
-        try:
-            yield f"127.0.0.1:{port}"
-        finally:
-            server.terminate()
 
 
 if __name__ == "__main__":

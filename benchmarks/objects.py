@@ -7,7 +7,6 @@ for each message. An S3 server other than AWS is named by AWS_ENDPOINT_URL.
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.start import round_trip, run_ranks
 from fmi_client import sync
 from fmi_client.transport import store as stores
 
@@ -39,45 +39,24 @@ class Counting:
         return found
 
 
-def be_rank(pipe: Any, url: str, job: str, rank: int) -> None:
+def be_rank(rank: int, size: int, url: str, job: str) -> dict[int, Any]:
     counts: Counter[str] = Counter()
     open_store = stores.open_store
     stores.open_store = lambda url: Counting(open_store(url), counts)
     results = {}
-    with sync.connect(None, job=job, rank=rank, size=2, channel="object", store=url) as comm:
+    with sync.connect(None, job=job, rank=rank, size=size, channel="object", store=url) as comm:
         for nbytes, count in SIZES.items():
             comm.barrier()
             counts.clear()
             seconds = [round_trip(comm, np.zeros(nbytes, "u1")) / 2 for _ in range(count)]
             results[nbytes] = (statistics.median(seconds), dict(counts), 2 * count)
         comm.barrier()
-    pipe.send(results)
-
-
-def round_trip(comm: sync.Communicator, array: Any) -> float:
-    start = time.perf_counter()
-    if comm.rank == 0:
-        comm.send(array, 1)
-        comm.recv(1, out=array)
-    else:
-        comm.recv(0, out=array)
-        comm.send(array, 0)
-    return time.perf_counter() - start
+    return results
 
 
 def main(url: Annotated[str, typer.Argument(help="A folder, or s3://bucket/prefix.")]) -> None:
     """Time messages through a store, and count its requests."""
-    spawn = multiprocessing.get_context("spawn")
-    job = f"bench-{time.time_ns()}"
-    pipes, processes = [], []
-    for rank in range(2):
-        ours, theirs = spawn.Pipe(duplex=False)
-        processes.append(spawn.Process(target=be_rank, args=(theirs, url, job, rank)))
-        processes[-1].start()
-        pipes.append(ours)
-    ranks = [pipe.recv() for pipe in pipes]
-    for process in processes:
-        process.join()
+    ranks = run_ranks(2, be_rank, url, f"bench-{time.time_ns()}")
     print("| bytes | ms | MB/s | " + " | ".join(REQUESTS.values()) + " |")
     print("|---|---|---|" + "---|" * len(REQUESTS))
     for nbytes in SIZES:

@@ -11,19 +11,15 @@ the same run, one after the other, so that what else the machine does hits both 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+import typer
 
+from benchmarks.start import round_trip, run_ranks, serve
 from fmi_client.sync import Communicator, connect
-from fmi_client.transport.punch import Punch
 
 MESSAGE_BYTES = 64_000_000
 MESSAGES = 5
@@ -48,44 +44,15 @@ def one_way(comm: Communicator) -> float:
     return statistics.median(rates)
 
 
-def round_trip(comm: Communicator) -> float:
-    """Return the median seconds of 8 bytes there and back."""
-    message = np.zeros(1)
-    taken = []
-    for _ in range(ROUND_TRIPS):
-        began = time.perf_counter()
-        if comm.rank == 0:
-            comm.send(message, 1)
-            comm.recv(1, out=message)
-        else:
-            comm.recv(0, out=message)
-            comm.send(message, 0)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
-
-
-def be(rank: int, address: str, kind: str) -> None:
-    """Be one rank; rank 0 prints what it measured."""
-    if kind == "relay":
-        Punch._attempt = lambda *_: None  # type: ignore[method-assign]
-    with connect(address, job=f"{kind} {os.getppid()}", rank=rank, size=2) as comm:
+def be_rank(rank: int, size: int, address: str, kind: str) -> dict[str, float]:
+    """Be one rank of a pair; returns the median seconds of a round trip, and bytes a second."""
+    with connect(address, job=kind, rank=rank, size=size, channel=kind) as comm:
         comm.barrier()
-        figures = {"rtt": round_trip(comm), "rate": one_way(comm)}
+        message = np.zeros(1)
+        rtt = statistics.median(round_trip(comm, message) for _ in range(ROUND_TRIPS))
+        figures = {"rtt": rtt, "rate": one_way(comm)}
         links = comm.stats()["links"]
         assert links[1 - rank]["kind"] == kind, links
-        if rank == 0:
-            print(json.dumps(figures))
-
-
-def measure(address: str, kind: str) -> dict[str, float]:
-    """Run one pair of processes."""
-    command = [sys.executable, "-m", "benchmarks.relay", "--at", address, "--kind", kind]
-    ranks = [
-        subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    figures: dict[str, float] = json.loads(outputs[0])
     return figures
 
 
@@ -105,30 +72,15 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--runs", type=int, default=7)
-    for hidden in ("--rank", "--at", "--kind"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.rank is not None:
-        be(int(arguments.rank), arguments.at, arguments.kind)
-        return
-    command = [sys.executable, "-m", "rendezvous_server", "--port", "0", "--admin-port", "-1"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert server.stderr is not None
-    try:
-        listening: dict[str, Any] = json.loads(server.stderr.readline())
-        address = f"127.0.0.1:{listening['port']}"
-        results: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
-        for _ in range(arguments.runs):
+def main(runs: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 7) -> None:
+    """Compare a direct link with one through the server."""
+    results: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    with serve() as address:
+        for _ in range(runs):
             for kind in KINDS:
-                results[kind].append(measure(address, kind))
-        print(table(results))
-    finally:
-        server.kill()
-        server.wait()
+                results[kind].append(run_ranks(2, be_rank, address, kind)[0])
+    print(table(results))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

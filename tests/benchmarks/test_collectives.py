@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import raw, report
-from benchmarks.collectives import run, serve
+from benchmarks.collectives import run
+from benchmarks.start import serve
 
 
 @pytest.fixture(scope="module")
