@@ -29,9 +29,9 @@ from fmi_client.protocol.peer import POINT_TO_POINT, Buffer
 from fmi_client.transport import objects
 from fmi_client.transport.objects import ObjectLink
 from fmi_client.transport.store import FolderStore
+from tests.fmi import everything
 from tests.fmi.test_collectives import same_bits
 from tests.fmi.test_failures import outcome
-from tests.fmi.test_processes import everything
 from tests.processes import run_processes
 from tests.support import KEY, RankFunction, until
 
@@ -77,65 +77,21 @@ async def crash(comm: Communicator) -> None:
 
 
 # --------------------------------------------------------------------------- what works
-async def every_collective(comm: Communicator) -> Any:
-    rank, size = comm.rank, comm.size
-    big = np.full(100_000, rank + 1, "f4")
-    await comm.barrier()
-    pairs = await comm.split(rank // 2)
-    return [
-        await comm.bcast({"a": rank}, root=size - 1),
-        await comm.gather(rank, root=1),
-        (await comm.allgather(np.arange(rank)))[-1].tolist(),
-        await comm.scatter([r * r for r in range(size)] if rank == 0 else None),
-        await comm.reduce(rank, fmi_client.MAX),
-        float((await comm.allreduce(big))[-1]),
-        (await comm.allreduce(np.float64(0.5))).item(),
-        (await comm.reduce_scatter(np.arange(size))).tolist(),
-        (await comm.alltoall([(rank, d) for d in range(size)]))[0],
-        await comm.scan(1),
-        await comm.exscan(1),
-        await comm.sendrecv(rank, (rank + 1) % size, (rank - 1) % size),
-        await pairs.allreduce(rank),
-        len(await comm.bcast(bytes(5_000_000))),
-        {link["kind"] for link in comm.stats()["links"].values()},
-    ]
-
-
-def expected(rank: int, size: int) -> list[Any]:
-    return [
-        {"a": size - 1},
-        list(range(size)) if rank == 1 else None,
-        list(range(size - 1)),
-        rank * rank,
-        size - 1 if rank == 0 else None,
-        size * (size + 1) / 2,
-        size / 2,
-        [rank * size],
-        (0, rank),
-        rank + 1,
-        rank if rank else None,
-        (rank - 1) % size,
-        sum(r for r in range(size) if r // 2 == rank // 2),
-        5_000_000,
-        {"object"},
-    ]
-
-
 @pytest.mark.parametrize("size", [2, 3, 4])
 async def test_every_collective_awaited(store: str, size: int) -> None:
-    results = await run(store, size, every_collective)
-    assert results == [expected(rank, size) for rank in range(size)]
+    results = await run(store, size, everything.awaited)
+    assert results == [everything.expected(rank, size, "object") for rank in range(size)]
 
 
 @pytest.mark.parametrize("size", [3, 4])
 def test_every_collective_blocking(store: str, size: int) -> None:
-    results = run_processes(None, size, everything, channel="object", store=store)
-    assert results == [expected(rank, size) for rank in range(size)]
+    results = run_processes(None, size, everything.blocking, channel="object", store=store)
+    assert results == [everything.expected(rank, size, "object") for rank in range(size)]
 
 
 def test_nothing_is_left_in_the_store(tmp_path: Path) -> None:
-    results = asyncio.run(run(tmp_path, 3, every_collective))
-    assert results == [expected(rank, 3) for rank in range(3)]
+    results = asyncio.run(run(tmp_path, 3, everything.awaited))
+    assert results == [everything.expected(rank, 3, "object") for rank in range(3)]
     assert list(tmp_path.iterdir()) == []
     with sync.connect(
         None, job="one", rank=0, size=1, channel="object", store=str(tmp_path)
