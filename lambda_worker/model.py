@@ -43,6 +43,7 @@ class ModelConfig:
         bands: channels of the image and length of the magnitude vector (ugriz).
         patch, width, depth, heads, mlp_ratio: the vision transformer.
         pcm_groups, pcm_kernel: grouped convolution that runs beside each block's attention.
+        norm_eps: epsilon of the LayerNorms of the transformer's blocks.
         stem: channels of the 1x1 convolution that opens the Inception branch.
         inception: channels of each branch of the five Inception blocks.
         magnitude_width: width of the five layers of the magnitude branch.
@@ -63,6 +64,7 @@ class ModelConfig:
     mlp_ratio: int = 4
     pcm_groups: int = 48
     pcm_kernel: int = 1
+    norm_eps: float = NORM_EPS
     stem: int = 32
     inception: tuple[int, ...] = (16, 16, 8, 8, 4)
     magnitude_width: int = 1024
@@ -113,9 +115,9 @@ class Block(nn.Module):
         super().__init__()
         width, hidden = config.width, config.width * config.mlp_ratio
         kernel, groups = config.pcm_kernel, config.pcm_groups
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
         self.attn = Attention(width, config.heads)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = Mlp(width, hidden)
         self.PCM = nn.Sequential(
             nn.Conv2d(width, hidden, kernel, padding=kernel // 2, groups=groups),
@@ -317,13 +319,13 @@ def load_model(path: str | Path) -> AstroMAE:
             # Cloned into aligned memory: in the mapped file an offset decides which kernel
             # torch picks, and the last bit of its result.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return assemble(config, tensors)
     except FileNotFoundError as error:
         raise ModelError(f"no model file at {path}") from error
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} is no whole safetensors file: {error}") from error
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    return _assemble(config, tensors, path)
 
 
 def _parse_config(metadata: Mapping[str, str]) -> ModelConfig:
@@ -341,7 +343,12 @@ def _as_tuple(value: Any) -> Any:
     return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
-def _assemble(config: ModelConfig, tensors: dict[str, Tensor], path: str | Path) -> AstroMAE:
+def assemble(config: ModelConfig, tensors: dict[str, Tensor]) -> AstroMAE:
+    """The model of these weights, in eval mode; they are not copied.
+
+    Raises:
+        ModelError: names, shapes or types do not fit the config.
+    """
     # The meta device allocates and initialises nothing: the file's tensors become the weights,
     # and a config that asks for absurd sizes costs no memory before the shapes are compared.
     try:
@@ -356,7 +363,7 @@ def _assemble(config: ModelConfig, tensors: dict[str, Tensor], path: str | Path)
                 raise TypeError(f"{name} is {tensors[name].dtype}")
         model.load_state_dict(tensors, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{path}: its tensors do not fit its config: {_first(error)}") from error
+        raise ModelError(f"its tensors do not fit its config: {_first(error)}") from error
     return model.eval()
 
 
@@ -370,7 +377,7 @@ def _first(error: Exception) -> str:
 
 def _check(config: ModelConfig) -> None:
     """Refuse sizes that torch would refuse late, or not at all."""
-    sizes = [v for v in asdict(config).values() if not isinstance(v, tuple)]
+    sizes = [v for k, v in asdict(config).items() if k != "norm_eps" and not isinstance(v, tuple)]
     if min(sizes + list(config.inception)) < 1 or len(config.inception) != 5:
         raise ModelError("sizes must be positive, with five Inception blocks")
     if config.image_size % config.patch or config.image_size % 8:
@@ -382,6 +389,10 @@ def _check(config: ModelConfig) -> None:
             f"width must be a multiple of heads ({config.heads}) and of pcm_groups "
             f"({config.pcm_groups}), not {config.width}"
         )
+    if config.pcm_kernel % 2 == 0:
+        raise ModelError(f"pcm_kernel must be odd, not {config.pcm_kernel}")
+    if not 0 < config.norm_eps < 1:
+        raise ModelError(f"norm_eps must be a small positive number, not {config.norm_eps}")
     mix = config.magnitude_mix
     lengths = [len(v) for v in (config.asinh_softening, config.magnitude_mean, mix, *mix)]
     if any(length not in (0, config.bands) for length in lengths):

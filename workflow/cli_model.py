@@ -1,7 +1,8 @@
-"""The command line of models: ``cosmic model train``."""
+"""The command line of models: ``cosmic model train`` and ``convert``."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from workflow.cli_base import fail, group
 
-commands = group("The demo model.")
+commands = group("Models: train the demo model, take over the published one.")
 
 
 @commands.command("train")
@@ -50,3 +51,46 @@ def train(
     print(f"{out / 'model.safetensors'}: {done['parameters']:,} parameters")
     print(f"on {done['n']:,} held-out galaxies: {values}")
     print(f"use it: cosmic run --model {out / 'model.safetensors'}")
+
+
+@commands.command("convert")
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT.pt", help="What the original's torch.save wrote.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT.safetensors", help="The file to write or replace.")
+    ],
+    heads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Attention heads, which a state_dict does not say  [default: 6]",
+        ),
+    ] = None,
+) -> None:
+    """Convert an AstroMAE checkpoint, a pickled PyTorch module, into a model file.
+
+    Safe with files of strangers: nothing in the file is executed, and what it names beyond
+    AstroMAE's own classes is refused by name. Neither timm nor the original code is needed.
+    """
+    from lambda_worker.checkpoint import convert as convert_file
+    from lambda_worker.model import ModelError
+
+    try:
+        done = convert_file(checkpoint, out, heads=heads)
+    except (ModelError, OSError) as error:
+        fail(error)
+    config = done.config
+    print(f"{out}: {done.parameters:,} parameters, from {done.form}")
+    print(
+        f"images {config.bands} x {config.image_size} x {config.image_size} in patches of "
+        f"{config.patch}; transformer of width {config.width}, depth {config.depth}, "
+        f"{config.heads} heads; Inception {config.inception}"
+    )
+    print(f"{checkpoint}: sha256 {done.sha256}")
+    if done.heads_from == "default":
+        text = f"Note: a state_dict does not say its attention heads; {config.heads} as published"
+        print(f"{text}, give others with --heads.", file=sys.stderr)
+    print(f"use it: cosmic run --model {out}")
