@@ -150,10 +150,10 @@ def _read(path: Path) -> bytes:
     if not path.is_file():
         raise ModelError("no such file")
     with path.open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ModelError(f"more than {MAX_BYTES:,} bytes, which no AstroMAE has")
-    return data
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            raise ModelError(f"more than {MAX_BYTES:,} bytes, which no AstroMAE has")
+        return file.read(size)
 
 
 def _find(root: Any) -> _Found:
@@ -265,16 +265,16 @@ class _Tensors:
 
 
 def _heads(found: _Found, given: int | None) -> tuple[int, str]:
-    told = (m.state.get("num_heads") for m in found.modules.values() if m.name == ATTENTION)
-    numbers = {number for number in told if type(number) is int}
+    told = [m.state.get("num_heads") for m in found.modules.values() if m.name == ATTENTION]
+    numbers = {number if type(number) is int else None for number in told}
     if len(numbers) > 1:
         raise ModelError("its attention layers differ in their number of heads")
-    if not numbers:
+    if numbers <= {None}:
         return (HEADS, "default") if given is None else (given, "--heads")
     number = numbers.pop()
     if given not in (None, number):
         raise ModelError(f"says itself that it has {number} heads: leave out --heads")
-    return number, "checkpoint"
+    return int(number or 0), "checkpoint"
 
 
 def _infer(found: _Found, tensors: dict[str, Array], heads: int) -> ModelConfig:

@@ -96,6 +96,8 @@ class Archive:
         pickles = [e.filename for e in entries if e.filename.endswith("/data.pkl")]
         if len(pickles) != 1 or len({e.filename for e in entries}) != len(entries):
             raise InertError("not a .pt file: a zip archive without a single data.pkl")
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+            raise InertError("compressed, which torch.save never does: save it again with it")
         if sum(e.file_size for e in entries) > len(data):
             raise InertError("damaged: its entries claim more bytes than the file has")
         self._folder = pickles[0].removesuffix("data.pkl")
@@ -104,14 +106,12 @@ class Archive:
         """An entry's bytes, checked against its checksum.
 
         Raises:
-            InertError: missing, compressed, damaged, or longer than `limit` bytes.
+            InertError: missing, damaged, or longer than `limit` bytes.
         """
         try:
             entry = self._zip.getinfo(self._folder + name)
         except KeyError:
             raise InertError(f"damaged: it has no entry {printable(name)}") from None
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise InertError("compressed, which torch.save never does: save it again with it")
         if limit is not None and entry.file_size > limit:
             raise InertError(f"{printable(name)} has more than {limit:,} bytes")
         return _guarded(lambda: self._zip.read(entry))
@@ -137,14 +137,14 @@ def content(pickled: bytes, allowed: Allowed) -> Any:
     try:
         for opcode, argument, _ in operations:
             if opcode.name == "STOP":
-                return machine.stack.pop()
+                break
             machine.step(opcode.name, argument)
+        return machine.stack.pop()
     except InertError:
         raise
     # An empty stack, an unknown memo, a list where a dict is wanted, text that is no UTF-8 …
     except (LookupError, TypeError, AttributeError, ValueError, Warning) as error:
         raise InertError(f"damaged: its pickle cannot be read: {_brief(error)}") from error
-    raise InertError("damaged: its pickle has no end")
 
 
 class _Machine:
@@ -191,7 +191,9 @@ class _Machine:
         elif opcode in self._actions:
             self._actions[opcode](argument)
         else:
-            raise InertError(f"its pickle uses {opcode}, which torch.save does not write")
+            # INST names a global and calls it.
+            what = f"INST {printable(argument.replace(' ', '.'))}" if opcode == "INST" else opcode
+            raise InertError(f"refused: its pickle uses {what}, which torch.save does not write")
 
     def _push(self, value: Any) -> None:
         self.stack.append(value)
