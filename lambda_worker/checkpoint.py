@@ -9,6 +9,7 @@ or compared with what our model computes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ from lambda_worker.model import (
 )
 
 MAX_BYTES = 1 << 30  # of a checkpoint; the published one has 64 MB
-MAX_MODULES = 10_000  # the published model has some 400
+MAX_NAMES = 10_000  # of modules, and of tensors; the published model has some 400 and 508
+MAX_NAME = 200  # characters of a module's or tensor's dotted name
 HEADS = 6  # the published number, where a file cannot say it
 
 STORAGES: dict[str, np.dtype[Any]] = {
@@ -119,6 +121,8 @@ def convert(source: str | Path, target: str | Path, *, heads: int | None = None)
         OSError: the target cannot be written.
     """
     path = Path(source)
+    if Path(target).is_dir():
+        raise IsADirectoryError(f"cannot write {target}: it is a folder, name a file in it")
     try:
         data = _read(path)
         if Path(target).exists() and os.path.samefile(path, target):
@@ -169,9 +173,11 @@ def _find(root: Any) -> _Found:
     for name, module in _walk(root):
         found.modules[name] = module
         for kind in ("_parameters", "_buffers"):
-            for leaf, value in _dict(module, kind).items():
+            values = _dict(module, kind)
+            _check_number(len(found.tensors) + len(values))
+            for leaf, value in values.items():
                 if value is not None:
-                    found.tensors[f"{name}.{leaf}" if name else str(leaf)] = value
+                    found.tensors[_join(name, leaf)] = value
     return found
 
 
@@ -182,19 +188,35 @@ def _without_prefix(state: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _walk(root: Made) -> Iterator[tuple[str, Made]]:
-    """Every module under its dotted name. One under two names comes twice, but not for ever."""
+    """Every module under its dotted name; one under two names comes twice.
+
+    In a file that lies, modules can contain each other, or all of them the same thousand.
+    """
     todo = [("", root)]
-    for _ in range(MAX_MODULES):
+    for count in itertools.count():
         if not todo:
             return
         name, module = todo.pop()
         yield name, module
-        for leaf, child in _dict(module, "_modules").items():
+        children = _dict(module, "_modules")
+        _check_number(count + len(todo) + len(children))
+        for leaf, child in children.items():
             if isinstance(child, Made):
-                todo.append((f"{name}.{leaf}" if name else str(leaf), child))
+                todo.append((_join(name, leaf), child))
             elif child is not None:
-                raise ModelError(f"{printable(f'{name}.{leaf}')} is no module")
-    raise ModelError(f"more than {MAX_MODULES:,} modules")
+                raise ModelError(f"{printable(_join(name, leaf))} is no module")
+
+
+def _check_number(names: int) -> None:
+    if names > MAX_NAMES:
+        raise ModelError(f"more than {MAX_NAMES:,} modules or tensors, which no AstroMAE has")
+
+
+def _join(name: str, leaf: str | int) -> str:
+    joined = f"{name}.{leaf}" if name else str(leaf)
+    if len(joined) > MAX_NAME:
+        raise ModelError(f"has a name of more than {MAX_NAME} characters: {printable(joined)}")
+    return joined
 
 
 def _dict(module: Made, key: str) -> dict[Any, Any]:
@@ -222,12 +244,9 @@ class _Tensors:
     def _array(self, value: Any, name: str) -> Array:
         if isinstance(value, Made) and value.name in PARAMETERS and value.args:
             value = value.args[0]
-        match value:
-            case Made(name="torch._utils._rebuild_tensor_v2", args=args):
-                pass
-            case _:
-                raise ModelError(f"{name} is no tensor")
-        match args:
+        if not isinstance(value, Made) or value.name != TENSOR:
+            raise ModelError(f"{name} is no tensor")
+        match value.args:
             case (Storage() as storage, int(offset), tuple(shape), tuple(stride), *_):
                 return self._view(storage, offset, shape, stride, name)
         raise ModelError(f"{name} is no dense tensor")
@@ -269,12 +288,12 @@ def _heads(found: _Found, given: int | None) -> tuple[int, str]:
     numbers = {number if type(number) is int else None for number in told}
     if len(numbers) > 1:
         raise ModelError("its attention layers differ in their number of heads")
-    if numbers <= {None}:
+    number = numbers.pop() if numbers else None
+    if number is None:
         return (HEADS, "default") if given is None else (given, "--heads")
-    number = numbers.pop()
     if given not in (None, number):
         raise ModelError(f"says itself that it has {number} heads: leave out --heads")
-    return int(number or 0), "checkpoint"
+    return number, "checkpoint"
 
 
 def _infer(found: _Found, tensors: dict[str, Array], heads: int) -> ModelConfig:
@@ -359,6 +378,11 @@ def _same(told: Any, value: object) -> bool:
     have = told if isinstance(told, tuple) else (told,)
     size = max(len(want), len(have))
     want, have = (part * size if len(part) == 1 else part for part in (want, have))
-    # Not `have == want`: comparing what is nested deeply enough would end in the C stack.
-    plain = all(isinstance(number, int | float | str) for number in have)
-    return plain and have == want
+    return len(have) == len(want) and all(map(_same_number, have, want))
+
+
+def _same_number(told: Any, value: object) -> bool:
+    # By type first: comparing what is nested deeply enough would end in the C stack.
+    if isinstance(told, float) and isinstance(value, float):
+        return math.isclose(told, value)
+    return isinstance(told, int | float | str) and told == value

@@ -94,8 +94,10 @@ class Archive:
         self._zip = _guarded(lambda: zipfile.ZipFile(io.BytesIO(data)))
         entries = self._zip.infolist()
         pickles = [e.filename for e in entries if e.filename.endswith("/data.pkl")]
-        if len(pickles) != 1 or len({e.filename for e in entries}) != len(entries):
+        if len(pickles) != 1:
             raise InertError("not a .pt file: a zip archive without a single data.pkl")
+        if len({e.filename for e in entries}) != len(entries):
+            raise InertError("damaged: it has an entry twice")
         if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
             raise InertError("compressed, which torch.save never does: save it again with it")
         if sum(e.file_size for e in entries) > len(data):

@@ -146,6 +146,16 @@ def test_the_checkpoint_itself_is_not_overwritten(small_original: Path, tmp_path
             convert(source, target)
 
 
+@pytest.mark.parametrize("folder", [".", "/", "sub"])
+def test_a_folder_as_the_target_is_refused(
+    small_original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sub").mkdir()
+    with pytest.raises(OSError, match="it is a folder, name a file in it"):
+        convert(small_original / "parallel.pt", folder)
+
+
 def test_heads_that_contradict_the_checkpoint_are_refused(
     small_original: Path, tmp_path: Path
 ) -> None:
@@ -170,6 +180,7 @@ def attribute(name: str) -> bytes:
         (attribute("approximate"), b"X....none", text("tanh"), "has another approximate than none"),
         (attribute("padding_mode"), b"X....zeros", text("reflect"), "another padding_mode than"),
         (attribute("num_heads"), b"K\x03", b"K\x04", "differ in their number of heads"),
+        (attribute("num_heads"), b"K\x03", b"N", "differ in their number of heads"),
         (attribute("eps"), b"G........", b"G" + 8 * b"\x3f", r"fc_norm has another eps than 1e-06"),
         (b"torch.nn.modules.activation\n", b"GELU", b"ReLU", "act is a ReLU, which AstroMAE"),
         (b"torch.nn.modules.pooling\n", b"AvgPool2d", b"MaxPool2d", "is a MaxPool2d, where"),

@@ -316,14 +316,28 @@ def regressor(modules: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("modules", "complaint"),
     [
-        (b"}" + text("self") + b"h\0s", "more than 10,000 modules"),
-        (b"}(" + text("a") + b"h\0" + text("b") + b"h\0u", "more than 10,000 modules"),
+        (b"}" + text("self") + b"h\0s", "a name of more than 200 characters: self.self.self"),
+        (b"}" + text(1_000_000 * "x") + b"h\0s", "a name of more than 200 characters: xxx"),
+        (b"}(" + b"".join(number(i) + b"h\0" for i in range(2000)) + b"u", "more than 10,000 mod"),
+        (
+            b"}(" + b"".join(number(i) + b"h\0" for i in range(10_001)) + b"u",
+            "more than 10,000 mod",
+        ),
         (b"}" + text("blocks") + ONE + b"s", "blocks is no module"),
         (b"]", "_modules is no dict"),
     ],
 )
 def test_modules_in_circles_are_refused(tmp_path: Path, modules: bytes, complaint: str) -> None:
     refused(pack(tmp_path / "m.pt", PROTO + regressor(modules) + STOP), complaint)
+
+
+def test_many_modules_with_the_same_thousand_tensors_are_refused(tmp_path: Path) -> None:
+    values = b"}(" + b"".join(number(i) + b"K\1" for i in range(1000)) + b"u"
+    attributes = b"}" + text("_parameters") + values + b"s"
+    child = named("torch.nn.modules.linear.Linear") + b")\x81" + attributes + b"bq\1"
+    children = b"}(" + text("0") + child
+    children += b"".join(number(i) + b"h\1" for i in range(1, 20)) + b"u"
+    refused(pack(tmp_path / "m.pt", PROTO + regressor(children) + STOP), "more than 10,000 mod")
 
 
 def test_names_of_strangers_are_shown_without_control_characters(tmp_path: Path) -> None:
@@ -356,10 +370,10 @@ def test_other_archives_are_refused(tmp_path: Path, names: list[str]) -> None:
 
 
 def test_an_entry_given_twice_is_refused(tmp_path: Path) -> None:
-    path = pack(tmp_path / "m.pt", PROTO + b"N.")
+    path = pack(tmp_path / "m.pt", PROTO + b"N.", {"0": b"one"})
     with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
-        file.writestr("archive/data.pkl", PROTO + b"N.")
-    refused(path, "without a single data.pkl")
+        file.writestr("archive/data/0", b"two")
+    refused(path, "an entry twice")
 
 
 def test_an_old_format_says_what_to_do(small_original: Path, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
         (["check"], ["SERVER", "--secret-file", "--job try --size 2 --rank 1", '{"server":']),
         (["data", "make"], ["--split", "./data/demo-SIZE-SPLIT-SEED-VERSION.pt"]),
         (["model", "train"], ["--epochs"]),
+        (["model", "convert"], ["CHECKPOINT.pt", "OUT.safetensors", "--heads", "refused by name"]),
     ],
 )
 def test_help_teaches(start: Start, words: list[str], shown: list[str]) -> None:
