@@ -1,8 +1,8 @@
 """Checkpoints as the original project wrote them: a pickled module of classes we do not have.
 
 Run as a program, in a process of its own, it builds a model of fake classes under the original
-names with random weights, and saves it with what it predicts. The process
-that converts the checkpoint never sees these classes.
+names with random weights, and saves it with what it predicts. The process that converts the
+checkpoint never sees these classes.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +184,12 @@ def attribute(name: str) -> bytes:
         (attribute("num_heads"), b"K\x03", b"K\x04", "differ in their number of heads"),
         (attribute("num_heads"), b"K\x03", b"N", "differ in their number of heads"),
         (attribute("eps"), b"G........", b"G" + 8 * b"\x3f", r"fc_norm has another eps than 1e-06"),
+        (
+            b"norm1.*?",
+            b"G" + re.escape(struct.pack(">d", 1e-5)),
+            b"G" + struct.pack(">d", 2.0),
+            "the eps of blocks.0.norm1 is no small number",
+        ),
         (b"torch.nn.modules.activation\n", b"GELU", b"ReLU", "act is a ReLU, which AstroMAE"),
         (b"torch.nn.modules.pooling\n", b"AvgPool2d", b"MaxPool2d", "is a MaxPool2d, where"),
         (attribute("_modules"), b".", b"N", "DataParallel._modules is no dict|cannot be read"),

@@ -215,10 +215,13 @@ def test_tensors_that_lie_are_refused(tmp_path: Path, value: bytes, complaint: s
     refused(pack(tmp_path / "m.pt", PROTO + state + STOP, {"0": bytes(24)}), complaint)
 
 
-def test_a_tensor_that_says_the_truth_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [(sizes(2, 2), sizes(3, 1)), (sizes(1, 5), sizes(1 << 900, 1)), (b")", b")")],
+)
+def test_a_tensor_that_says_the_truth_is_read(tmp_path: Path, shape: bytes, stride: bytes) -> None:
     """The counterpart of the lies above: with true numbers it is another thing that is missing."""
-    good = tensor(GOOD, number(1), sizes(2, 2), sizes(3, 1))
-    state = b"}" + text("head.bias") + good + b"s"
+    state = b"}" + text("head.bias") + tensor(GOOD, number(1), shape, stride) + b"s"
     refused(pack(tmp_path / "m.pt", PROTO + state + STOP, {"0": bytes(24)}), "has no cls_token")
 
 
