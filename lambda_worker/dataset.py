@@ -1,34 +1,358 @@
 """Reading `.pt` files that nobody vouches for.
 
 A file holds a TensorDataset (or a tuple) of images (N, 5, 32, 32), magnitudes (N, 5) and redshift
-(N,), each float32 or float64. It is read with `weights_only=True`: nothing in it is ever executed.
-Local files are mapped, so that only the rows that are used are read.
+(N,), each float32 or float64. Only the bytes of the rows that are used are read (`ptfile`), local
+or from S3, a block at a time and the next one in advance. What cannot be read so is read whole by
+torch with `weights_only=True`. Nothing in a file is ever executed.
 """
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import TensorDataset
 
-from lambda_worker import storage
+from lambda_worker import ptfile, storage
 from lambda_worker.shard import Piece, cut
 
+log = logging.getLogger("lambda_worker")
+
 Array = NDArray[Any]
+Item = TypeVar("Item")
 
 SHAPES = {"images": (5, 32, 32), "magnitudes": (5,), "redshift": ()}
-# Both torch's list of safe classes and Python's warning filters belong to the whole process.
-_one_at_a_time = threading.Lock()
+BLOCK = 8 << 20  # bytes; a request to S3 takes some 30 ms, as long as 2 MB take to come
+WINDOW = 1 << 20  # bytes of magnitudes or redshift that are read at once: rows of several blocks
+OPENERS = 16  # files at a time: to open one takes five requests, one after the other
+
+
+class DatasetError(ValueError):
+    """A data file cannot be used; the text names the file and the problem."""
+
+
+class Rows(NamedTuple):
+    """Rows of a dataset: images (N, 5, 32, 32) nanomaggies ugriz, magnitudes (N, 5), redshift
+    (N,), each float32 or float64."""
+
+    images: Array
+    magnitudes: Array
+    redshift: Array
+
+    def part(self, start: int, stop: int) -> Rows:
+        return Rows(*(array[start:stop] for array in self))
+
+
+class File(Protocol):
+    """An open data file; `dtypes` are those of images, magnitudes and redshift."""
+
+    rows: int
+    dtypes: list[np.dtype[Any]]
+
+    @property
+    def bytes_read(self) -> int: ...
+
+    @property
+    def requests(self) -> int: ...
+
+    def fill(self, column: int, start: int, limit: int, out: Array) -> None:
+        """Put rows of a column from `start` on into `out`; up to `limit` they may be read."""
+
+
+class Shard:
+    """The rows of a rank, over one or many files, in order.
+
+    Args:
+        pieces: which rows; may be empty, and may name a file several times.
+        folder: takes downloads of objects that cannot be read by range.
+
+    Raises:
+        DatasetError: a file is missing, damaged, or has other rows than the pieces say.
+        StorageError: a file cannot be read.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], folder: Path) -> None:
+        self.pieces = [piece for piece in pieces if piece.start < piece.stop]
+        urls = sorted({piece.file for piece in self.pieces})
+        with ThreadPoolExecutor(OPENERS) as pool:
+            files = list(pool.map(lambda url: _open(url, folder), urls))
+        self._files = dict(zip(urls, files, strict=True))
+        for piece in self.pieces:
+            _check_rows(piece, self._files[piece.file].rows)
+        self._lengths = {str(i): p.stop - p.start for i, p in enumerate(self.pieces)}
+        self._checked, self._flaws = 0, dict[int, str]()
+
+    def __len__(self) -> int:
+        return sum(self._lengths.values())
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the files that were read so far, directories included."""
+        return sum(file.bytes_read for file in self._files.values())
+
+    @property
+    def requests(self) -> int:
+        """Reads of local files and requests to S3 so far."""
+        return sum(file.requests for file in self._files.values())
+
+    def batches(self, batch_size: int) -> Generator[tuple[int, int, Rows]]:
+        """All rows in order as (start, stop, rows `start` to `stop` of the shard).
+
+        They are views of blocks of 8 MiB, or of one batch if that is larger, and the next block is
+        read meanwhile, in a thread that ends with the iterator: close that, if it is left early. At
+        most three blocks are in memory, one of which is that of the rows that the caller keeps.
+
+        Raises:
+            StorageError: a file cannot be read, or was changed meanwhile.
+        """
+        row = sum(array.nbytes for array in _empty(1, list(self._files.values())))
+        step = batch_size * max(1, BLOCK // (batch_size * row))
+        total = len(self)
+        blocks = (self._block(at, min(at + step, total)) for at in range(0, total, step))
+        with closing(_ahead(blocks)) as read:
+            for first, block in read:
+                for at in range(0, len(block.redshift), batch_size):
+                    part = block.part(at, at + batch_size)
+                    yield first + at, first + at + len(part.redshift), part
+
+    def batch(self, start: int, stop: int) -> Rows:
+        """Rows `start` to `stop` of the shard, read now.
+
+        Raises:
+            StorageError: a file cannot be read, or was changed meanwhile.
+        """
+        spans = cut(self._lengths, start, stop)
+        pieces = [self.pieces[int(span.file)] for span in spans]
+        rows, at = _empty(stop - start, [self._files[piece.file] for piece in pieces]), 0
+        for span, piece in zip(spans, pieces, strict=True):
+            part = rows.part(at, at := at + span.stop - span.start)
+            for column, array in enumerate(part):
+                file = self._files[piece.file]
+                file.fill(column, piece.start + span.start, piece.stop, array)
+        return rows
+
+    def flaw(self, row: int) -> str | None:
+        """Which part of a row is not finite (or, for a redshift, not above -1), if any."""
+        if row < self._checked:  # read by `batches`, which remembers
+            return self._flaws.get(row)
+        return _flaws(self.batch(row, row + 1)).get(0)
+
+    def name(self, row: int) -> str:
+        """Which file and row the shard's row is, for messages."""
+        span = cut(self._lengths, row, row + 1)[0]
+        piece = self.pieces[int(span.file)]
+        return f"{piece.file} row {piece.start + span.start}"
+
+    def _block(self, start: int, stop: int) -> tuple[int, Rows]:
+        rows = self.batch(start, stop)
+        self._flaws |= {start + row: flaw for row, flaw in _flaws(rows).items()}
+        self._checked = max(self._checked, stop)
+        return start, rows
+
+
+def count(url: str) -> int:
+    """Number of rows of a file, without reading them.
+
+    Raises:
+        DatasetError: as `Shard`.
+        StorageError: an object cannot be read.
+    """
+    try:
+        archive = _archive(_ranged(url), url)
+        tensors = _tensors(archive.content, url)
+        with _format_errors(url):
+            for tensor in tensors:
+                archive.check(tensor)
+        return tensors[0].shape[0]
+    except ptfile.Unusual:
+        with TemporaryDirectory(prefix="cosmic-") as folder:
+            return _Whole(url, Path(folder)).rows
+
+
+class _ByRange:
+    """A file of which the rows that are wanted are read.
+
+    Raises:
+        DatasetError, StorageError; Unusual: it has to be read whole.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._ranged = _ranged(url)
+        archive = _archive(self._ranged, url)
+        tensors = _tensors(archive.content, url)
+        for name, tensor in zip(SHAPES, tensors, strict=True):
+            if tensor.dtype == "bfloat16":
+                raise ptfile.Unusual(f"its {name} are bfloat16: save them again as float32")
+            if not tensor.contiguous:
+                raise ptfile.Unusual(f"its {name} are strided: save them again as contiguous()")
+        with _format_errors(url):
+            self._starts = [archive.start(tensor) for tensor in tensors]
+        self.rows = tensors[0].shape[0]
+        self.dtypes = [np.dtype(tensor.dtype).newbyteorder("<") for tensor in tensors]
+        self._windows = [(0, array) for array in _empty(0, [self])]
+
+    @property
+    def bytes_read(self) -> int:
+        return self._ranged.bytes_read
+
+    @property
+    def requests(self) -> int:
+        return self._ranged.requests
+
+    def fill(self, column: int, start: int, limit: int, out: Array) -> None:
+        if out[:1].nbytes > 1024:
+            self._read(column, start, out)
+        else:
+            self._fill_from_window(column, start, limit, out)
+
+    def _fill_from_window(self, column: int, start: int, limit: int, out: Array) -> None:
+        """Rows of a few bytes: those of many blocks are read at once, and kept meanwhile."""
+        at, stop = start, start + len(out)
+        while at < stop:
+            first, window = self._windows[column]
+            if not first <= at < first + len(window):
+                length = min(limit - at, max(WINDOW // out[:1].nbytes, 1))
+                first, window = at, np.empty((length, *out.shape[1:]), out.dtype)
+                self._read(column, at, window)
+            end = min(stop, first + len(window))
+            out[at - start : end - start] = window[at - first : end - first]
+            used = end == first + len(window)
+            self._windows[column] = (first, window[:0] if used else window)
+            at = end
+
+    def _read(self, column: int, start: int, out: Array) -> None:
+        dtype = self.dtypes[column]
+        values = out if out.dtype == dtype else np.empty(out.shape, dtype)
+        row = values[:1].nbytes
+        view = values.reshape(-1).view(np.uint8).data
+        self._ranged.read_into(self._starts[column] + start * row, view)
+        if values is not out:
+            out[...] = values
+
+
+class _Whole:
+    """A file that torch has read whole."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        path = storage.fetch(url, folder)
+        self.bytes_read, self.requests = path.stat().st_size, 1
+        content = _load(path, url)
+        if storage.local_path(url) is None:
+            path.unlink()
+        self.rows = _tensors(_described(content), url)[0].shape[0]
+        self._tensors = getattr(content, "tensors", content)
+        names = [str(tensor.dtype).removeprefix("torch.") for tensor in self._tensors]
+        self.dtypes = [np.dtype("float32" if n == "bfloat16" else n) for n in names]
+
+    def fill(self, column: int, start: int, limit: int, out: Array) -> None:
+        part = self._tensors[column][start : start + len(out)].detach()
+        out[...] = (part.float() if part.element_size() == 2 else part).numpy()
+
+
+def _open(url: str, folder: Path) -> File:
+    try:
+        return _ByRange(url)
+    except ptfile.Unusual as reason:
+        whole = _Whole(url, folder)
+        size = whole.bytes_read / 1e6
+        log.warning("%s: read whole, %.0f MB, because %s", url, size, reason)
+        return whole
+
+
+def _ranged(url: str) -> storage.Ranged:
+    path = storage.local_path(url)
+    if path is not None and not path.is_file():
+        raise DatasetError(f"{url}: no such file")
+    return storage.open_ranged(url)
+
+
+def _archive(ranged: storage.Ranged, url: str) -> ptfile.Archive:
+    with _format_errors(url):
+        return ptfile.Archive(ranged.size, ranged.read)
+
+
+@contextmanager
+def _format_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except ptfile.FormatError as error:
+        raise DatasetError(f"{url}: {error}") from error
+
+
+def _check_rows(piece: Piece, rows: int) -> None:
+    if piece.stop > rows:
+        raise DatasetError(
+            f"{piece.file}: has {rows} rows, and row {piece.stop - 1} is wanted: "
+            "it is not the file that init saw"
+        )
+
+
+def _empty(rows: int, files: Sequence[File]) -> Rows:
+    """Room for rows of these files, in the widest number format of each column."""
+    columns = zip(*(file.dtypes for file in files), strict=True) if files else [[np.float32]] * 3
+    kinds = [np.result_type(*column) for column in columns]
+    shapes = [(rows, *shape) for shape in SHAPES.values()]
+    return Rows(*map(np.empty, shapes, kinds))
+
+
+def _flaws(rows: Rows) -> dict[int, str]:
+    """Rows that cannot be used, and the first part of each that is why."""
+    found: dict[int, str] = {}
+    for name, array in reversed(list(zip(SHAPES, rows, strict=True))):
+        good = np.isfinite(array).all(tuple(range(1, array.ndim)))
+        if name == "redshift":
+            good &= array > -1
+        found |= {int(row): name for row in np.flatnonzero(~good)}
+    return found
+
+
+def _ahead(items: Iterator[Item]) -> Generator[Item]:
+    """The items, each made in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1, "read") as thread:
+        following = thread.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, items, None)
+            yield item
+
+
+def _tensors(content: object, name: str) -> list[ptfile.Tensor]:
+    tensors = content.state.get("tensors") if isinstance(content, ptfile.TensorDataset) else content
+    if not isinstance(tensors, tuple | list) or len(tensors) != len(SHAPES):
+        raise DatasetError(
+            f"{name}: holds a {type(content).__name__}, expected a TensorDataset of "
+            "images, magnitudes and redshift"
+        )
+    for (what, shape), tensor in zip(SHAPES.items(), tensors, strict=True):
+        _check(name, what, shape, tensor)
+    lengths = [tensor.shape[0] for tensor in tensors]
+    if len(set(lengths)) > 1:
+        raise DatasetError(
+            f"{name}: images, magnitudes and redshift have {lengths} rows, expected equal numbers"
+        )
+    return list(tensors)
+
+
+def _check(name: str, what: str, shape: tuple[int, ...], tensor: object) -> None:
+    if not isinstance(tensor, ptfile.Tensor):
+        kind = "Tensor" if isinstance(tensor, ptfile.Other) else type(tensor).__name__
+        raise DatasetError(f"{name}: {what} is a {kind}, expected a dense tensor")
+    if not tensor.shape or tensor.shape[1:] != shape:
+        wanted = ", ".join(["N", *map(str, shape)])
+        raise DatasetError(f"{name}: {what} has shape {tensor.shape}, expected ({wanted})")
+    if tensor.dtype not in ("float32", "float64", "bfloat16"):
+        raise DatasetError(f"{name}: {what} is torch.{tensor.dtype}, expected float32 or float64")
+
+
 # What torch.load raises, besides refusing a global, when a file is damaged or was forged.
 DAMAGE = (
     RuntimeError,
@@ -41,121 +365,15 @@ DAMAGE = (
     OSError,
 )
 FORBIDDEN = re.compile(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL) (\S+)")
+# Both torch's list of safe classes and Python's warning filters belong to the whole process.
+_one_at_a_time = threading.Lock()
 
 
-class DatasetError(ValueError):
-    """A data file cannot be used; the text names the file and the problem."""
+def _load(path: Path, name: str) -> Any:
+    """What torch reads from a file."""
+    import torch
+    from torch.utils.data import TensorDataset
 
-
-class Rows(NamedTuple):
-    """Rows of a dataset: images (N, 5, 32, 32) nanomaggies ugriz, magnitudes (N, 5), redshift
-    (N,), each float32 or float64; views of mapped files where possible."""
-
-    images: Array
-    magnitudes: Array
-    redshift: Array
-
-    def part(self, start: int, stop: int) -> Rows:
-        return Rows(*(array[start:stop] for array in self))
-
-
-class Shard:
-    """The rows of a rank, over one or many files, in order.
-
-    Args:
-        pieces: which rows; may be empty, and may name a file several times.
-        folder: takes downloads of files that are not on this machine.
-
-    Raises:
-        DatasetError: a file is missing, damaged, or has other rows than the pieces say.
-        StorageError: a file cannot be downloaded.
-    """
-
-    def __init__(self, pieces: Sequence[Piece], folder: Path) -> None:
-        self.pieces = [piece for piece in pieces if piece.start < piece.stop]
-        files = {piece.file for piece in self.pieces}
-        loaded = {file: load(storage.fetch(file, folder), file) for file in sorted(files)}
-        self._parts = {str(i): _part(loaded, piece) for i, piece in enumerate(self.pieces)}
-        self._lengths = {name: len(part.redshift) for name, part in self._parts.items()}
-
-    def __len__(self) -> int:
-        return sum(self._lengths.values())
-
-    def batch(self, start: int, stop: int) -> Rows:
-        """Rows `start` to `stop` of the shard; copied only where they span pieces."""
-        spans = cut(self._lengths, start, stop)
-        parts = [self._parts[span.file].part(span.start, span.stop) for span in spans]
-        return parts[0] if len(parts) == 1 else Rows(*map(np.concatenate, zip(*parts, strict=True)))
-
-    def flaw(self, row: int) -> str | None:
-        """Which part of a row is not finite (or, for a redshift, not above -1), if any."""
-        rows = self.batch(row, row + 1)
-        for name, array in zip(SHAPES, rows, strict=True):
-            if not np.isfinite(array).all():
-                return name
-        return None if float(rows.redshift[0]) > -1 else "redshift"
-
-    def name(self, row: int) -> str:
-        """Which file and row the shard's row is, for messages."""
-        span = cut(self._lengths, row, row + 1)[0]
-        piece = self.pieces[int(span.file)]
-        return f"{piece.file} row {piece.start + span.start}"
-
-
-def load(path: Path, name: str) -> Rows:
-    """All rows of a local file, mapped.
-
-    Args:
-        name: what messages call the file.
-
-    Raises:
-        DatasetError: missing, truncated, not a `.pt` file, needs code to be loaded, or holds
-            other tensors than a dataset's.
-    """
-    if not path.is_file():
-        raise DatasetError(f"{name}: no such file")
-    with path.open("rb") as file:
-        _check_zip(file.read(4), name)
-    tensors = _tensors(_load(str(path), name, mmap=True), name)
-    return Rows(*(tensor.detach().numpy() for tensor in tensors))
-
-
-def count(url: str) -> int:
-    """Number of rows of a file, without reading them.
-
-    Raises:
-        DatasetError: as `load`.
-        StorageError: an object cannot be read.
-    """
-    path = storage.local_path(url)
-    if path is not None:
-        return len(load(path, url).redshift)
-    from torch._subclasses.fake_tensor import FakeTensorMode  # torch.load's documented dry run
-
-    with storage.open_ranged(url) as file, FakeTensorMode():
-        _check_zip(file.peek(4), url)
-        return len(_tensors(_load(file, url), url)[2])
-
-
-def _part(files: Mapping[str, Rows], piece: Piece) -> Rows:
-    rows = len(files[piece.file].redshift)
-    if piece.stop > rows:
-        raise DatasetError(
-            f"{piece.file}: has {rows} rows, and row {piece.stop - 1} is wanted: "
-            "it is not the file that init saw"
-        )
-    return files[piece.file].part(piece.start, piece.stop)
-
-
-def _check_zip(start: bytes, name: str) -> None:
-    if not start.startswith(b"PK\x03\x04"):
-        raise DatasetError(
-            f"{name}: not a .pt file as PyTorch writes it since 1.6 (a zip archive): "
-            "save it again with torch.save"
-        )
-
-
-def _load(file: Any, name: str, **options: Any) -> object:
     try:
         with (
             _one_at_a_time,
@@ -163,15 +381,11 @@ def _load(file: Any, name: str, **options: Any) -> object:
             torch.serialization.safe_globals([TensorDataset]),
         ):
             warnings.simplefilter("ignore")  # advice for whoever saved the file, not for its reader
-            return torch.load(file, map_location="cpu", weights_only=True, **options)
-    except storage.StorageError:
-        raise
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise DatasetError(
-            f"{name}: refused, it holds something else than plain tensors: {_reason(error)}"
-        ) from error
+        raise DatasetError(f"{name}: {ptfile.Refused(_reason(error))}") from error
     except DAMAGE as error:
-        raise DatasetError(f"{name}: truncated or damaged: {_reason(error)}") from error
+        raise DatasetError(f"{name}: {ptfile.Damaged(_reason(error))}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -183,29 +397,20 @@ def _reason(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__)[:160]
 
 
-def _tensors(content: object, name: str) -> Sequence[Tensor]:
-    tensors = getattr(content, "tensors", None) if type(content) is TensorDataset else content
-    if not isinstance(tensors, tuple | list) or len(tensors) != len(SHAPES):
-        raise DatasetError(
-            f"{name}: holds a {type(content).__name__}, expected a TensorDataset of "
-            "images, magnitudes and redshift"
-        )
-    for (what, shape), tensor in zip(SHAPES.items(), tensors, strict=True):
-        _check(name, what, shape, tensor)
-    lengths = [len(tensor) for tensor in tensors]
-    if len(set(lengths)) > 1:
-        raise DatasetError(
-            f"{name}: images, magnitudes and redshift have {lengths} rows, expected equal numbers"
-        )
-    return tensors
+def _described(content: object) -> object:
+    """What torch has read in the form of what `ptfile` reads."""
+    import torch
+    from torch.utils.data import TensorDataset
 
-
-def _check(name: str, what: str, shape: tuple[int, ...], tensor: object) -> None:
-    dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
-    if not isinstance(tensor, Tensor) or not dense or tensor.device.type != "cpu":
-        raise DatasetError(f"{name}: {what} is a {type(tensor).__name__}, expected a dense tensor")
-    if tensor.ndim == 0 or tuple(tensor.shape[1:]) != shape:
-        wanted = ", ".join(["N", *map(str, shape)])
-        raise DatasetError(f"{name}: {what} has shape {tuple(tensor.shape)}, expected ({wanted})")
-    if tensor.dtype not in (torch.float32, torch.float64):
-        raise DatasetError(f"{name}: {what} is {tensor.dtype}, expected float32 or float64")
+    if type(content) is TensorDataset:
+        described = ptfile.TensorDataset()
+        described.state = {"tensors": _described(getattr(content, "tensors", None))}
+        return described
+    if isinstance(content, tuple | list):
+        return [_described(item) for item in content[: len(SHAPES) + 1]]
+    if not isinstance(content, torch.Tensor):
+        return content
+    if content.layout != torch.strided or content.device.type != "cpu":
+        return ptfile.Other()
+    dtype = str(content.dtype).removeprefix("torch.")
+    return ptfile.Tensor(dtype, tuple(content.shape), content.stride(), 0, "", content.numel())

@@ -12,6 +12,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,8 @@ def init(event: object, context: object = None) -> dict[str, Any]:
 
     files, data_map, world_size = _plan(payload)
     storage.check_writable(payload.results_url("run"))
-    rows = {file: dataset.count(file) for file in files}
+    with ThreadPoolExecutor(dataset.OPENERS) as pool:
+        rows = dict(zip(files, pool.map(dataset.count, files), strict=True))
     run = payload.run_name()
     common = _common(payload, run, world_size)
     job = _rendezvous(payload)

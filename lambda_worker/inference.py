@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from lambda_worker.dataset import Rows, Shard
 from lambda_worker.engine import Predict
 
+Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
 
 
@@ -26,6 +29,7 @@ class Inferred:
         batches: how many times the model was called.
         bits: size of the images and magnitudes in the file's number formats.
         wall_seconds, cpu_seconds: the loop's elapsed time, and the process's CPU time in it.
+        read_seconds: how much of the elapsed time the loop has waited for rows to be read.
     """
 
     z_phot: NDArray[np.float32]
@@ -34,6 +38,7 @@ class Inferred:
     bits: int
     wall_seconds: float
     cpu_seconds: float
+    read_seconds: float
 
     @property
     def excluded(self) -> NDArray[np.intp]:
@@ -55,28 +60,35 @@ def run(
         batch_size: rows at a time; the last batch may be smaller. Batches span files.
         progress: called after each batch with rows done and rows in all.
     """
-    total, bits, batches = len(shard), 0, 0
+    total, bits, batches, waited = len(shard), 0, 0, 0.0
     z_phot = np.empty(total, np.float32)
     z_spec = np.empty(total, np.float64)
     wall, cpu = time.perf_counter(), time.process_time()
-    for start in range(0, total, batch_size):
-        stop = min(start + batch_size, total)
-        rows = shard.batch(start, stop)
-        z_phot[start:stop] = _predict(predict, rows)
-        z_spec[start:stop] = rows.redshift
-        bits += 8 * (rows.images.nbytes + rows.magnitudes.nbytes)
-        batches += 1
-        progress(stop, total)
-    seconds = time.perf_counter() - wall, time.process_time() - cpu
-    return Inferred(z_phot, z_spec, batches, bits, *seconds)
+    with closing(shard.batches(batch_size)) as parts:
+        while part := _timed_next(parts):
+            (start, stop, rows), seconds = part
+            waited += seconds
+            z_phot[start:stop] = _predict(predict, rows)
+            z_phot[[row for row in range(start, stop) if shard.flaw(row)]] = np.nan
+            z_spec[start:stop] = rows.redshift
+            bits += 8 * (rows.images.nbytes + rows.magnitudes.nbytes)
+            batches += 1
+            progress(stop, total)
+    elapsed = time.perf_counter() - wall, time.process_time() - cpu
+    return Inferred(z_phot, z_spec, batches, bits, *elapsed, waited)
+
+
+def _timed_next(items: Iterator[Item]) -> tuple[Item, float] | None:
+    """The next item and the seconds until it was there; None at the end."""
+    start = time.perf_counter()
+    item = next(items, None)
+    return None if item is None else (item, time.perf_counter() - start)
 
 
 def _predict(predict: Predict, rows: Rows) -> NDArray[np.float32]:
-    """z_phot of a batch, (B,) float32, NaN where `Inferred` says."""
+    """z_phot of a batch, (B,) float32, NaN where it is not finite."""
     with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is told
         images, magnitudes = (array.astype(np.float32, copy=False) for array in rows[:2])
     z_phot = predict(images, magnitudes)
-    usable = np.isfinite(rows.images).all((1, 2, 3)) & np.isfinite(rows.magnitudes).all(1)
     # An infinite prediction must not count either, and NaN is the one mark.
-    usable &= np.isfinite(rows.redshift) & (rows.redshift > -1) & np.isfinite(z_phot)
-    return np.where(usable, z_phot, np.float32(np.nan))
+    return np.where(np.isfinite(z_phot), z_phot, np.float32(np.nan))

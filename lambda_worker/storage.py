@@ -7,8 +7,9 @@ variables (AWS_ENDPOINT_URL among them). boto3 is imported when the first s3:// 
 from __future__ import annotations
 
 import errno
-import io
 import os
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,6 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 from lambda_worker.atomic import replacing
 
+ATTEMPTS = 5
+CHANGED = "it was changed while it was read: leave data alone during a run, and run again"
 HINTS = {
     "NoSuchKey": "no such object: check the name",
     "404": "no such object: check the name",
@@ -26,6 +29,9 @@ HINTS = {
     "403": "access denied: check the credentials and the role's policy",
     "InvalidAccessKeyId": "unknown access key: check AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "wrong secret key: check AWS_SECRET_ACCESS_KEY",
+    "PreconditionFailed": CHANGED,
+    "412": CHANGED,
+    "SlowDown": "too many requests, even after waiting: use fewer ranks, or try again later",
 }
 
 
@@ -173,46 +179,148 @@ def fetch(url: str, folder: Path) -> Path:
     return path
 
 
-def open_ranged(url: str) -> io.BufferedReader:
-    """A seekable file over an S3 object; only the ranges that are read are fetched.
+def open_ranged(url: str) -> Ranged:
+    """A file or object of which ranges are read, the file's content untouched so far.
 
     Raises:
-        StorageError: the object is missing; reading raises it too.
+        StorageError: missing, or not readable.
     """
-    # 64 KiB holds the zip directory and the pickle of a .pt file in two or three requests.
-    return io.BufferedReader(_Ranged(url), 1 << 16)
+    path = local_path(url)
+    return _RangedObject(url) if path is None else _RangedFile(url, path)
 
 
-class _Ranged(io.RawIOBase):
+class Ranged(ABC):
+    """A file of which ranges of bytes are read, all of them of the same version.
+
+    Attributes:
+        url: as it was given.
+        size: bytes.
+        bytes_read, requests: what was read so far, and in how many requests.
+    """
+
+    def __init__(self, url: str, size: int) -> None:
+        self.url, self.size = url, size
+        self.bytes_read = self.requests = 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        """So many bytes from an offset; see `read_into`."""
+        buffer = bytearray(length)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer of bytes with what stands at an offset.
+
+        Raises:
+            StorageError: it cannot be read, or the file is no longer what it was when opened.
+        """
+        done = 0
+        while done < len(buffer):
+            done += self._some(offset + done, buffer[done:])
+
+    @abstractmethod
+    def _some(self, offset: int, buffer: memoryview) -> int:
+        """Read the first bytes of the buffer, at least one; gives how many."""
+
+
+class _RangedFile(Ranged):
+    """A local file; opened anew for each range, since there may be more files than descriptors.
+
+    Not mapped: a mapped file that somebody truncates ends the process (SIGBUS), and its pages
+    count as this process's memory.
+    """
+
+    def __init__(self, url: str, path: Path) -> None:
+        self._path = path
+        self._version = _version(_stat(path))
+        super().__init__(url, self._version[0])
+
+    def _some(self, offset: int, buffer: memoryview) -> int:
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                count = os.preadv(file.fileno(), [buffer], offset)
+                version = _version(os.fstat(file.fileno()))
+        except OSError as error:
+            raise StorageError(f"cannot read {self._path}: {error.strerror}") from error
+        if version != self._version or not count:
+            raise StorageError(f"cannot read {self._path}: {CHANGED}")
+        self.bytes_read += count
+        self.requests += 1
+        return count
+
+
+class _RangedObject(Ranged):
+    """An object. A body that breaks off is asked for again from where it broke."""
+
     def __init__(self, url: str) -> None:
-        self._url, self._at = url, 0
         self._bucket, self._key = _split(url)
         with _s3_errors("read", url):
             head = _s3().head_object(Bucket=self._bucket, Key=self._key)
-        self._size: int = head["ContentLength"]
+        super().__init__(url, head["ContentLength"])
+        self._version, self.requests = head.get("ETag", ""), 1
+        self._match = {"IfMatch": self._version} if self._version.strip('"') else {}
 
-    def readable(self) -> bool:
-        return True
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self._failures = 0
+        super().read_into(offset, buffer)
 
-    def seekable(self) -> bool:
-        return True
+    def _some(self, offset: int, buffer: memoryview) -> int:
+        done = 0
+        with _s3_errors("read", self.url):
+            body = self._ask(offset, len(buffer))
+            try:
+                while done < len(buffer) and (count := body.readinto(buffer[done:])):
+                    done += count
+            except _broken() as error:
+                self._failures += 1
+                if self._failures == ATTEMPTS:
+                    raise StorageError(
+                        f"cannot read {self.url}: the connection broke off {ATTEMPTS} times "
+                        f"({error}): check the network, or try again later"
+                    ) from error
+                time.sleep(0.05 * 2**self._failures)
+            finally:
+                self.bytes_read += done
+                if done < len(buffer):
+                    body.close()  # else it would go back to the pool, with its rest unread
+        return done
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
+    def _ask(self, offset: int, length: int) -> Any:
+        last = offset + length - 1
+        self.requests += 1
+        answer = _s3().get_object(
+            Bucket=self._bucket, Key=self._key, Range=f"bytes={offset}-{last}", **self._match
+        )
+        # Not every server knows If-Match.
+        problem = CHANGED if answer.get("ETag", "") != self._version else ""
+        if answer.get("ContentRange") != f"bytes {offset}-{last}/{self.size}" or (
+            answer["ContentLength"] != length
+        ):
+            problem = problem or "the server does not answer byte ranges as S3 does"
+        if problem:
+            answer["Body"].close()
+            raise StorageError(f"cannot read {self.url}: {problem}")
+        return answer["Body"]
 
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._at + len(buffer), self._size)
-        if stop <= self._at:
-            return 0
-        with _s3_errors("read", self._url):
-            answer = _s3().get_object(
-                Bucket=self._bucket, Key=self._key, Range=f"bytes={self._at}-{stop - 1}"
-            )
-            data = answer["Body"].read()
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _version(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What reading a body raises when the connection breaks, stalls, or ends too early."""
+    from botocore import exceptions
+    from urllib3.exceptions import HTTPError
+
+    names = ("IncompleteReadError", "ReadTimeoutError", "ResponseStreamingError")
+    return HTTPError, *(getattr(exceptions, name) for name in names)
 
 
 def _split(url: str) -> tuple[str, str]:
@@ -239,7 +347,8 @@ def _s3() -> Any:
     # Checksums only where S3 demands them: servers other than AWS often know no trailers.
     config = Config(
         connect_timeout=10,
-        retries={"mode": "standard", "max_attempts": 5},
+        read_timeout=30,
+        retries={"mode": "standard", "max_attempts": ATTEMPTS},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )

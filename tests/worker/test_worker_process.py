@@ -101,8 +101,8 @@ def test_bad_event(event: object, message: str) -> None:
 
 def test_defect_in_a_library_that_prints(tmp_path: Path) -> None:
     """stdout has its one line only; stderr has what the library prints, and where it failed."""
-    torch = "import os; os.write(1, b'noise'); print('noise'); raise ZeroDivisionError('boom')"
-    (tmp_path / "torch.py").write_text(torch)
+    numpy = "import os; os.write(1, b'noise'); print('noise'); raise ZeroDivisionError('boom')"
+    (tmp_path / "numpy.py").write_text(numpy)
     done = subprocess.run(
         [sys.executable, "-m", "lambda_worker", "init"],
         input=json.dumps({"data": "d"}),
