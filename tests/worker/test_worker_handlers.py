@@ -37,6 +37,7 @@ V10 = {
 }
 OURS = {"rank", "world_size", "rows", "rows_excluded", "bits", "MAE", "MSE", "bias", "NMAD", "R2"}
 OURS |= {"wall_time (seconds)", "join_time (seconds)", "peak_memory (MB)", "links"}
+OURS |= {"read_time (seconds)", "bytes_read", "read_requests"}
 
 
 def alone(plan: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +167,8 @@ def test_what_a_run_leaves(payload: dict[str, Any], tmp_path: Path) -> None:
     assert records[0]["data_path"] == str(tmp_path / "data" / "1.pt")
     assert records[1]["data_path"] == [str(tmp_path / "data" / name) for name in ("1.pt", "2.pt")]
     assert records[1]["num_batches"] == 2
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "data").iterdir())]
+    assert sum(sizes) < sum(record["bytes_read"] for record in records) < sum(sizes) + 4 * 9000
     assert records[1]["bits"] == 14 * 32 * (5 * 32 * 32 + 5)
     assert json.loads((folder / "summary.json").read_text()) == result["summary"]
 

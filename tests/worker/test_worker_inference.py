@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lambda_worker import inference, summary
-from lambda_worker.dataset import Shard
+from lambda_worker.dataset import Rows, Shard
 from lambda_worker.engine import Array
 from lambda_worker.shard import Piece
 from tests.worker.worker_data import MakePt, tensors
@@ -55,6 +57,28 @@ def test_predictions_that_are_not_finite_do_not_count(make_pt: MakePt, tmp_path:
 def test_empty_shard_never_calls_the_model(tmp_path: Path) -> None:
     found = inference.run(lambda images, magnitudes: 1 / 0, Shard([], tmp_path), 8)  # type: ignore[arg-type, return-value]
     assert (found.batches, found.bits, len(found.z_phot)) == (0, 0, 0)
+
+
+def test_waiting_for_rows_is_told_apart_from_predicting(
+    make_pt: MakePt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0)
+    shard = Shard([Piece(str(make_pt("a.pt", 6)), 0, 6)], tmp_path)
+
+    def slow(batch_size: int) -> Iterator[tuple[int, int, Rows]]:
+        for start in range(0, 6, batch_size):
+            now[0] += 3
+            yield start, start + batch_size, shard.batch(start, start + batch_size)
+
+    def predict(images: Array, magnitudes: Array) -> Array:
+        now[0] += 10
+        return magnitudes[:, 0]
+
+    monkeypatch.setattr(inference, "time", clock)
+    monkeypatch.setattr(shard, "batches", slow)
+    found = inference.run(predict, shard, 2)
+    assert (found.read_seconds, found.wall_seconds) == (9, 39)
 
 
 def test_peak_memory_remembers_what_was_freed() -> None:
