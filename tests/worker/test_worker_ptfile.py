@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -264,11 +265,40 @@ def test_files_that_are_read_whole_and_say_so(
     assert shard.bytes_read == len(data)
 
 
-def test_names_that_occur_twice_or_not_at_all(make_pt: MakePt) -> None:
+@pytest.mark.parametrize(
+    ("new", "times", "message"),
+    [
+        (b"a/data/1", -1, "two parts have one name"),
+        (b"b/data/0", -1, "its part '0' is missing"),
+        (b"b/data/0", 1, "no header of a/data/0 where it should be"),  # in its header only
+        (b"a/.....0", -1, "its part '0' is missing"),
+    ],
+)
+def test_names_that_are_not_as_they_should(
+    make_pt: MakePt, new: bytes, times: int, message: str
+) -> None:
     whole = make_pt("a.pt", 1).read_bytes()
-    for new in (b"a/data/1", b"b/data/0", b"a/data.0"):
-        with pytest.raises(Damaged, match=r"have one name|is missing"):
-            starts(whole.replace(b"a/data/0", new))
+    with pytest.raises(Damaged, match=message):
+        starts(whole.replace(b"a/data/0", new, times))
+
+
+def test_what_is_read_of_a_file_is_limited(
+    make_pt: MakePt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_pt("a.pt", 1).read_bytes()
+    with pytest.raises(Damaged, match="a zip directory of 60000 parts in"):
+        opened(whole[:-12] + struct.pack("<H", 60000) + whole[-10:])
+    with pytest.raises(ptfile.Refused, match="2097152 bytes of pickle"):
+        opened(rezipped(whole, **{"data.pkl": bytes(2 << 20)}))
+    monkeypatch.setattr(ptfile, "LIMIT", 400)
+    with pytest.raises(Damaged, match="a zip directory of 9 parts in"):
+        opened(whole)
+
+
+def test_unknown_byte_order(make_pt: MakePt) -> None:
+    whole = make_pt("a.pt", 1).read_bytes()
+    with pytest.raises(Damaged, match="byte order b'middle'"):
+        opened(rezipped(whole, byteorder=b"middle"))
 
 
 def test_parameters_are_tensors(tmp_path: Path) -> None:
