@@ -281,8 +281,6 @@ class _RangedObject(Ranged):
                 time.sleep(0.05 * 2**self._failures)
             finally:
                 self.bytes_read += done
-                if done < len(buffer):
-                    body.close()  # else it would go back to the pool, with its rest unread
         return done
 
     def _ask(self, offset: int, length: int) -> Any:

@@ -287,12 +287,19 @@ def test_what_is_read_of_a_file_is_limited(
 ) -> None:
     whole = make_pt("a.pt", 1).read_bytes()
     with pytest.raises(Damaged, match="a zip directory of 60000 parts in"):
-        opened(whole[:-12] + struct.pack("<H", 60000) + whole[-10:])
+        opened(whole[:-66] + struct.pack("<Q", 60000) + whole[-58:])
     with pytest.raises(ptfile.Refused, match="2097152 bytes of pickle"):
         opened(rezipped(whole, **{"data.pkl": bytes(2 << 20)}))
     monkeypatch.setattr(ptfile, "LIMIT", 400)
     with pytest.raises(Damaged, match="a zip directory of 9 parts in"):
         opened(whole)
+
+
+def test_directory_outside_of_the_file(make_pt: MakePt) -> None:
+    outside = bytearray(make_pt("a.pt", 1).read_bytes())
+    struct.pack_into("<Q", outside, len(outside) - 34, 0x7FFFFFFF)
+    with pytest.raises(Damaged, match="it points to a place outside of it"):
+        opened(bytes(outside))
 
 
 def test_unknown_byte_order(make_pt: MakePt) -> None:
