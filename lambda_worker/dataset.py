@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -119,11 +119,10 @@ class Shard:
         step = batch_size * max(1, BLOCK // (batch_size * row))
         total = len(self)
         blocks = (self._block(at, min(at + step, total)) for at in range(0, total, step))
-        with closing(_ahead(blocks)) as read:
-            for first, block in read:
-                for at in range(0, len(block.redshift), batch_size):
-                    part = block.part(at, at + batch_size)
-                    yield first + at, first + at + len(part.redshift), part
+        for first, block in _ahead(blocks):
+            for at in range(0, len(block.redshift), batch_size):
+                part = block.part(at, at + batch_size)
+                yield first + at, first + at + len(part.redshift), part
 
     def batch(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` of the shard, read now.
