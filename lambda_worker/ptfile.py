@@ -193,7 +193,7 @@ class Archive:
         """Offset of a part's data; its header says how long it is itself."""
         if entry.method or entry.packed != entry.size or entry.flags & 1:
             raise Unusual("its parts are compressed: save it again with torch.save")
-        name = entry.name.encode()
+        name = entry.name.encode("latin-1")
         header = self._get(entry.header, 30 + len(name))
         kind, length, extra = struct.unpack("<4s22x2H", header[:30])
         if kind != ZIP or header[30 : 30 + length] != name:
@@ -262,7 +262,7 @@ def _entry(data: bytes, at: int) -> tuple[Entry, int]:
     fields = struct.unpack("<8x2H4x3L3H8xL", fixed)
     flags, method, crc, packed, size, name_length, extra_length, comment, header = fields
     place = at + 46 + name_length
-    name = data[at + 46 : place].decode("utf-8", "replace")
+    name = data[at + 46 : place].decode("latin-1")  # whatever its encoding
     extra = data[place : place + extra_length]
     size, packed, header = _large(extra, [size, packed, header])
     end = place + extra_length + comment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 import subprocess
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lambda_worker import dataset, ptfile
-from lambda_worker.dataset import Shard
+from lambda_worker.dataset import DatasetError, Shard
 from lambda_worker.ptfile import Archive, Damaged, FormatError, Unusual
 from lambda_worker.shard import Piece
 from tests.worker.sparse import Described, pickled
@@ -219,10 +220,36 @@ def rezipped(data: bytes, method: int = zipfile.ZIP_STORED, **changed: bytes) ->
 
 def test_an_archive_that_another_program_packed(folder: Path) -> None:
     content = tensors(3)
-    path = folder / "packed.pt"
-    path.write_bytes(rezipped(saved(TensorDataset(*content))))
-    rows = Shard([Piece(str(path), 1, 3)], folder).batch(0, 2)
-    assert np.array_equal(rows.images, content[0][1:])
+    path = folder / "gepäckt π.pt"
+    torch.save(TensorDataset(*content), path)  # whose parts have names like the file's
+    for data in (path.read_bytes(), rezipped(path.read_bytes())):
+        path.write_bytes(data)
+        shard = Shard([Piece(str(path), 1, 3)], folder)
+        assert np.array_equal(shard.batch(0, 2).images, content[0][1:])
+        assert shard.requests > 1  # by range
+
+
+class Canary:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("how", ["plain", "old", "compressed", "big-endian"])
+def test_nothing_is_run_however_the_file_is_read(tmp_path: Path, how: str) -> None:
+    trace, path = tmp_path / "trace", tmp_path / "a.pt"
+    data = saved((Canary(trace), *tensors(1)[1:]), _use_new_zipfile_serialization=how != "old")
+    if how == "compressed":
+        data = rezipped(data, zipfile.ZIP_DEFLATED)
+    elif how == "big-endian":
+        data = rezipped(data, byteorder=b"big")
+    path.write_bytes(data)
+    for read in (dataset.count, lambda url: Shard([Piece(url, 0, 1)], tmp_path)):
+        with pytest.raises(DatasetError, match=r"refused, .* it needs posix\.mkdir to be loaded"):
+            read(str(path))
+    assert not trace.exists()
 
 
 @pytest.mark.parametrize(
