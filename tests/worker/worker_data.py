@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lambda_worker.model import AstroMAE, ModelConfig
+
 MakePt = Callable[..., Path]
 
 
@@ -17,3 +19,30 @@ def tensors(rows: int, seed: int = 0, wide: torch.dtype = torch.float32) -> list
     images = torch.rand((rows, 5, 32, 32), generator=random) * 3
     magnitudes = 17 + torch.rand((rows, 5), generator=random, dtype=wide)
     return [images, magnitudes, 0.05 + 0.3 * torch.rand(rows, generator=random, dtype=wide)]
+
+
+SMALL = ModelConfig(
+    width=48,
+    depth=2,
+    heads=3,
+    pcm_groups=12,
+    stem=8,
+    inception=(4, 4, 4, 4, 2),
+    magnitude_width=16,
+    branch_width=24,
+    head_width=16,
+)
+
+
+def trained(config: ModelConfig, seed: int = 0) -> AstroMAE:
+    """A model with random weights of which none is left at its neutral start."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AstroMAE(config)
+        with torch.no_grad():
+            for name, value in [*model.named_parameters(), *model.named_buffers()]:
+                if name.endswith("running_var") or (value.ndim == 1 and name.endswith("weight")):
+                    value.uniform_(0.5, 2)  # of norms
+                elif name.endswith(("running_mean", "bias", "cls_token", "pos_embed")):
+                    value.normal_(0, 0.1)
+    return model.eval()
