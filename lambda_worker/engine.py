@@ -4,38 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lambda_worker.threads import cores
 
 Array = NDArray[np.float32]
 
 Predict = Callable[[Array, Array], Array]
 """Images (B, 5, 32, 32) in nanomaggies and magnitudes (B, 5), ugriz, in; z_phot (B,) out."""
 
+Engine = Literal["torch", "onnx", "openvino", "auto"]
+Precision = Literal["fp32", "bf16"]
 
-def open_engine(model: Path, *, threads: int | None = None) -> Predict:
-    """Load a model file.
+# Instructions that multiply in bfloat16, as /proc/cpuinfo names them: of x86, and of ARM.
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+CPUINFO = Path("/proc/cpuinfo")
+
+
+class EngineError(ValueError):
+    """This machine cannot run what was asked for; the text says what it lacks."""
+
+
+def open_engine(
+    model: Path,
+    *,
+    engine: Engine = "torch",
+    precision: Precision = "fp32",
+    threads: int | None = None,
+) -> Predict:
+    """Load a model file into an engine.
 
     Args:
         model: a safetensors file as `save_model` writes it.
-        threads: of this process; default: as many as torch thinks best.
+        engine: what computes.
+        precision: "bf16" multiplies in bfloat16: faster, and about 1e-3 off in z.
+        threads: of this process; default: as many as it has cores.
+
+    Returns:
+        A function that several threads must not call at once. A row's prediction depends neither
+        on the rows beside it nor on `threads`.
 
     Raises:
         ModelError: the file is missing, unreadable, truncated, or not one of ours.
+        EngineError: the engine is not there, or the processor has no instructions for bf16.
     """
-    import torch
+    if precision == "bf16" and not has_bf16():
+        raise EngineError(
+            "precision bf16: this processor has no instructions for it "
+            f"({', '.join(sorted(BF16_FLAGS))}), so that it would be slower than fp32"
+        )
+    if engine != "torch":
+        raise EngineError(f"engine {engine!r} is not available here; use 'torch'")
+    from lambda_worker.torch_engine import open_torch
 
-    from lambda_worker.model import load_model
+    return open_torch(model, precision, threads or cores())
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    module = load_model(model)
 
-    def predict(images: Array, magnitudes: Array) -> Array:
-        with torch.inference_mode():
-            z_phot = module(torch.from_numpy(images), torch.from_numpy(magnitudes))
-        out: Array = z_phot.numpy()
-        return out
-
-    return predict
+def has_bf16() -> bool:
+    """Whether this processor multiplies in bfloat16; elsewhere that is emulated, which is slow."""
+    return bool(BF16_FLAGS & set(CPUINFO.read_text().split()))

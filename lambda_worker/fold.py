@@ -25,13 +25,15 @@ from lambda_worker.model import (
 )
 
 Affine = tuple[Tensor, Tensor]
-"""Weight and bias of a linear layer or a convolution, float64."""
+"""Weight and bias of a linear layer or a convolution; float64 once anything is folded in."""
 
-CONV_WIDTH = 8  # channels a group needs for the fast kernels of grouped convolutions
+# What a group of a convolution needs for the kernels that fill their registers: with fewer outputs
+# it is slower, and the last bits of a row's result depend on the number of rows.
+GROUP_INPUTS, GROUP_OUTPUTS = 8, 16
 
 
 class Linear(nn.Module):
-    """`nn.Linear` without gradient, made of an `Affine` (and without the time to draw weights)."""
+    """`nn.Linear` without gradient, made of an `Affine`; it takes no time to draw weights."""
 
     def __init__(self, affine: Affine) -> None:
         super().__init__()
@@ -55,14 +57,35 @@ class Conv(nn.Module):
         )
 
 
+class Attend(nn.Module):
+    """Softmax attention between the tokens of an image, from queries scaled beforehand."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """(B, tokens, 3 * width) to (B, tokens, width)."""
+        batch, tokens, width = qkv.shape
+        parts = qkv.view(batch, tokens, 3, self.heads, width // 3 // self.heads)
+        # One copy for all three, where `matmul` would make one for each.
+        query, key, value = parts.permute(2, 0, 3, 1, 4).contiguous()
+        mixed = torch.softmax(query @ key.transpose(-1, -2), dim=-1) @ value
+        out: Tensor = mixed.transpose(1, 2).reshape(batch, tokens, width // 3)
+        return out
+
+
 class FoldedBlock(nn.Module):
     """A transformer block with its convolutional branch; see `model.Block`."""
 
     def __init__(self, block: nn.Module, config: ModelConfig) -> None:
         super().__init__()
         assert isinstance(block, Block)
-        self.heads, self.side = config.heads, config.image_size // config.patch
+        self.side = config.image_size // config.patch
+        # Of scale 1: torch's kernel without a scale is half as fast.
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS).requires_grad_(False)
         self.qkv, self.proj = _attention(block)
+        self.attend = Attend(config.heads)
         self.fc1 = Linear(_after_norm(block.norm2, _affine(block.mlp.fc1)))
         self.fc2 = Linear(_affine(block.mlp.fc2))
         widen, norm, _, narrow = block.PCM
@@ -71,25 +94,16 @@ class FoldedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         local = self._convolve(x[:, 1:])
-        x = x + self._attend(_norm(x))
+        x = x + self.proj(self.attend(self.qkv(self.norm(x))))
         x = torch.cat((x[:, :1], x[:, 1:] + local), dim=1)
-        hidden = functional.gelu(self.fc1(_norm(x)))
+        hidden = functional.gelu(self.fc1(self.norm(x)))
         out: Tensor = x + self.fc2(hidden)
-        return out
-
-    def _attend(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
-        # One copy for all three, where `matmul` would make one for each.
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).contiguous()
-        mixed = torch.softmax(query @ key.transpose(-1, -2), dim=-1) @ value
-        out: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
         return out
 
     def _convolve(self, tokens: Tensor) -> Tensor:
         batch, _, width = tokens.shape
         grid = tokens.transpose(1, 2).reshape(batch, width, self.side, self.side)
-        out: Tensor = self.narrow(functional.silu(self.widen(grid)))
+        out: Tensor = self.narrow(functional.silu(self.widen(grid), inplace=True))
         return out.flatten(2).transpose(1, 2)
 
 
@@ -103,13 +117,16 @@ class FoldedInception(nn.Module):
         self.channels = len(first[0][1])
         self.first = Conv((_stack(w for w, _ in first), _stack(b for _, b in first)))
         self.after = nn.ModuleList(Conv(_folded(branch[1])) for branch in after)
+        self.pool = nn.MaxPool2d(3, stride=1, padding=1)
         self.pooled = Conv(_folded(block.branch4[1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        done, *rest = torch.split(torch.relu(self.first(x)), self.channels, dim=1)
+        done, *rest = torch.split(
+            functional.relu(self.first(x), inplace=True), self.channels, dim=1
+        )
         parts = [done, *(conv(part) for conv, part in zip(self.after, rest, strict=True))]
-        parts.append(self.pooled(functional.max_pool2d(x, 3, stride=1, padding=1)))
-        return torch.relu(torch.cat(parts, dim=1))
+        parts.append(self.pooled(self.pool(x)))
+        return functional.relu(torch.cat(parts, dim=1), inplace=True)
 
 
 class Folded(nn.Module):
@@ -141,6 +158,7 @@ class Folded(nn.Module):
         branches = model.inception_model
         opened, _, vit_end = model.vit_block
         head = _merge(_after_norm(model.fc_norm, _affine(model.head)), _affine(opened))
+        self.norm = nn.LayerNorm(model.config.width, eps=NORM_EPS).requires_grad_(False)
         self.vit = Linear(head)
         flat, _, inception_end = list(branches.vis_inception)[-3:]
         self.flat = Linear(_affine(flat))
@@ -174,7 +192,7 @@ class Folded(nn.Module):
         x = torch.cat((self.cls.expand(images.shape[0], -1, -1), patches + self.position), dim=1)
         for block in self.blocks:
             x = block(x)
-        out: Tensor = self.vit(_norm(x[:, 1:].mean(dim=1)))
+        out: Tensor = self.vit(self.norm(x[:, 1:].mean(dim=1)))
         return torch.relu(out)
 
     def _see(self, images: Tensor) -> Tensor:
@@ -190,7 +208,7 @@ def fold(model: AstroMAE) -> Folded:
     """Make the equivalent of a trained model, for prediction on the CPU.
 
     Args:
-        model: of any sizes; it is not changed, and shares no memory with the result.
+        model: of any sizes. The layers that nothing is folded into share its memory.
     Returns:
         A module with the same `forward`, in eval mode and without gradients. Its parameters have
         names of their own: keep models as AstroMAE's files.
@@ -210,28 +228,23 @@ def _constant(value: Tensor) -> nn.Parameter:
 def _affine(layer: nn.Module) -> Affine:
     assert isinstance(layer, nn.Linear | nn.Conv2d)
     assert layer.bias is not None
-    return _double(layer.weight), _double(layer.bias)
+    return layer.weight.detach(), layer.bias.detach()
 
 
 def _stack(values: Iterable[Tensor]) -> Tensor:
     return torch.cat(list(values))
 
 
-def _norm(x: Tensor) -> Tensor:
-    """LayerNorm without scale and shift: the next linear layer has them."""
-    return functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
 def _merge(first: Affine, then: Affine) -> Affine:
     """`then` after `first`, as one layer."""
     (weight, bias), (outer, shift) = first, then
-    return outer @ weight, outer @ bias + shift
+    return _double(outer) @ _double(weight), _double(outer) @ _double(bias) + shift
 
 
 def _after_norm(norm: nn.LayerNorm, layer: Affine) -> Affine:
     """A linear layer that also does the scale and shift of the norm before it."""
     weight, bias = layer
-    return weight * _double(norm.weight), weight @ _double(norm.bias) + bias
+    return weight * _double(norm.weight), _double(weight) @ _double(norm.bias) + bias
 
 
 def _with_norm(conv: nn.Module, norm: nn.Module) -> Affine:
@@ -260,10 +273,10 @@ def _attention(block: Block) -> tuple[Linear, Linear]:
     width = len(attention.q_bias)
     biases = (attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias)
     bias = torch.cat([_double(value) for value in biases])
-    weight, bias = _after_norm(block.norm1, (_double(attention.qkv.weight), bias))
+    weight, bias = _after_norm(block.norm1, (attention.qkv.weight.detach(), bias))
     scale = (width // attention.heads) ** -0.5
     proj, shift = _affine(attention.proj)
-    out = Linear((proj, shift + proj @ bias[2 * width :]))
+    out = Linear((proj, shift + _double(proj) @ bias[2 * width :]))
     weight[:width] *= scale
     bias[:width] *= scale
     bias[width:] = 0
@@ -273,18 +286,22 @@ def _attention(block: Block) -> tuple[Linear, Linear]:
 def _grouped(conv: Affine, config: ModelConfig) -> Conv:
     """A grouped convolution with neighbouring groups joined, zeros between them.
 
-    Groups of 4 channels leave most of a vector register empty: with 8 and the zeros it is faster.
+    To multiply the zeros, too, costs less than a group that leaves most of a register empty.
     """
     weight, bias = conv
     groups = config.pcm_groups
     outputs, inputs = len(weight) // groups, weight.shape[1]
     joined = 1
-    while min(outputs, inputs) * joined < CONV_WIDTH and groups % (2 * joined) == 0:
+    while groups % (2 * joined) == 0 and not (
+        inputs * joined >= GROUP_INPUTS and outputs * joined >= GROUP_OUTPUTS
+    ):
         joined *= 2
-    wide = weight.new_zeros(len(weight), inputs * joined, *weight.shape[2:])
-    for row in range(len(weight)):
-        place = row // outputs % joined * inputs
-        wide[row, place : place + inputs] = weight[row]
+    # (joined groups, groups in each, outputs, inputs, kernel)
+    parts = weight.view(groups // joined, joined, outputs, inputs, *weight.shape[2:])
+    wide = weight.new_zeros(groups // joined, joined, outputs, joined, *parts.shape[3:])
+    for each in range(joined):
+        wide[:, each, :, each] = parts[:, each]
+    wide = wide.reshape(len(weight), joined * inputs, *weight.shape[2:])
     return Conv((wide, bias), groups // joined)
 
 

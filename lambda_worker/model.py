@@ -303,11 +303,13 @@ def save_model(
         partial.write_bytes(serialise(tensors, metadata))
 
 
-def load_model(path: str | Path) -> AstroMAE:
+def load_model(path: str | Path, *, mapped: bool = False) -> AstroMAE:
     """Read a model that `save_model` wrote.
 
     Args:
         path: a safetensors file; `DEMO_MODEL` is the packaged one.
+        mapped: leave the weights in the file, of which pages are read when they are used. For
+            who makes others of them, as `fold` does; to predict with them is not reproducible.
     Returns:
         The model on the CPU, in eval mode.
     Raises:
@@ -318,7 +320,9 @@ def load_model(path: str | Path) -> AstroMAE:
             config = _parse_config(file.metadata() or {})
             # Cloned into aligned memory: in the mapped file an offset decides which kernel
             # torch picks, and the last bit of its result.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if not mapped:
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         return assemble(config, tensors)
     except FileNotFoundError as error:
         raise ModelError(f"no model file at {path}") from error

@@ -1,0 +1,63 @@
+"""How many threads are worth starting: the cores this process really has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from math import ceil
+from pathlib import Path
+
+LAMBDA_MB_PER_CORE = 1769  # docs.aws.amazon.com/lambda/latest/dg/configuration-memory.html, 2026-11
+
+
+def cores(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
+    """Count the cores that scheduler, container and AWS Lambda leave to this process.
+
+    Args:
+        environ: where AWS Lambda says how much memory, and so how much of a core, was paid for.
+        root: of the file system with the control groups' files.
+    Returns:
+        At least 1; a part of a core counts as one, since a thread uses what there is of it.
+    """
+    limits = [float(len(os.sched_getaffinity(0))), *_quotas(root)]
+    if memory := environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE"):
+        limits.append(int(memory) / LAMBDA_MB_PER_CORE)
+    return max(1, ceil(min(limits)))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Cores' worth of processor time that each control group above this process allows."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            yield from _each(root / "sys/fs/cgroup", path, _version_2)
+        elif "cpu" in controllers.split(","):
+            yield from _each(root / "sys/fs/cgroup" / controllers, path, _version_1)
+
+
+def _each(mount: Path, path: str, read: Callable[[Path], float]) -> Iterator[float]:
+    # In a container the path may be the host's, of which only the root is to be seen here.
+    folder = mount / path.lstrip("/")
+    for place in [folder, *folder.parents]:
+        with suppress(OSError, ValueError):
+            yield read(place)
+        if place == mount:
+            return
+
+
+def _version_2(group: Path) -> float:
+    """Version 2: "100000 100000", or "max 100000", which is no limit."""
+    quota, period = (group / "cpu.max").read_text().split()
+    return int(quota) / int(period)
+
+
+def _version_1(group: Path) -> float:
+    quota = int((group / "cpu.cfs_quota_us").read_text())
+    if quota <= 0:
+        raise ValueError("no limit")
+    return quota / int((group / "cpu.cfs_period_us").read_text())
