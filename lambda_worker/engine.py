@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lambda_worker.names import Engine, Precision
 from lambda_worker.threads import cores
 
 Array = NDArray[np.float32]
 
 Predict = Callable[[Array, Array], Array]
 """Images (B, 5, 32, 32) in nanomaggies and magnitudes (B, 5), ugriz, in; z_phot (B,) out."""
-
-Engine = Literal["torch", "onnx", "openvino", "auto"]
-Precision = Literal["fp32", "bf16"]
 
 # Instructions that multiply in bfloat16, as /proc/cpuinfo names them: of x86, and of ARM.
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fmi_client.transport.sockets import parse_endpoint
+from lambda_worker.names import Engine, Precision
 
 DATA_SIZES: dict[str, int] = {"small": 1253, "medium": 25_000, "large": 100_000}
 """Rows of the demo datasets by name (`data_size`)."""
@@ -127,6 +128,8 @@ class _Job(BaseModel):
     epoch: Index = 0
     timeout: Seconds = 300.0
     threads: Annotated[int, BeforeValidator(_number), Field(ge=1, le=1024)] | None = None
+    engine: Engine = "torch"
+    precision: Precision = "fp32"
     strict: bool = True
     # The original downloads code from the bucket and runs it. Ours ships inside the worker: what
     # an event names is never executed. Accepted so that existing payloads work, and ignored.

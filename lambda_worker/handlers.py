@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fmi_client.sync import Communicator
     from lambda_worker.dataset import Shard
     from lambda_worker.engine import Predict
-    from lambda_worker.inference import Inferred
+    from lambda_worker.inference import Deviation, Inferred
 
 log = logging.getLogger("lambda_worker")
 
@@ -86,8 +86,8 @@ def infer(event: object, context: object = None, progress: Progress = _silent) -
         `<rank>.npz`, for `summarize` to merge.
 
     Raises:
-        EventError, DatasetError, ModelError, StorageError: this rank cannot do its part; the others
-            are told so at once (`Aborted`).
+        EventError, DatasetError, ModelError, EngineError, StorageError: this rank cannot do its
+            part; the others are told so at once (`Aborted`).
         FmiError: the job cannot go on. After any error this rank has written no record.
     """
     task = parse(RankTask, event)
@@ -167,6 +167,8 @@ def _rendezvous(payload: Payload) -> dict[str, Any]:
         "fmi_enabled": payload.joins,
         "timeout": payload.timeout,
         "strict": payload.strict,
+        "engine": payload.engine,
+        "precision": payload.precision,
     }
     if payload.joins:
         fields |= {"rendezvous_endpoint": payload.rendezvous_endpoint, "epoch": payload.epoch}
@@ -248,12 +250,13 @@ def _work(
     from lambda_worker import inference, metrics, summary
 
     baseline = summary.memory("VmRSS")
-    predict, rows = _load(task, scratch, progress)
+    model, predict, rows = _load(task, scratch, progress)
     loaded = time.perf_counter()
     if comm is not None:
         comm.barrier()  # so that the ranks' inference times are of one moment
     inferred = inference.run(predict, rows, task.batch_size, partial(progress, "infer"))
     _judge(task, rows, inferred)
+    deviation = _deviation(task, model, rows, inferred)
     total = metrics.sums(inferred.z_phot, inferred.z_spec)
     progress("gather", len(rows), len(rows))
     if comm is not None:
@@ -263,13 +266,14 @@ def _work(
         "load": loaded - joined,
         "all": time.perf_counter() - started,
     }
-    record = summary.record(task, rows, inferred, times, baseline, comm.stats() if comm else None)
+    stats = comm.stats() if comm else None
+    record = summary.record(task, rows, inferred, deviation, times, baseline, stats)
     _deliver(task, comm, record, summary.table(rows.pieces, inferred), total)
     progress("done", len(rows), len(rows))
     return record
 
 
-def _load(task: RankTask, scratch: Path, progress: Progress) -> tuple[Predict, Shard]:
+def _load(task: RankTask, scratch: Path, progress: Progress) -> tuple[Path, Predict, Shard]:
     from lambda_worker import dataset
     from lambda_worker.engine import open_engine
     from lambda_worker.model import DEMO_MODEL
@@ -280,7 +284,19 @@ def _load(task: RankTask, scratch: Path, progress: Progress) -> tuple[Predict, S
     of = sum(piece.stop - piece.start for piece in pieces)
     progress("load", 0, of)
     model = storage.fetch(task.model or str(DEMO_MODEL), scratch)
-    return open_engine(model, threads=task.threads), dataset.Shard(pieces, scratch)
+    predict = open_engine(model, engine=task.engine, precision=task.precision, threads=task.threads)
+    return model, predict, dataset.Shard(pieces, scratch)
+
+
+def _deviation(task: RankTask, model: Path, rows: Shard, inferred: Inferred) -> Deviation | None:
+    """What the precision costs on this rank's own rows."""
+    if task.precision == "fp32" or not len(rows):
+        return None
+    from lambda_worker import inference
+    from lambda_worker.engine import open_engine
+
+    exact = open_engine(model, engine=task.engine, threads=task.threads)
+    return inference.deviation(exact, rows, inferred.z_phot)
 
 
 def _judge(task: RankTask, rows: Shard, inferred: Inferred) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from lambda_worker.engine import Predict
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
+
+# Rows that a lower precision is judged by: some runs of them, evenly spread over the shard.
+SAMPLE_RUNS, SAMPLE_RUN = 8, 32
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,13 @@ class Inferred:
     def excluded(self) -> NDArray[np.intp]:
         """Rows of the shard that are excluded from the metrics."""
         return np.flatnonzero(np.isnan(self.z_phot))
+
+
+class Deviation(NamedTuple):
+    """Largest difference in z_phot to full precision, and how many rows were compared."""
+
+    max_dz: float
+    rows: int
 
 
 def run(
@@ -83,6 +93,24 @@ def _timed_next(items: Iterator[Item]) -> tuple[Item, float] | None:
     start = time.perf_counter()
     item = next(items, None)
     return None if item is None else (item, time.perf_counter() - start)
+
+
+def deviation(exact: Predict, shard: Shard, z_phot: NDArray[np.float32]) -> Deviation:
+    """Predict a sample of the shard again in full precision, 256 rows at most.
+
+    Args:
+        z_phot: of all rows of the shard, in lower precision. Rows that are NaN do not count.
+    """
+    starts = list(range(0, len(shard), SAMPLE_RUN))
+    if len(starts) > SAMPLE_RUNS:
+        starts = np.linspace(0, len(shard) - SAMPLE_RUN, SAMPLE_RUNS).astype(int).tolist()
+    largest, count = 0.0, 0
+    for start in starts:
+        stop = min(start + SAMPLE_RUN, len(shard))
+        off = np.abs(_predict(exact, shard.batch(start, stop)) - z_phot[start:stop])
+        off = off[~np.isnan(off)]
+        largest, count = max(largest, float(off.max(initial=0))), count + len(off)
+    return Deviation(largest, count)
 
 
 def _predict(predict: Predict, rows: Rows) -> NDArray[np.float32]:

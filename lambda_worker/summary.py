@@ -25,7 +25,7 @@ from lambda_worker.shard import Piece
 
 if TYPE_CHECKING:
     from lambda_worker.dataset import Shard
-    from lambda_worker.inference import Inferred
+    from lambda_worker.inference import Deviation, Inferred
 
 MB = 1e6
 METRIC_NAMES = {"mae": "MAE", "mse": "MSE", "bias": "bias", "nmad": "NMAD", "r2": "R2"}
@@ -42,6 +42,7 @@ def record(
     task: RankTask,
     rows: Shard,
     inferred: Inferred,
+    deviation: Deviation | None,
     times: Mapping[str, float],
     baseline: float,
     stats: Mapping[str, Any] | None,
@@ -59,6 +60,7 @@ def record(
     * result_path: folder of the run; data_path: file, list of files, or null without rows
 
     Args:
+        deviation: what a lower precision than fp32 costs, or None.
         times: elapsed seconds: "join", "load", and "all" of this rank's work up to the record.
         baseline: resident memory (MB) before loading.
         stats: the communicator's, or None.
@@ -82,6 +84,10 @@ def record(
         "rows": len(rows),
         "rows_excluded": len(inferred.excluded),
         "bits": inferred.bits,
+        "engine": task.engine,
+        "precision": task.precision,
+        "precision_max_dz": deviation and deviation.max_dz,
+        "precision_rows": deviation.rows if deviation else 0,
         "wall_time (seconds)": times["all"],
         "join_time (seconds)": times["join"],
         "load_time (seconds)": times["load"],
@@ -261,6 +267,7 @@ def _summary(
         "bits_per_second": (bits, "throughput_bps"),
     }
     links = [r["links"] for r in records]
+    deviations = [r["precision_max_dz"] for r in records if r["precision_max_dz"] is not None]
     return {
         "run": run.run,
         "rows": rows,
@@ -282,6 +289,10 @@ def _summary(
             }
             for name, (amount, key) in rates.items()
         },
+        "engine": records[0]["engine"],
+        "precision": records[0]["precision"],
+        "precision_max_dz": max(deviations, default=None),
+        "precision_rows": sum(r["precision_rows"] for r in records),
         "peak_memory_mb": max(r["peak_memory (MB)"] for r in records),
         "metrics": dict(numbers),
         "links": {kind: sum(link[kind] for link in links) for kind in ("direct", "relay")},

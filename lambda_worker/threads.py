@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from math import ceil
@@ -20,7 +21,8 @@ def cores(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> in
     Returns:
         At least 1; a part of a core counts as one, since a thread uses what there is of it.
     """
-    limits = [float(len(os.sched_getaffinity(0))), *_quotas(root)]
+    affinity = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+    limits = [float(len(affinity)), *_quotas(root)]
     if memory := environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE"):
         limits.append(int(memory) / LAMBDA_MB_PER_CORE)
     return max(1, ceil(min(limits)))

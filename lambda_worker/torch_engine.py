@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lambda_worker.engine import Array, Precision, Predict
+from lambda_worker.engine import Array, Predict
 from lambda_worker.fold import Attend, Conv, Folded, Linear, fold
 from lambda_worker.model import load_model
+from lambda_worker.names import Precision
 
 SLICE = 32
 """Rows at most that go through the model together: what they leave behind fits the cache."""

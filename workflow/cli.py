@@ -40,6 +40,11 @@ class Size(StrEnum):
     large = "large"
 
 
+class Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class Split(StrEnum):
     train = "train"
     val = "val"
@@ -91,6 +96,9 @@ def run(
     no_fmi: Annotated[
         bool, typer.Option("--no-fmi", help="Ranks do not talk; summarize merges their records.")
     ] = False,
+    precision: Annotated[
+        Precision, typer.Option(help="bf16: faster, about 1e-3 off in z; needs a recent CPU.")
+    ] = Precision.fp32,
     strict: Annotated[
         bool,
         typer.Option(help="Rows with NaN or infinity fail the run; else the metrics skip them."),
@@ -131,6 +139,7 @@ def run(
         run=name,
         fmi=not no_fmi,
         rendezvous=rendezvous,
+        precision=precision.value,
         strict=strict,
         timeout=timeout,
     )

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fmi_client.transport.sockets import parse_endpoint
+from lambda_worker.names import Engine, Precision
+from lambda_worker.threads import cores
 from workflow.calls import Call, Json, RunFailed, start, with_log
 from workflow.processes import ProcessFamily, death_note, read_tail
 
@@ -49,6 +51,8 @@ class RunPlan:
     run: str | None = None
     fmi: bool = True
     rendezvous: str | None = None
+    engine: Engine = "torch"
+    precision: Precision = "fp32"
     strict: bool = True
     timeout: float = 3600.0
     worker: Sequence[str] = (sys.executable, "-m", "lambda_worker")
@@ -203,7 +207,7 @@ class _Job:
 
     async def _init(self, endpoint: str | None) -> Json:
         plan = self.plan
-        threads = max(1, _cores() // plan.world_size)
+        threads = max(1, cores() // plan.world_size)
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
         self.env |= dict.fromkeys(names, str(threads)) | {"MALLOC_ARENA_MAX": "1"}
         self._tell("init", f"init: splitting {plan.data} between {plan.world_size} ranks")
@@ -217,6 +221,8 @@ class _Job:
             "fmi_enabled": plan.fmi,
             "rendezvous_endpoint": endpoint,
             "threads": threads,
+            "engine": plan.engine,
+            "precision": plan.precision,
             "strict": plan.strict,
             # One limit only: the run's own, by which the launcher ends all ranks.
             "timeout": plan.timeout,
@@ -307,8 +313,3 @@ def _listening_port(line: str) -> int | None:
         if isinstance(entry, dict) and entry.get("event") == "listening":
             return int(entry["port"])
     return None
-
-
-def _cores() -> int:
-    """Return how many cores this process may use (a container's cpuset counts)."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

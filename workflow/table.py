@@ -76,6 +76,11 @@ def notes(result: RunResult) -> list[str]:
         f"The ranks' own rates add up to {rates['sum_of_ranks']:,.0f} rows/s; with joining and "
         f"loading it is {rates['end_to_end']:,.0f}.",
     ]
+    if (off := summary["precision_max_dz"]) is not None:
+        lines.append(
+            f"Precision {summary['precision']}: z_phot is at most {off:.1e} from fp32's, on "
+            f"{summary['precision_rows']:,} rows predicted twice."
+        )
     if excluded := summary["rows_excluded"]:
         lines.append(f"Rows with NaN or infinity, which no metric counts: {excluded:,}.")
     if (hidden := len(result.records) - _SHOWN_RANKS) > 0:

@@ -16,8 +16,9 @@ from torch.utils.data import TensorDataset
 
 from fmi_client import sync
 from fmi_client.errors import Aborted
-from lambda_worker import handlers, inference, storage
+from lambda_worker import engine, handlers, inference, storage, torch_engine
 from lambda_worker.dataset import DatasetError
+from lambda_worker.engine import Predict
 from lambda_worker.model import DEMO_MODEL, ModelError, load_model
 from lambda_worker.storage import StorageError
 from lambda_worker.summary import SummaryError
@@ -383,13 +384,44 @@ def test_rank_item_of_the_reference_reads_whole_files(payload: dict[str, Any]) -
     assert record == json.loads(Path(payload["results"], "1.json").read_text())
 
 
-def test_threads_of_a_rank(payload: dict[str, Any]) -> None:
+def test_threads_of_a_rank(payload: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     plan = handlers.init({**payload, "world_size": 1, "threads": "2"})
-    try:
+    asked: list[int] = []
+
+    def open_torch(model: Path, precision: str, threads: int) -> Predict:
+        asked.append(threads)
+        return lambda images, magnitudes: magnitudes[:, 0]
+
+    monkeypatch.setattr(torch_engine, "open_torch", open_torch)
+    handlers.infer(plan["ranks"][0])
+    assert asked == [2]
+
+
+def test_a_lower_precision_is_judged_on_the_runs_own_rows(
+    payload: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_torch(model: Path, precision: str, threads: int) -> Predict:
+        off = 0.25 if precision == "bf16" else 0
+        return lambda images, magnitudes: magnitudes[:, 0] + off
+
+    monkeypatch.setattr(engine, "has_bf16", lambda: True)
+    monkeypatch.setattr(torch_engine, "open_torch", open_torch)
+    result = alone(handlers.init({**payload, "precision": "bf16"}))
+    for told in (result["summary"], result["records"][0]):
+        assert (told["engine"], told["precision"]) == ("torch", "bf16")
+        assert told["precision_max_dz"] == 0.25
+    assert result["summary"]["precision_rows"] == 41
+    plain = alone(handlers.init(payload))["summary"]
+    assert (plain["precision"], plain["precision_max_dz"]) == ("fp32", None)
+
+
+def test_bf16_on_a_processor_without_it(
+    payload: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "has_bf16", lambda: False)
+    plan = handlers.init({**payload, "precision": "bf16"})
+    with pytest.raises(engine.EngineError, match="bf16"):
         handlers.infer(plan["ranks"][0])
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
 
 
 def test_progress_names_the_stages(payload: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lambda_worker.engine import has_bf16
 from workflow.datasets import make
 
 ROWS = 50
@@ -90,3 +91,14 @@ def test_a_broken_file_is_named(folder: Path) -> None:
     assert "Error: init failed: DatasetError" in err
     assert "half.pt" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.skipif(not has_bf16(), reason="this processor has no bf16 instructions")
+def test_bf16_tells_what_it_costs(folder: Path) -> None:
+    words = ("--data", "some.pt", "--world-size", "2", "--precision", "bf16", "--json")
+    code, out, err = cosmic(folder, "run", *words)
+    assert code == 0, err
+    summary = json.loads(out)["summary"]
+    assert (summary["engine"], summary["precision"]) == ("torch", "bf16")
+    assert 0 < summary["precision_max_dz"] < 0.01
+    assert summary["precision_rows"] == ROWS

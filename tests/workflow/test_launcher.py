@@ -46,18 +46,20 @@ async def test_success_tells_every_step_and_rank(plan: Plan, tmp_path: Path) -> 
 
 
 async def test_init_gets_the_plan(plan: Plan, tmp_path: Path) -> None:
-    await run_job(plan(world_size=1, batch_size=7, model="m.safetensors"), lambda event: None)
+    asked = plan(world_size=1, batch_size=7, model="m.safetensors", precision="bf16")
+    await run_job(asked, lambda event: None)
     event = recorded(tmp_path, "fake-run/init.json")
     assert event["batch_size"] == 7
+    assert (event["engine"], event["precision"]) == ("torch", "bf16")
     assert event["model"] == "m.safetensors"
     assert event["fmi_enabled"] is False
     assert event["timeout"] == 30
-    assert event["threads"] == local._cores()
+    assert event["threads"] == local.cores()
     assert "rendezvous_endpoint" not in event
 
 
 async def test_threads_are_shared_out(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "_cores", lambda: 8)
+    monkeypatch.setattr(local, "cores", lambda: 8)
     result = await run_job(plan(world_size=3), lambda event: None)
     environment = result.records[0]["environment"]
     assert environment["OMP_NUM_THREADS"] == "2"
