@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lambda_worker.model import (
-    NORM_EPS,
     AstroMAE,
     Attention,
     Block,
@@ -82,8 +81,7 @@ class FoldedBlock(nn.Module):
         super().__init__()
         assert isinstance(block, Block)
         self.side = config.image_size // config.patch
-        # Of scale 1: torch's kernel without a scale is half as fast.
-        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS).requires_grad_(False)
+        self.norm1, self.norm2 = _bare(block.norm1), _bare(block.norm2)
         self.qkv, self.proj = _attention(block)
         self.attend = Attend(config.heads)
         self.fc1 = Linear(_after_norm(block.norm2, _affine(block.mlp.fc1)))
@@ -94,9 +92,9 @@ class FoldedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         local = self._convolve(x[:, 1:])
-        x = x + self.proj(self.attend(self.qkv(self.norm(x))))
+        x = x + self.proj(self.attend(self.qkv(self.norm1(x))))
         x = torch.cat((x[:, :1], x[:, 1:] + local), dim=1)
-        hidden = functional.gelu(self.fc1(self.norm(x)))
+        hidden = functional.gelu(self.fc1(self.norm2(x)))
         out: Tensor = x + self.fc2(hidden)
         return out
 
@@ -158,7 +156,7 @@ class Folded(nn.Module):
         branches = model.inception_model
         opened, _, vit_end = model.vit_block
         head = _merge(_after_norm(model.fc_norm, _affine(model.head)), _affine(opened))
-        self.norm = nn.LayerNorm(model.config.width, eps=NORM_EPS).requires_grad_(False)
+        self.norm = _bare(model.fc_norm)
         self.vit = Linear(head)
         flat, _, inception_end = list(branches.vis_inception)[-3:]
         self.flat = Linear(_affine(flat))
@@ -233,6 +231,12 @@ def _affine(layer: nn.Module) -> Affine:
 
 def _stack(values: Iterable[Tensor]) -> Tensor:
     return torch.cat(list(values))
+
+
+def _bare(norm: nn.LayerNorm) -> nn.LayerNorm:
+    """The norm without its scale and shift, which the linear layer after it takes in."""
+    # Of scale 1, not without one: for that, torch has a slower kernel.
+    return nn.LayerNorm(norm.normalized_shape, eps=norm.eps).requires_grad_(False)
 
 
 def _merge(first: Affine, then: Affine) -> Affine:

@@ -32,10 +32,19 @@ def exact(model: AstroMAE, images: Tensor, magnitudes: Tensor) -> Tensor:
         SCALED,
         replace(SMALL, pcm_kernel=3),
         replace(SMALL, pcm_groups=1),
+        replace(SMALL, norm_eps=0.03),
         replace(SMALL, pcm_groups=3, heads=6, mlp_ratio=2),
         replace(SMALL, image_size=48, patch=16, bands=3),
     ],
-    ids=["small", "scaled inputs", "3x3 PCM", "one group", "other groups", "other images"],
+    ids=[
+        "small",
+        "scaled inputs",
+        "3x3 PCM",
+        "one group",
+        "another epsilon",
+        "other groups",
+        "other images",
+    ],
 )
 def test_the_same_function_for_every_config(config: ModelConfig) -> None:
     model, random = trained(config), torch.Generator().manual_seed(1)
