@@ -21,6 +21,13 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 CPUINFO = Path("/proc/cpuinfo")
 
 
+DEMO_MODEL = Path(__file__).parent / "demo_model" / "model.safetensors"
+
+
+class ModelError(ValueError):
+    """A model file is missing, truncated, or not one of ours; the text says which."""
+
+
 class EngineError(ValueError):
     """This machine cannot run what was asked for; the text says what it lacks."""
 
@@ -35,8 +42,8 @@ def open_engine(
     """Load a model file into an engine.
 
     Args:
-        model: a safetensors file as `save_model` writes it.
-        engine: what computes.
+        model: a safetensors file as `save_model` writes it; for onnx and openvino also its export.
+        engine: what computes; onnx and openvino run the export beside the model (`exported`).
         precision: "bf16" multiplies in bfloat16: faster, and about 1e-3 off in z.
         threads: of this process; default: as many as it has cores.
 
@@ -53,8 +60,13 @@ def open_engine(
             "precision bf16: this processor has no instructions for it "
             f"({', '.join(sorted(BF16_FLAGS))}), so that it would be slower than fp32"
         )
+    from lambda_worker.exported import choose, open_exported
+
+    if engine == "auto":
+        engine, place = choose(engine, precision, str(model))
+        model = Path(place)
     if engine != "torch":
-        raise EngineError(f"engine {engine!r} is not available here; use 'torch'")
+        return open_exported(model, engine, precision, threads or cores())
     from lambda_worker.torch_engine import open_torch
 
     return open_torch(model, precision, threads or cores())

@@ -22,16 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lambda_worker.atomic import replacing
+from lambda_worker.engine import DEMO_MODEL as DEMO_MODEL
+from lambda_worker.engine import ModelError as ModelError
 
-DEMO_MODEL = Path(__file__).parent / "demo_model" / "model.safetensors"
 FORMAT = "cosmic-astromae-1"
 # One layer under two names: files carry it once.
 TWIN, TWIN_OF = "inception_model.conv2d_init.", "inception_model.vis_inception.0."
 NORM_EPS = 1e-6  # timm's value for vision transformers, which the published weights expect
-
-
-class ModelError(ValueError):
-    """A model file is missing, truncated, or not one of ours; the text says which."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command line of models: ``cosmic model train`` and ``convert``."""
+"""The command line of models: ``cosmic model train``, ``convert`` and ``export``."""
 
 from __future__ import annotations
 
@@ -94,3 +94,38 @@ def convert(
         text = f"Note: a state_dict does not say its attention heads; {config.heads} as published"
         print(f"{text}, give others with --heads.", file=sys.stderr)
     print(f"use it: cosmic run --model {out}")
+
+
+_EXPORT_EXAMPLES = """\b
+Examples:
+  cosmic model export model.safetensors          writes model.onnx beside it
+  cosmic run --model model.safetensors --engine onnx
+"""
+
+
+@commands.command("export", epilog=_EXPORT_EXAMPLES)
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A .safetensors file.")],
+    out: Annotated[
+        Path | None, typer.Argument(metavar="[OUT]", help="The .onnx file  [default: beside it]")
+    ] = None,
+) -> None:
+    """Export a model for the engines that need no torch: onnx and openvino.
+
+    Writes one .onnx file, which both read, and only if ONNX Runtime predicts the same with it. Keep
+    it beside the model, and export again after a change of the model: an old export is refused.
+    """
+    from lambda_worker.engine import EngineError, ModelError
+    from workflow.progress import open_view
+
+    try:
+        with open_view("steps") as view:
+            view.step("export: loading torch")
+            from workflow.export import export as export_model
+
+            done = export_model(model, out, view.step)
+    except (ModelError, EngineError, OSError) as error:
+        fail(error)
+    print(f"{done.path}: {done.path.stat().st_size / 1e6:.1f} MB")
+    print(f"largest difference to torch in z, on {done.rows} rows: {done.difference:.1e}")
+    print(f"use it: cosmic run --model {done.path} --engine onnx")
