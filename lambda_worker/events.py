@@ -250,6 +250,9 @@ class RankTask(_Job):
             raise ValueError(
                 f"rank: got {self.rank}, expected 0 to {self.world_size - 1} (world_size - 1)"
             )
+        if self.engine == "auto":
+            # Each rank would choose for itself, and metrics depend on who ran where.
+            raise ValueError("engine: got auto, which is for init; expected torch, onnx, openvino")
         if self.joins and self.run is None:
             raise ValueError("run: missing, expected the name of the job to join")
         if self.results is None and self.result_path is None:

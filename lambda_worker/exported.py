@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lambda_worker import storage
-from lambda_worker.engine import Array, Engine, EngineError, ModelError, Precision, Predict
+from lambda_worker.engine import Array, EngineError, ModelError, Predict
+from lambda_worker.names import Engine, Precision
 
 FORMAT = "cosmic-astromae-onnx-1"
 INPUTS, OUTPUT = ("images", "magnitudes"), "z_phot"

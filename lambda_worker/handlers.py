@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lambda_worker.dataset import Shard
     from lambda_worker.engine import Predict
     from lambda_worker.inference import Deviation, Inferred
+    from lambda_worker.names import Engine
 
 log = logging.getLogger("lambda_worker")
 
@@ -50,6 +51,7 @@ def init(event: object, context: object = None) -> dict[str, Any]:
 
     Raises:
         EventError: a field is wrong. DatasetError: no data there, or a file that cannot be used.
+        EngineError, ModelError: the engine cannot do it, or the model's export is missing or stale.
         StorageError: a place cannot be read.
     """
     payload = parse(Payload, event)  # before torch is imported: a wrong event is told at once
@@ -60,8 +62,10 @@ def init(event: object, context: object = None) -> dict[str, Any]:
     with ThreadPoolExecutor(dataset.OPENERS) as pool:
         rows = dict(zip(files, pool.map(dataset.count, files), strict=True))
     run = payload.run_name()
-    common = _common(payload, run, world_size)
-    job = _rendezvous(payload)
+    # Chosen here and nowhere else: ranks that chose for themselves would not predict the same.
+    engine, model = _engine(payload)
+    common = {**_common(payload, run, world_size), "model": model}
+    job = {**_rendezvous(payload), "engine": engine}
     ranks = [
         {"rank": rank, "shard": [list(piece) for piece in pieces], **common, **job}
         for rank, pieces in enumerate(shard.assign(rows, world_size, data_map))
@@ -149,17 +153,23 @@ def check(event: object, context: object = None) -> dict[str, Any]:
 
 
 def _common(payload: Payload, run: str, world_size: int) -> dict[str, Any]:
-    from lambda_worker.model import DEMO_MODEL
-
     return {
         "run": run,
         "world_size": world_size,
         "batch_size": payload.batch_size,
         "results": storage.absolute(payload.results_url(run)),
-        "model": storage.absolute(payload.model or str(DEMO_MODEL)),
         # A run may be repeated under its name: files of the earlier one are told apart by this.
         "init_id": secrets.token_hex(8),
     }
+
+
+def _engine(payload: Payload) -> tuple[Engine, str]:
+    """The engine of all ranks, and the URL of the model file that it reads."""
+    from lambda_worker.engine import DEMO_MODEL
+    from lambda_worker.exported import choose
+
+    model = storage.absolute(payload.model or str(DEMO_MODEL))
+    return choose(payload.engine, payload.precision, model)
 
 
 def _rendezvous(payload: Payload) -> dict[str, Any]:
@@ -167,7 +177,6 @@ def _rendezvous(payload: Payload) -> dict[str, Any]:
         "fmi_enabled": payload.joins,
         "timeout": payload.timeout,
         "strict": payload.strict,
-        "engine": payload.engine,
         "precision": payload.precision,
     }
     if payload.joins:
@@ -275,15 +284,16 @@ def _work(
 
 def _load(task: RankTask, scratch: Path, progress: Progress) -> tuple[Path, Predict, Shard]:
     from lambda_worker import dataset
-    from lambda_worker.engine import open_engine
-    from lambda_worker.model import DEMO_MODEL
+    from lambda_worker.engine import DEMO_MODEL, open_engine
+    from lambda_worker.exported import export_of
 
     pieces = [shard.Piece(*piece) for piece in task.shard or ()]
     if task.shard is None:
         pieces = [shard.Piece(file, 0, dataset.count(file)) for file in task.whole_files]
     of = sum(piece.stop - piece.start for piece in pieces)
     progress("load", 0, of)
-    model = storage.fetch(task.model or str(DEMO_MODEL), scratch)
+    place = task.model or str(DEMO_MODEL)
+    model = storage.fetch(place if task.engine == "torch" else export_of(place), scratch)
     predict = open_engine(model, engine=task.engine, precision=task.precision, threads=task.threads)
     return model, predict, dataset.Shard(pieces, scratch)
 

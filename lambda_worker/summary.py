@@ -309,7 +309,7 @@ def _link_kinds(stats: Mapping[str, Any] | None) -> dict[str, int]:
 
 def _versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": sys.version.split()[0]}
-    for package in ("cosmic-fmi", "torch", "numpy"):
+    for package in ("cosmic-fmi", "numpy", "torch", "onnxruntime", "openvino"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -40,6 +40,13 @@ class Size(StrEnum):
     large = "large"
 
 
+class Engine(StrEnum):
+    torch = "torch"
+    onnx = "onnx"
+    openvino = "openvino"
+    auto = "auto"
+
+
 class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
@@ -86,6 +93,10 @@ def run(
         str | None,
         typer.Option(metavar="PLACE", help="A .safetensors file or URL  [default: the demo model]"),
     ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(help="What predicts; onnx and openvino need `cosmic model export` once."),
+    ] = Engine.torch,
     results: Annotated[
         str, typer.Option(metavar="PLACE", help="Folder or s3:// URL for the results.")
     ] = "./results",
@@ -139,6 +150,7 @@ def run(
         run=name,
         fmi=not no_fmi,
         rendezvous=rendezvous,
+        engine=engine.value,
         precision=precision.value,
         strict=strict,
         timeout=timeout,

@@ -76,6 +76,8 @@ def notes(result: RunResult) -> list[str]:
         f"The ranks' own rates add up to {rates['sum_of_ranks']:,.0f} rows/s; with joining and "
         f"loading it is {rates['end_to_end']:,.0f}.",
     ]
+    if summary["engine"] != "torch":
+        lines.append(f"Predicted by engine {summary['engine']}.")
     if (off := summary["precision_max_dz"]) is not None:
         lines.append(
             f"Precision {summary['precision']}: z_phot is at most {off:.1e} from fp32's, on "

@@ -33,6 +33,7 @@ def result(ranks: int = 4, rows: int = 313, **metrics: float | None) -> RunResul
         "batches": 3 * ranks,
         "inference_seconds": 1.75,
         "rows_per_second": {"wall_clock": 715.4, "end_to_end": 93.2, "sum_of_ranks": 834.7},
+        "engine": "torch",
         "precision_max_dz": None,
         "peak_memory_mb": 345.6,
         "metrics": values,
@@ -118,6 +119,13 @@ def test_excluded_rows_are_mentioned() -> None:
     shown = result()
     shown.summary["rows_excluded"] = 7
     assert "Rows with NaN or infinity, which no metric counts: 7." in notes(shown)
+
+
+def test_another_engine_than_the_default_is_named() -> None:
+    shown = result()
+    assert "engine" not in " ".join(notes(shown))
+    shown.summary["engine"] = "openvino"
+    assert "Predicted by engine openvino." in notes(shown)
 
 
 def test_a_lower_precision_says_what_it_costs() -> None:

@@ -127,6 +127,7 @@ def summarize(task: dict) -> dict:
         "batches": size,
         "inference_seconds": 0.5,
         "rows_per_second": {"wall_clock": 80.0, "end_to_end": 8.0, "sum_of_ranks": 85.0},
+        "engine": "torch",
         "precision_max_dz": None,
         "peak_memory_mb": 300.0,
         "metrics": KEYS,
