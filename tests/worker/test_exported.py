@@ -56,8 +56,10 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(trained(ModelConfig()), path)
     done = cosmic("model", "export", str(path))  # not in here: pytest takes all that torch logs
     assert done.returncode == 0, done.stderr
-    told = rf"{path.with_suffix('.onnx')}: \d\d\.\d MB\nlargest .* on 48 rows: \d\.\de-0[78]\n"
-    assert re.fullmatch(told, done.stdout)
+    size, difference, use = done.stdout.splitlines()
+    assert re.fullmatch(rf"{path.with_suffix('.onnx')}: \d\d\.\d MB", size)
+    assert re.fullmatch(r"largest .* on 48 rows: \d\.\de-0[78]", difference)
+    assert use.endswith("model.onnx --engine onnx")
     assert set(re.findall("s  (?:  )?(.*?): ", done.stderr)) == {"export"}  # and no warnings
     assert len(done.stderr.splitlines()) >= 4
     return path
