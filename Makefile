@@ -40,7 +40,7 @@ bench: env ## our collectives beside gloo and Open MPI, some ten minutes; ARGS="
 	$(PIP) install -q -e ".[bench]"
 	$(BIN)/python -m benchmarks.collectives $(ARGS)
 
-bench-inference: env ## our engines beside the reference's loop, some ten minutes; ARGS="--rounds 2"
+bench-inference: env ## our engines beside the reference's loop, some twelve minutes; ARGS="--rounds 2"
 	$(BIN)/python -m benchmarks.inference $(ARGS)
 
 lint: env ## ruff and mypy

@@ -58,7 +58,7 @@ def reference(threads: int, folder: Path, profiled: bool = False) -> tuple[Loop,
 def ours(name: str, threads: int, folder: Path) -> tuple[Loop, float]:
     engine, _, precision = name.partition("-")
     if engine == "torch":
-        import torch  # noqa: F401
+        import lambda_worker.torch_engine  # noqa: F401
     import numpy as np
 
     from lambda_worker.dataset import Shard
@@ -143,7 +143,7 @@ def main(name: str, threads: int, folder: Path) -> None:
             answer(time.perf_counter() - start)
         elif command == "memory":
             batch = int(numbers[0])
-            answer(largest_mb(lambda: loop(batch, 4 * batch)) - imported)  # noqa: B023
+            answer(largest_mb(lambda: loop(batch, 2 * batch)) - imported)  # noqa: B023
         elif command == "values":
             answer([float(z) for z in loop(FIRST_ROWS, FIRST_ROWS)])
 
