@@ -146,12 +146,6 @@ class Shard:
             return self._flaws.get(row)
         return _flaws(self.batch(row, row + 1)).get(0)
 
-    def name(self, row: int) -> str:
-        """Which file and row the shard's row is, for messages."""
-        span = cut(self._lengths, row, row + 1)[0]
-        piece = self.pieces[int(span.file)]
-        return f"{piece.file} row {piece.start + span.start}"
-
     def _block(self, start: int, stop: int) -> tuple[int, Rows]:
         rows = self.batch(start, stop)
         self._flaws |= {start + row: flaw for row, flaw in _flaws(rows).items()}

@@ -75,8 +75,20 @@ def _name(longest: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _batch_size(value: object) -> object:
+    if isinstance(value, str) and value.lower() == "auto":
+        return "auto"
+    try:
+        if not isinstance(value, bool) and (rows := int(str(value))) >= 1:
+            return rows
+    except ValueError:
+        pass
+    raise ValueError('expected a number of rows, 1 or more, or "auto"')
+
+
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 Index = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_batch_size)]
 Seconds = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 WorldSize = Annotated[int, BeforeValidator(_number), Field(ge=1, le=MAX_WORLD_SIZE)]
 Endpoint = Annotated[str, BeforeValidator(_endpoint)]
@@ -117,7 +129,7 @@ class _Job(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    batch_size: Count = 128
+    batch_size: BatchSize = 128
     data_bucket: Bucket | None = None
     data_prefix: str | None = None
     model: Place | None = None
@@ -130,7 +142,7 @@ class _Job(BaseModel):
     threads: Annotated[int, BeforeValidator(_number), Field(ge=1, le=1024)] | None = None
     engine: Engine = "torch"
     precision: Precision = "fp32"
-    strict: bool = True
+    strict: bool = False
     # The original downloads code from the bucket and runs it. Ours ships inside the worker: what
     # an event names is never executed. Accepted so that existing payloads work, and ignored.
     s3_object_name: str | None = None
@@ -285,7 +297,7 @@ class RunInfo(BaseModel):
 
     run: RunName
     world_size: WorldSize
-    batch_size: Count
+    batch_size: BatchSize
     rows: Index
     results: str
     fmi_enabled: bool

@@ -81,8 +81,8 @@ def infer(event: object, context: object = None, progress: Progress = _silent) -
     Args:
         event: a `RankTask`.
         context: AWS Lambda's; not used.
-        progress: called with stage ("join", "load", "infer", "gather", "done"), rows done and
-            rows of this rank.
+        progress: called with stage ("join", "load", with batch size "auto" "tune", "infer",
+            "gather", "done"), rows done and rows of this rank.
 
     Returns:
         The rank's record, which also stands in `<results>/<rank>.json`. Rank 0 of a job that
@@ -193,7 +193,7 @@ def _plan(payload: Payload) -> tuple[list[str], dict[int, list[str] | None], int
         several = [names] if isinstance(names, str) else names
         data_map[int(rank)] = several and [storage.absolute(payload.file_url(n)) for n in several]
     fixed = [file for files in data_map.values() for file in files or ()]
-    listed = _listed(payload) if not data_map or None in data_map.values() else []
+    listed = dataset_files(payload) if not data_map or None in data_map.values() else []
     world_size = payload.world_size or len(data_map)
     if not world_size:  # as the reference does: one rank per file
         data_map = {rank: [file] for rank, file in enumerate(listed)}
@@ -201,8 +201,12 @@ def _plan(payload: Payload) -> tuple[list[str], dict[int, list[str] | None], int
     return list(dict.fromkeys(listed + fixed)), data_map, world_size
 
 
-def _listed(payload: Payload) -> list[str]:
-    """The dataset's files in natural order (2.pt before 10.pt), up to `file_limit`."""
+def dataset_files(payload: Payload) -> list[str]:
+    """URLs of the dataset's files in natural order (2.pt before 10.pt), up to `file_limit`.
+
+    Raises:
+        DatasetError: there are none. StorageError: the folder cannot be read.
+    """
     from lambda_worker.dataset import DatasetError
 
     url = storage.absolute(str(payload.data_url))
@@ -261,10 +265,12 @@ def _work(
     baseline = summary.memory("VmRSS")
     model, predict, rows = _load(task, scratch, progress)
     loaded = time.perf_counter()
+    batch_size, calibration = _batch_size(task, comm, predict, len(rows), progress)
     if comm is not None:
         comm.barrier()  # so that the ranks' inference times are of one moment
-    inferred = inference.run(predict, rows, task.batch_size, partial(progress, "infer"))
-    _judge(task, rows, inferred)
+    inferred = inference.run(predict, rows, batch_size, partial(progress, "infer"))
+    if warning := inference.judge(inferred, rows.pieces, task.strict):
+        log.warning("%s", warning)
     deviation = _deviation(task, model, rows, inferred)
     total = metrics.sums(inferred.z_phot, inferred.z_spec)
     progress("gather", len(rows), len(rows))
@@ -275,8 +281,9 @@ def _work(
         "load": loaded - joined,
         "all": time.perf_counter() - started,
     }
+    batch = {"batch_size": batch_size, "calibration": calibration}
     stats = comm.stats() if comm else None
-    record = summary.record(task, rows, inferred, deviation, times, baseline, stats)
+    record = summary.record(task, rows, inferred, deviation, batch, times, baseline, stats)
     _deliver(task, comm, record, summary.table(rows.pieces, inferred), total)
     progress("done", len(rows), len(rows))
     return record
@@ -309,31 +316,19 @@ def _deviation(task: RankTask, model: Path, rows: Shard, inferred: Inferred) -> 
     return inference.deviation(exact, rows, inferred.z_phot)
 
 
-def _judge(task: RankTask, rows: Shard, inferred: Inferred) -> None:
-    """Refuse data that are not finite, or (not `strict`) name what the metrics leave out."""
-    excluded = [int(row) for row in inferred.excluded]
-    if not excluded:
-        return
-    flaws = {row: rows.flaw(row) for row in excluded}
-    bad = [row for row in excluded if flaws[row]] if task.strict else []
-    named = ", ".join(
-        f"{rows.name(row)} ({flaws[row] or 'z_phot'})" for row in (bad or excluded)[:5]
-    )
-    named += ", ..." if len(bad or excluded) > 5 else ""
-    if bad:
-        from lambda_worker.dataset import DatasetError
+def _batch_size(
+    task: RankTask, comm: Communicator | None, predict: Predict, rows: int, progress: Progress
+) -> tuple[int, dict[str, Any] | None]:
+    """Rows of a batch, the same on all ranks of a job, and how "auto" came to it (or None)."""
+    if task.batch_size != "auto":
+        return task.batch_size, None
+    import fmi_client
+    from lambda_worker import batching
 
-        raise DatasetError(
-            f"{len(bad)} of {len(rows)} rows are not finite numbers: {named}; mend the file, or "
-            "leave such rows out of the metrics with strict: false (cosmic run --no-strict)"
-        )
-    log.warning(
-        "%d of %d rows are excluded from the metrics, because a part of them or the prediction is "
-        "not a finite number: %s",
-        len(excluded),
-        len(rows),
-        named,
-    )
+    progress("tune", 0, rows)
+    trials = batching.calibrate(predict, rows)
+    rates = trials.rates if comm is None else comm.allreduce(trials.rates, fmi_client.MIN)
+    return batching.choose(rates), batching.report(trials, rates)
 
 
 def _deliver(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -11,14 +11,30 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lambda_worker.dataset import Rows, Shard
+from lambda_worker import metrics
+from lambda_worker.dataset import DatasetError, Rows, Shard
 from lambda_worker.engine import Predict
+from lambda_worker.shard import Piece, place
+
+# What of a row may not be usable, in the order in which it is looked at.
+PARTS = ("images", "magnitudes", "redshift", "z_phot")
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
 
 # Rows that a lower precision is judged by: some runs of them, evenly spread over the shard.
 SAMPLE_RUNS, SAMPLE_RUN = 8, 32
+
+
+class Excluded(NamedTuple):
+    """A row that no metric counts, and which of PARTS is to blame."""
+
+    file: str
+    row: int
+    part: str
+
+    def __str__(self) -> str:
+        return f"{self.file} row {self.row} ({self.part})"
 
 
 @dataclass(frozen=True)
@@ -29,24 +45,36 @@ class Inferred:
         z_phot: (N,) float32; NaN where the row is excluded from the metrics, because an input, the
             redshift or the prediction is not finite, or z_spec is not above -1 (1 + z divides).
         z_spec: (N,) float64.
-        batches: how many times the model was called.
+        flaws: (N,) uint8: 0 where a row counts, else 1 + which of PARTS is the first to blame.
         bits: size of the images and magnitudes in the file's number formats.
+        batch_seconds: (batches,) float64, elapsed time of each batch: reading, model, progress.
         wall_seconds, cpu_seconds: the loop's elapsed time, and the process's CPU time in it.
         read_seconds: how much of the elapsed time the loop has waited for rows to be read.
     """
 
     z_phot: NDArray[np.float32]
     z_spec: NDArray[np.float64]
-    batches: int
+    flaws: NDArray[np.uint8]
     bits: int
+    batch_seconds: NDArray[np.float64]
     wall_seconds: float
     cpu_seconds: float
     read_seconds: float
 
     @property
+    def batches(self) -> int:
+        """How many times the model was called."""
+        return len(self.batch_seconds)
+
+    @property
     def excluded(self) -> NDArray[np.intp]:
         """Rows of the shard that are excluded from the metrics."""
-        return np.flatnonzero(np.isnan(self.z_phot))
+        return np.flatnonzero(self.flaws)
+
+    def named(self, pieces: Sequence[Piece]) -> list[Excluded]:
+        """The first excluded rows, by file and row; `pieces` are the shard's."""
+        rows = [int(row) for row in self.excluded[: metrics.NAMED]]
+        return [Excluded(*place(pieces, row), PARTS[self.flaws[row] - 1]) for row in rows]
 
 
 class Deviation(NamedTuple):
@@ -70,22 +98,43 @@ def run(
         batch_size: rows at a time; the last batch may be smaller. Batches span files.
         progress: called after each batch with rows done and rows in all.
     """
-    total, bits, batches, waited = len(shard), 0, 0, 0.0
+    total, bits, waited = len(shard), 0, 0.0
     z_phot = np.empty(total, np.float32)
     z_spec = np.empty(total, np.float64)
+    flaws = np.empty(total, np.uint8)
     wall, cpu = time.perf_counter(), time.process_time()
+    moments = [wall]
     with closing(shard.batches(batch_size)) as parts:
         while part := _timed_next(parts):
             (start, stop, rows), seconds = part
             waited += seconds
-            z_phot[start:stop] = _predict(predict, rows)
-            z_phot[[row for row in range(start, stop) if shard.flaw(row)]] = np.nan
+            found = _predict(predict, rows)
+            flaws[start:stop] = _flaws(shard, start, found)
+            z_phot[start:stop] = np.where(flaws[start:stop] == 0, found, np.float32(np.nan))
             z_spec[start:stop] = rows.redshift
             bits += 8 * (rows.images.nbytes + rows.magnitudes.nbytes)
-            batches += 1
             progress(stop, total)
-    elapsed = time.perf_counter() - wall, time.process_time() - cpu
-    return Inferred(z_phot, z_spec, batches, bits, *elapsed, waited)
+            moments.append(time.perf_counter())
+    elapsed = moments[-1] - wall, time.process_time() - cpu
+    return Inferred(z_phot, z_spec, flaws, bits, np.diff(moments), *elapsed, waited)
+
+
+def judge(inferred: Inferred, pieces: Sequence[Piece], strict: bool) -> str | None:
+    """What to warn of: rows that no metric counts, or None.
+
+    Raises:
+        DatasetError: there are such rows, and `strict` does not allow any.
+    """
+    named = inferred.named(pieces)
+    if not named:
+        return None
+    count, total = len(inferred.excluded), len(inferred.flaws)
+    names = ", ".join(map(str, named)) + (", ..." if count > len(named) else "")
+    why = f"what stands in brackets is not finite (or z_spec not above -1): {names}"
+    if strict:
+        text = f"{count:,} of {total:,} rows cannot be used, as {why}"
+        raise DatasetError(f"{text}; mend the data, or let the metrics skip them without strict")
+    return f"no metric counts {count:,} of {total:,} rows, as {why}"
 
 
 def _timed_next(items: Iterator[Item]) -> tuple[Item, float] | None:
@@ -120,3 +169,11 @@ def _predict(predict: Predict, rows: Rows) -> NDArray[np.float32]:
     z_phot = predict(images, magnitudes)
     # An infinite prediction must not count either, and NaN is the one mark.
     return np.where(np.isfinite(z_phot), z_phot, np.float32(np.nan))
+
+
+def _flaws(shard: Shard, start: int, z_phot: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """What is wrong with rows of the shard from `start` on, (B,) as `Inferred.flaws`."""
+    found = [shard.flaw(row) for row in range(start, start + len(z_phot))]
+    flaws = np.array([PARTS.index(flaw) + 1 if flaw else 0 for flaw in found], np.uint8)
+    flaws[(flaws == 0) & np.isnan(z_phot)] = len(PARTS)
+    return flaws

@@ -22,6 +22,7 @@ Array = NDArray[Any]
 
 # Below this share of sum(z_spec^2) the variance is rounding, and R2 has no meaning.
 NO_VARIANCE = 1e-9
+NAMED = 5  # excluded rows that messages and records name; the predictions mark all of them
 
 
 def used(z_phot: Array) -> NDArray[np.bool_]:

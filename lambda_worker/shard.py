@@ -30,6 +30,14 @@ def cut(files: Mapping[str, int], start: int, stop: int) -> list[Piece]:
     return pieces
 
 
+def place(pieces: Sequence[Piece], row: int) -> tuple[str, int]:
+    """The file, and the row of it, that is row `row` of all pieces laid end to end."""
+    lengths = {str(i): piece.stop - piece.start for i, piece in enumerate(pieces)}
+    index, start, _ = cut(lengths, row, row + 1)[0]
+    piece = pieces[int(index)]
+    return piece.file, piece.start + start
+
+
 def balance(files: Mapping[str, int], ranks: int) -> list[list[Piece]]:
     """Every row exactly once, and no rank has more than one row above another.
 

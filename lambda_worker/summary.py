@@ -43,6 +43,7 @@ def record(
     rows: Shard,
     inferred: Inferred,
     deviation: Deviation | None,
+    batch: Mapping[str, Any],
     times: Mapping[str, float],
     baseline: float,
     stats: Mapping[str, Any] | None,
@@ -61,6 +62,7 @@ def record(
 
     Args:
         deviation: what a lower precision than fp32 costs, or None.
+        batch: the batch_size that was used, and the calibration that chose it, or None.
         times: elapsed seconds: "join", "load", and "all" of this rank's work up to the record.
         baseline: resident memory (MB) before loading.
         stats: the communicator's, or None.
@@ -73,7 +75,7 @@ def record(
         "total_cpu_memory (MB)": max(peak - baseline, 0.0),
         "execution_time (seconds/batch)": wall / inferred.batches if inferred.batches else 0.0,
         "num_batches": inferred.batches,
-        "batch_size": task.batch_size,
+        **batch,
         "device": "cpu",
         "throughput_bps": inferred.bits / wall if inferred.bits else 0.0,
         "sample_persec": len(rows) / wall if len(rows) else 0.0,
@@ -83,6 +85,7 @@ def record(
         "world_size": task.world_size,
         "rows": len(rows),
         "rows_excluded": len(inferred.excluded),
+        "excluded_rows": [row._asdict() for row in inferred.named(rows.pieces)],
         "bits": inferred.bits,
         "engine": task.engine,
         "precision": task.precision,
@@ -268,12 +271,16 @@ def _summary(
     }
     links = [r["links"] for r in records]
     deviations = [r["precision_max_dz"] for r in records if r["precision_max_dz"] is not None]
+    sizes = {r["batch_size"] for r in records}
     return {
         "run": run.run,
         "rows": rows,
         "rows_excluded": sum(r["rows_excluded"] for r in records),
+        "excluded_rows": [row for r in records for row in r["excluded_rows"]][: metrics.NAMED],
         "world_size": run.world_size,
-        "batch_size": run.batch_size,
+        # Without a rendezvous each rank chooses for itself; then records tell what it used.
+        "batch_size": sizes.pop() if len(sizes) == 1 else None,
+        "batch_size_asked": run.batch_size,
         "batches": sum(r["num_batches"] for r in records),
         # Seconds are those of the slowest rank.
         "wall_seconds": wall,

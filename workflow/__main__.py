@@ -22,7 +22,8 @@ def main() -> None:
     except SystemExit as end:
         if isinstance(end.code, int) and end.code > 128:
             name = signal.Signals(end.code - 128).name
-            print(f"Stopped by {name}; nothing is left running.", file=sys.stderr)
+            text = f"Stopped by {name}; nothing is left running, no file half written."
+            print(text, file=sys.stderr)
         raise
 
 

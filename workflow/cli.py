@@ -1,4 +1,4 @@
-"""The command line: ``cosmic run``, ``check``, ``data make``, ``model train``.
+"""The command line: ``cosmic run``, and what other modules add to it.
 
 Whatever is heavy is imported inside the commands, so that ``cosmic --help`` answers at once.
 """
@@ -9,53 +9,31 @@ import json
 import math
 import re
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fmi_client.transport.sockets import parse_endpoint
 from workflow.check import EXAMPLES as CHECK_EXAMPLES
 from workflow.check import check
-from workflow.cli_base import fail, group
+from workflow.cli_base import Engine, Precision, check_data, check_model, fail, group, wrong
+from workflow.cli_base import batch_size as parse_batch_size
+from workflow.cli_data import Size, Split, make_once
+from workflow.cli_data import commands as data_commands
+from workflow.cli_infer import EXAMPLES as INFER_EXAMPLES
+from workflow.cli_infer import infer
 from workflow.cli_model import commands as model_commands
 from workflow.demo import data_path
 
 if TYPE_CHECKING:
     from workflow.local import Event, RunPlan, RunResult
-    from workflow.progress import View
 
 __all__ = ["app"]
 
 app = group("Redshift inference by ranks that meet at a rendezvous and then talk directly.")
-_data = group("Demo datasets: SDSS-like galaxies with real magnitudes and redshifts.")
-app.add_typer(_data, name="data")
+app.add_typer(data_commands, name="data")
 app.add_typer(model_commands, name="model")
-
-
-class Size(StrEnum):
-    small = "small"
-    medium = "medium"
-    large = "large"
-
-
-class Engine(StrEnum):
-    torch = "torch"
-    onnx = "onnx"
-    openvino = "openvino"
-    auto = "auto"
-
-
-class Precision(StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Split(StrEnum):
-    train = "train"
-    val = "val"
-    test = "test"
 
 
 _RUN_EXAMPLES = """\b
@@ -76,8 +54,11 @@ def run(
         int, typer.Option(metavar="N", min=1, max=10_000, help="Number of ranks.")
     ] = 4,
     batch_size: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Rows per call of the model.")
-    ] = 128,
+        Any,
+        typer.Option(
+            metavar="N|auto", parser=parse_batch_size, help="Rows per call of the model, or auto."
+        ),
+    ] = "128",
     data: Annotated[
         str | None,
         typer.Option(
@@ -113,7 +94,7 @@ def run(
     strict: Annotated[
         bool,
         typer.Option(help="Rows with NaN or infinity fail the run; else the metrics skip them."),
-    ] = True,
+    ] = False,
     rendezvous: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="A running server  [default: start one here]"),
@@ -136,11 +117,13 @@ def run(
     from lambda_worker.storage import StorageError
     from workflow.local import RunFailed, RunPlan
 
-    _check_data(data, demo_options=data_size is not None or seed is not None)
-    _check_model(model)
+    if data is not None and (data_size is not None or seed is not None):
+        raise wrong("--data", "--data-size and --seed are for the demo data; leave them out")
+    check_data(data)
+    check_model(model)
     _check_run(name, rendezvous, no_fmi)
     if not math.isfinite(timeout):
-        raise _wrong("--timeout", f"{timeout} is not a number of seconds")
+        raise wrong("--timeout", f"{timeout} is not a number of seconds")
     plan = RunPlan(
         data=data or str(data_path(data_size or Size.small, Split.test, seed or 0)),
         world_size=world_size,
@@ -158,54 +141,26 @@ def run(
     try:
         result, plot = _run(plan, demo=None if data else (data_size or Size.small, seed or 0))
     except (RunFailed, StorageError, OSError) as error:
-        if as_json:
-            print(json.dumps({"error": _as_json(error)}))
-        fail(error)
+        fail(error, as_json)
     _show(result, plot, as_json)
 
 
+app.command(epilog=INFER_EXAMPLES)(infer)
 app.command(epilog=CHECK_EXAMPLES)(check)
-
-
-def _check_data(data: str | None, demo_options: bool) -> None:
-    if data is None:
-        return
-    if demo_options:
-        raise _wrong("--data", "--data-size and --seed are for the demo data; leave them out")
-    if "://" not in data and not Path(data).exists():
-        text = f"{data} does not exist; name a .pt file or a folder, or leave it out for demo data"
-        raise _wrong("--data", text)
-
-
-def _check_model(model: str | None) -> None:
-    if model is not None and "://" not in model and not Path(model).is_file():
-        raise _wrong("--model", f"{model}: no such file; leave it out for the demo model")
 
 
 def _check_run(name: str | None, rendezvous: str | None, no_fmi: bool) -> None:
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise _wrong("--run", f"{name!r}: use letters, digits and . _ -, at most 100")
+        raise wrong("--run", f"{name!r}: use letters, digits and . _ -, at most 100")
     if rendezvous is None:
         return
     if no_fmi:
-        raise _wrong("--rendezvous", "with --no-fmi nobody joins a rendezvous; leave one out")
+        raise wrong("--rendezvous", "with --no-fmi nobody joins a rendezvous; leave one out")
     try:
         parse_endpoint(rendezvous, default_port=0)
     except ValueError:
         text = f"{rendezvous!r} is not host:port, as in 127.0.0.1:10000"
-        raise _wrong("--rendezvous", text) from None
-
-
-def _wrong(option: str, text: str) -> typer.BadParameter:
-    return typer.BadParameter(text, param_hint=option)
-
-
-def _as_json(error: Exception) -> dict[str, object]:
-    from workflow.local import RunFailed
-
-    if isinstance(error, RunFailed):
-        return error.as_json()
-    return {"who": "cosmic", "type": type(error).__name__, "message": str(error), "rank": None}
+        raise wrong("--rendezvous", text) from None
 
 
 def _run(plan: RunPlan, demo: tuple[Size, int] | None) -> tuple[RunResult, str | None]:
@@ -218,7 +173,7 @@ def _run(plan: RunPlan, demo: tuple[Size, int] | None) -> tuple[RunResult, str |
 
     with open_view() as view:
         if demo:
-            _make_once(Path(plan.data), *demo, view)
+            make_once(Path(plan.data), *demo, view)
 
         def show(event: Event) -> None:
             if isinstance(event, RankProgress):
@@ -239,22 +194,6 @@ def _run(plan: RunPlan, demo: tuple[Size, int] | None) -> tuple[RunResult, str |
     return result, plot
 
 
-def _make_once(path: Path, size: Size, seed: int, view: View) -> None:
-    if path.exists():
-        view.step(f"demo data: {path} is there already")
-        return
-    from lambda_worker.events import DATA_SIZES
-
-    _make(path, DATA_SIZES[size], Split.test, seed, view)
-
-
-def _make(path: Path, rows: int, split: Split, seed: int, view: View) -> None:
-    view.step(f"demo data: simulating {rows:,} galaxies for {path}")
-    from workflow.datasets import make
-
-    make(path, rows, split.value, seed, lambda stage, n, of: view.update("data", stage, n, of))
-
-
 def _show(result: RunResult, plot: str | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(result) | {"plot": plot}))
@@ -262,36 +201,3 @@ def _show(result: RunResult, plot: str | None, as_json: bool) -> None:
     from workflow.table import print_result
 
     print_result(result, plot)
-
-
-@_data.command("make")
-def data_make(
-    size: Annotated[Size, typer.Option(help="1,253, 25,000 or 100,000 rows.")] = Size.small,
-    rows: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Another number of rows.")
-    ] = None,
-    split: Annotated[
-        Split, typer.Option(help="Which galaxies; the demo model never saw those of test.")
-    ] = Split.test,
-    seed: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Seed of noise, shapes, order.")
-    ] = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The .pt file  [default: ./data/demo-SIZE-SPLIT-SEED-VERSION.pt]"),
-    ] = None,
-) -> None:
-    """Simulate SDSS-like galaxies and write them as a .pt file, a TensorDataset.
-
-    Magnitudes and redshifts are real, the 32 x 32 ugriz cutouts are painted to them.
-    """
-    from lambda_worker.events import DATA_SIZES
-    from workflow.progress import open_view
-
-    path = out or data_path(str(rows or size), split, seed)
-    try:
-        with open_view() as view:
-            _make(path, rows or DATA_SIZES[size], split, seed, view)
-    except OSError as error:
-        fail(error)
-    print(path)

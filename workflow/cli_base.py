@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from typing import NoReturn
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, NoReturn
 
 import typer
+
+
+class Engine(StrEnum):
+    torch = "torch"
+    onnx = "onnx"
+    openvino = "openvino"
+    auto = "auto"
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 def group(text: str) -> typer.Typer:
@@ -21,8 +36,38 @@ def group(text: str) -> typer.Typer:
     )
 
 
-def fail(error: Exception) -> NoReturn:
-    """Say on one line what went wrong, and exit with code 1."""
+def fail(error: Exception, as_json: bool = False) -> NoReturn:
+    """Say on one line what went wrong, on stdout as JSON too if asked, and exit with code 1."""
     text = re.sub(r"^\[Errno \d+\] ", "", str(error))
+    if as_json:
+        plain = {"who": "cosmic", "type": type(error).__name__, "message": text, "rank": None}
+        print(json.dumps({"error": error.as_json() if hasattr(error, "as_json") else plain}))
     print(f"Error: {text}", file=sys.stderr)
     raise SystemExit(1)
+
+
+def check_data(data: str | None) -> None:
+    """Refuse a --data that is not on this machine, before anything else is done."""
+    if data is not None and "://" not in data and not Path(data).exists():
+        text = f"{data} does not exist; name a .pt file or a folder, or leave it out for demo data"
+        raise wrong("--data", text)
+
+
+def check_model(model: str | None) -> None:
+    """The same for --model."""
+    if model is not None and "://" not in model and not Path(model).is_file():
+        raise wrong("--model", f"{model}: no such file; leave it out for the demo model")
+
+
+def batch_size(text: str) -> int | Literal["auto"]:
+    """Parse --batch-size."""
+    if text == "auto":
+        return "auto"
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise typer.BadParameter(f"{text!r} is neither a number of rows, 1 or more, nor auto")
+
+
+def wrong(option: str, text: str) -> typer.BadParameter:
+    """The error of an option; exit code 2."""
+    return typer.BadParameter(text, param_hint=option)

@@ -45,7 +45,7 @@ class RunPlan:
 
     data: str
     world_size: int = 4
-    batch_size: int = 128
+    batch_size: int | Literal["auto"] = 128
     model: str | None = None
     results: str = "./results"
     run: str | None = None
@@ -53,7 +53,7 @@ class RunPlan:
     rendezvous: str | None = None
     engine: Engine = "torch"
     precision: Precision = "fp32"
-    strict: bool = True
+    strict: bool = False
     timeout: float = 3600.0
     worker: Sequence[str] = (sys.executable, "-m", "lambda_worker")
     server: Sequence[str] = (sys.executable, "-m", "rendezvous_server")
@@ -210,6 +210,7 @@ class _Job:
         threads = max(1, cores() // plan.world_size)
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
         self.env |= dict.fromkeys(names, str(threads)) | {"MALLOC_ARENA_MAX": "1"}
+        self.env["LOCAL_WORLD_SIZE"] = str(plan.world_size)  # who shares this machine's memory
         self._tell("init", f"init: splitting {plan.data} between {plan.world_size} ranks")
         event = {
             "world_size": plan.world_size,

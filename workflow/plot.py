@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["redshift_png", "save_plot"]
 
 _DPI = 150
+_BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+# |z_phot - z_spec| / (1 + z_spec) beyond which a photometric redshift counts as an outlier, as
+# usual (Hildebrandt et al. 2010, A&A 523, A31).
+OUTLIER = 0.15
 
 
 def save_plot(predictions: str, metrics: Mapping[str, float | None], url: str) -> None:
@@ -75,9 +79,19 @@ def _predictions(
 ) -> PolyCollection:
     density = _density(axes, z_spec, z_phot, (0, limit, 0, limit), norm)
     axes.plot([0, limit], [0, limit], "--", color="black", linewidth=1, label="z_phot = z_spec")
+    _outlier_lines(axes, z_spec, z_phot, limit)
     axes.set(xlim=(0, limit), ylim=(0, limit), ylabel="predicted redshift z_phot")
-    axes.legend(loc="upper left", frameon=False)
+    axes.legend(loc="upper left", framealpha=0.8, edgecolor="none")
     return density
+
+
+def _outlier_lines(axes: Axes, z_spec: Floats, z_phot: Floats, limit: float) -> None:
+    """Draw where |Δz| = OUTLIER, and say how many galaxies lie beyond, outside the panel or in."""
+    beyond = int((abs(z_phot - z_spec) > OUTLIER * (1 + z_spec)).sum())
+    label = f"|Δz| = {OUTLIER}; beyond: {beyond:,} ({beyond / len(z_spec):.2%})"
+    for sign, text in ((1, label), (-1, None)):
+        edge = [z + sign * OUTLIER * (1 + z) for z in (0.0, limit)]
+        axes.plot([0, limit], edge, ":", color="tab:red", linewidth=1, label=text)
 
 
 def _residuals(
@@ -91,7 +105,7 @@ def _residuals(
         axes.axhline(edge, linestyle=":", color="black", linewidth=1)
     outside = int((abs(residual) > reach).sum())
     note = f"dotted: ±NMAD; {outside:,} of {len(residual):,} outside this panel"
-    axes.text(0.01, 0.03, note, transform=axes.transAxes, fontsize="small")
+    axes.text(0.01, 0.03, note, transform=axes.transAxes, fontsize="small", bbox=_BEHIND)
     axes.set(xlim=(0, limit), ylim=(-reach, reach), xlabel="spectroscopic redshift z_spec")
     axes.set_ylabel("(z_phot − z_spec) / (1 + z_spec)", fontsize="small")  # noqa: RUF001
     return density

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
     from workflow.local import RunResult
 
-__all__ = ["notes", "print_result", "rank_table"]
+__all__ = [
+    "calibration_note",
+    "excluded_note",
+    "notes",
+    "precision_note",
+    "print_result",
+    "print_wide",
+    "rank_table",
+    "short",
+]
 
 # More would push the total off the screen; combined_data.json has them all.
 _SHOWN_RANKS = 32
@@ -31,15 +40,18 @@ _METRICS = {
 
 def print_result(result: RunResult, plot: str | None) -> None:
     """Print the table of ``result``, what its rates mean, and where its files are, to stdout."""
-    console, table = Console(), rank_table(result)
-    # Numbers are never cut: what does not fit makes the lines longer.
-    wide = console.options.update(max_width=_NO_LIMIT)
-    console.width = max(console.width, console.measure(table, options=wide).maximum)
-    console.print(table)
+    print_wide(Console(), rank_table(result))
     print("", *notes(result), "", sep="\n")
     for label, url in {"results": result.combined_data, "plot": plot}.items():
         if url:
-            print(f"{label + ':':<9}{_short(url)}")
+            print(f"{label + ':':<9}{short(url)}")
+
+
+def print_wide(console: Console, table: RenderableType) -> None:
+    """Print a table whose numbers are never cut: what does not fit makes the lines longer."""
+    wide = console.options.update(max_width=_NO_LIMIT)
+    console.width = max(console.width, console.measure(table, options=wide).maximum)
+    console.print(table)
 
 
 def rank_table(result: RunResult) -> Table:
@@ -78,16 +90,55 @@ def notes(result: RunResult) -> list[str]:
     ]
     if summary["engine"] != "torch":
         lines.append(f"Predicted by engine {summary['engine']}.")
-    if (off := summary["precision_max_dz"]) is not None:
-        lines.append(
-            f"Precision {summary['precision']}: z_phot is at most {off:.1e} from fp32's, on "
-            f"{summary['precision_rows']:,} rows predicted twice."
-        )
-    if excluded := summary["rows_excluded"]:
-        lines.append(f"Rows with NaN or infinity, which no metric counts: {excluded:,}.")
+    lines += precision_note(summary)
+    lines += _batch_note(result.records)
+    if summary["rows_excluded"]:
+        lines += excluded_note(summary)
     if (hidden := len(result.records) - _SHOWN_RANKS) > 0:
         lines.append(f"Ranks that are not shown here, but in combined_data.json: {hidden:,}.")
     return lines
+
+
+def _batch_note(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    sizes = sorted({record["batch_size"] for record in records})
+    if records[0]["calibration"] is None:
+        return []
+    if len(sizes) > 1:
+        chosen = ", ".join(map(str, sizes))
+        return [f"Batch size auto: {chosen}, as each rank chose for itself; see its record."]
+    return calibration_note(records[0]["calibration"])
+
+
+def calibration_note(calibration: Mapping[str, Any]) -> list[str]:
+    """Say which batch size was chosen, and out of what."""
+    rates = calibration["rows_per_second"].items()
+    tried = [f"{size}: {rate:,.0f}" for size, rate in rates if rate is not None]
+    return [
+        f"Batch size auto: {calibration['chosen']} rows, after {calibration['seconds']:.1f} s of "
+        "trials; rows/s were",
+        f"  {', '.join(tried) or '(none: there are no rows)'}",
+    ]
+
+
+def precision_note(summary: Mapping[str, Any]) -> list[str]:
+    """Say what a lower precision than fp32 costs."""
+    if (off := summary["precision_max_dz"]) is None:
+        return []
+    twice = f"{summary['precision_rows']:,} rows predicted twice"
+    precision = summary["precision"]
+    return [f"Precision {precision}: z_phot is at most {off:.1e} from fp32's, on {twice}."]
+
+
+def excluded_note(summary: Mapping[str, Any]) -> list[str]:
+    """Warn of rows that no metric counts: how many of `rows`, and the first few by name."""
+    excluded, named = summary["rows_excluded"], summary["excluded_rows"]
+    lines = [
+        f"Warning: no metric counts {excluded:,} of {summary['rows']:,} rows, as what stands in "
+        "brackets is not",
+        "finite (or z_spec not above -1); --strict makes that an error:",
+        *(f"  {short(row['file'])} row {row['row']} ({row['part']})" for row in named),
+    ]
+    return [*lines, "  ..."] if excluded > len(named) else lines
 
 
 def _rank_cells(record: Mapping[str, Any]) -> list[str]:
@@ -125,6 +176,6 @@ def _cells(
     ]
 
 
-def _short(url: str) -> str:
+def short(url: str) -> str:
     """Return a path below the current folder relative to it, anything else as it is."""
     return os.path.relpath(url) if Path(url).is_relative_to(Path.cwd()) else url

@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from lambda_worker import dataset
 from lambda_worker.dataset import DatasetError, Shard
-from lambda_worker.shard import Piece
+from lambda_worker.shard import Piece, place
 from tests.worker.worker_data import MakePt, tensors
 
 
@@ -35,7 +35,7 @@ def test_shard_over_two_files_reads_its_rows(
         assert np.array_equal(got, want)
         assert got.dtype == want.numpy().dtype
     assert np.array_equal(shard.batch(3, 4).redshift, second[2][1:2])
-    assert shard.name(3) == f"{b} row 1"
+    assert place(shard.pieces, 3) == (b, 1)
 
 
 def test_batches_are_views_of_what_was_read(make_pt: MakePt, tmp_path: Path) -> None:
@@ -164,8 +164,8 @@ def test_damaged_bytes_never_give_another_error(make_pt: MakePt, tmp_path: Path)
     chance, refused = random.Random(7), 0
     for _ in range(300):
         damaged = bytearray(whole)
-        for place in chance.sample(weak, 2):
-            damaged[place] = chance.randrange(256)
+        for spot in chance.sample(weak, 2):
+            damaged[spot] = chance.randrange(256)
         path.write_bytes(damaged)
         try:
             dataset.count(str(path))

@@ -54,9 +54,12 @@ def test_rank_item_in_upper_case() -> None:
     ("change", "message"),
     [
         ({"batchsize": 4}, "unknown field 'batchsize', expected some of: batch_size, bucket, "),
-        ({"batch_size": "many"}, "batch_size: got 'many', expected a valid integer"),
-        ({"batch_size": 0}, "batch_size: got 0, expected greater than or equal to 1"),
-        ({"batch_size": True}, "batch_size: got True, expected a number"),
+        (
+            {"batch_size": "many"},
+            "batch_size: got 'many', expected a number of rows, 1 or more, or \"auto\"",
+        ),
+        ({"batch_size": 0}, "batch_size: got 0, expected a number of rows, 1 or more"),
+        ({"batch_size": True}, "batch_size: got True, expected a number of rows"),
         ({"world_size": 10_001}, "world_size: got 10001, expected less than or equal to 10000"),
         ({"timeout": "nan"}, "timeout: got 'nan', expected greater than 0"),
         ({"epoch": -1}, "epoch: got -1, expected greater than or equal to 0"),

@@ -275,10 +275,10 @@ def test_rows_that_are_not_finite_are_named_and_do_not_count(
     rows[2][8] = -1.0
     torch.save(TensorDataset(*rows), tmp_path / "a.pt")
     event = {"data": str(tmp_path / "a.pt"), "results": str(tmp_path), "world_size": world_size}
-    with pytest.raises(DatasetError, match=r"rows are not finite.*a\.pt row 1 \(images\)"):
-        alone(handlers.init(event))
+    with pytest.raises(DatasetError, match=r"rows cannot be used.*a\.pt row 1 \(images\)"):
+        alone(handlers.init({**event, "strict": True}))
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.pt"]
-    plan = handlers.init({**event, "strict": False})
+    plan = handlers.init(event)
     with caplog.at_level(logging.WARNING):
         result = alone(plan)
     kept = [0, 2, 3, 5, 6, 9, 10, 11]
@@ -286,8 +286,12 @@ def test_rows_that_are_not_finite_are_named_and_do_not_count(
     assert result["summary"]["rows_excluded"] == 4
     wanted = direct([column[kept] for column in rows])
     assert result["summary"]["metrics"] == pytest.approx(wanted, rel=1e-6, abs=1e-6)
-    for row in (1, 4, 7, 8):
-        assert f"a.pt row {row}" in caplog.text
+    flaws = {1: "images", 4: "magnitudes", 7: "redshift", 8: "redshift"}
+    for row, part in flaws.items():
+        assert f"a.pt row {row} ({part})" in caplog.text
+    named = [{"file": event["data"], "row": row, "part": part} for row, part in flaws.items()]
+    assert result["summary"]["excluded_rows"] == named
+    assert [row for record in result["records"] for row in record["excluded_rows"]] == named
     with np.load(result["predictions"]) as table:
         assert np.flatnonzero(np.isnan(table["z_phot"])).tolist() == [1, 4, 7, 8]
 

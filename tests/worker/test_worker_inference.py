@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lambda_worker import inference, summary
-from lambda_worker.dataset import Rows, Shard
+from lambda_worker.dataset import DatasetError, Rows, Shard
 from lambda_worker.engine import Array
 from lambda_worker.shard import Piece
 from tests.worker.worker_data import MakePt, tensors
@@ -46,12 +46,40 @@ def test_rows_that_do_not_count_are_nan(tmp_path: Path) -> None:
     shard = Shard([Piece(str(tmp_path / "a.pt"), 0, 6)], tmp_path)
     found = inference.run(first_magnitude, shard, 4)
     assert found.excluded.tolist() == [1, 2, 4]
+    parts = [row.part for row in found.named(shard.pieces)]
+    assert parts == ["images", "magnitudes", "z_phot"]
 
 
 def test_predictions_that_are_not_finite_do_not_count(make_pt: MakePt, tmp_path: Path) -> None:
     shard = Shard([Piece(str(make_pt("a.pt", 3)), 0, 3)], tmp_path)
     answers = np.array([np.inf, 0.1, np.nan], np.float32)
-    assert inference.run(lambda images, magnitudes: answers, shard, 3).excluded.tolist() == [0, 2]
+    found = inference.run(lambda images, magnitudes: answers, shard, 3)
+    assert found.excluded.tolist() == [0, 2]
+    with pytest.raises(DatasetError, match=r"2 of 3 rows cannot be used.*a\.pt row 0 \(z_phot\)"):
+        inference.judge(found, shard.pieces, strict=True)
+
+
+def test_excluded_rows_are_named_as_they_stand_in_their_files(
+    make_pt: MakePt, tmp_path: Path
+) -> None:
+    names = [str(make_pt(f"{seed}.pt", 7, seed=seed)) for seed in (1, 2)]
+    shard = Shard([Piece(names[0], 4, 7), Piece(names[1], 2, 7)], tmp_path)
+    nothing = np.full(8, np.nan, np.float32)
+    found = inference.run(lambda images, magnitudes: nothing[: len(images)], shard, 3)
+    places = [(Path(row.file).name, row.row) for row in found.named(shard.pieces)]
+    assert places == [("1.pt", 4), ("1.pt", 5), ("1.pt", 6), ("2.pt", 2), ("2.pt", 3)]
+    warning = str(inference.judge(found, shard.pieces, strict=False))
+    assert warning.startswith("no metric counts 8 of 8 rows")
+    assert warning.endswith("2.pt row 3 (z_phot), ...")
+
+
+def test_the_time_of_each_batch_adds_up(make_pt: MakePt, tmp_path: Path) -> None:
+    shard = Shard([Piece(str(make_pt("a.pt", 7)), 0, 7)], tmp_path)
+    found = inference.run(first_magnitude, shard, 3)
+    assert len(found.batch_seconds) == found.batches == 3
+    assert (found.batch_seconds > 0).all()
+    assert found.batch_seconds.sum() == pytest.approx(found.wall_seconds)
+    assert inference.judge(found, shard.pieces, strict=True) is None
 
 
 def test_empty_shard_never_calls_the_model(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        ([], ["run", "check", "data", "model"]),
+        ([], ["run", "infer", "check", "data", "model"]),
+        (["infer"], ["--batch-size N|auto", "[default: 32]", "cosmic infer --json | jq", "130"]),
         (["run"], ["--world-size", "[default: 4", "cosmic run --json | jq", "130"]),
         (["run"], ["--strict", "--no-strict"]),
         (["check"], ["SERVER", "--secret-file", "--job try --size 2 --rank 1", '{"server":']),
@@ -64,7 +65,7 @@ def test_help_teaches(start: Start, words: list[str], shown: list[str]) -> None:
     assert max(map(len, out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("command", ["run", "infer", "check"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys; from workflow.cli import app;"
@@ -80,7 +81,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     ("words", "says"),
     [
         (["--world-size", "0"], ["'--world-size'", "greater than or equal to 1"]),
-        (["--batch-size", "many"], ["'--batch-size'"]),
+        (["--batch-size", "many"], ["'--batch-size'", "neither a number of rows"]),
         (["--data", "nowhere"], ["--data", "nowhere does not exist; name a .pt file or a folder"]),
         (["--data", ".", "--seed", "3"], ["--data", "--seed", "leave them out"]),
         (["--timeout", "inf"], ["--timeout", "inf is not a number of seconds"]),

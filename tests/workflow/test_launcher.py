@@ -64,6 +64,7 @@ async def test_threads_are_shared_out(plan: Plan, monkeypatch: pytest.MonkeyPatc
     environment = result.records[0]["environment"]
     assert environment["OMP_NUM_THREADS"] == "2"
     assert environment["MALLOC_ARENA_MAX"] == "1"
+    assert environment["LOCAL_WORLD_SIZE"] == str(len(result.records))
 
 
 async def test_the_failed_ranks_own_error_is_shown_at_once(plan: Plan, tmp_path: Path) -> None:

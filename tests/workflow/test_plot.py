@@ -40,6 +40,13 @@ def test_the_density_shows_the_data() -> None:
     assert coloured[1] > 20 * coloured[0] > 0
 
 
+def test_outliers_have_lines() -> None:
+    picture = pixels(redshift_png(*galaxies(500), METRICS))
+    red = (picture[..., 0] > 0.7) & (picture[..., 1] < 0.4) & (picture[..., 2] < 0.4)
+    assert red[:850].sum() > 300  # two dotted lines across the upper panel
+    assert not red[900:].any()
+
+
 @pytest.mark.parametrize("scatter", [0.0, 5.0])
 def test_perfect_and_hopeless_predictions(scatter: float) -> None:
     z_spec, _ = galaxies(50)

@@ -20,6 +20,8 @@ def result(ranks: int = 4, rows: int = 313, **metrics: float | None) -> RunResul
             "rank": rank,
             "rows": rows,
             "num_batches": 3,
+            "batch_size": 128,
+            "calibration": None,
             "inference_time (seconds)": 1.5,
             "sample_persec": rows / 1.5,
             "peak_memory (MB)": 345.6,
@@ -117,8 +119,15 @@ def test_many_ranks_do_not_push_the_total_off_the_screen(
 
 def test_excluded_rows_are_mentioned() -> None:
     shown = result()
-    shown.summary["rows_excluded"] = 7
-    assert "Rows with NaN or infinity, which no metric counts: 7." in notes(shown)
+    named = [{"file": "/elsewhere/a.pt", "row": row, "part": "images"} for row in range(5)]
+    shown.summary.update(rows_excluded=7, excluded_rows=named)
+    said = notes(shown)
+    assert "Warning: no metric counts 7 of 1,252 rows, as what stands in brackets is not" in said
+    assert [line for line in said if line.startswith("  ")] == [
+        *(f"  /elsewhere/a.pt row {row} (images)" for row in range(5)),
+        "  ...",
+    ]
+    assert max(map(len, said)) < 100
 
 
 def test_another_engine_than_the_default_is_named() -> None:
@@ -134,3 +143,16 @@ def test_a_lower_precision_says_what_it_costs() -> None:
     shown.summary.update(precision="bf16", precision_max_dz=0.00081, precision_rows=1024)
     line = "Precision bf16: z_phot is at most 8.1e-04 from fp32's, on 1,024 rows predicted twice."
     assert line in notes(shown)
+
+
+def test_a_batch_size_that_was_chosen_is_told() -> None:
+    shown = result(ranks=2)
+    rates = {"8": 649.4, "16": 844.0, "32": None}
+    calibration = {"asked": "auto", "chosen": 16, "rows_per_second": rates, "seconds": 1.9}
+    for record in shown.records:
+        record.update(batch_size=16, calibration=calibration)
+    said = "\n".join(notes(shown))
+    assert "Batch size auto: 16 rows, after 1.9 s of trials; rows/s were\n  8: 649, 16: 844" in said
+    shown.records[1]["batch_size"] = 8  # without a rendezvous
+    said = "\n".join(notes(shown))
+    assert "Batch size auto: 8, 16, as each rank chose for itself; see its record." in said

@@ -61,7 +61,9 @@ def init(event: dict) -> dict:
 def infer(task: dict) -> dict:
     folder, rank = Path(task["results"]), task["rank"]
     leave(Path(folder, f"{rank}.pid"), str(os.getpid()))
-    secrets = {k: v for k, v in os.environ.items() if k.startswith(("FMI_", "OMP_", "MALLOC_"))}
+    secrets = {
+        k: v for k, v in os.environ.items() if k.startswith(("FMI_", "OMP_", "MALLOC_", "LOCAL_"))
+    }
     Path(tempfile.mkdtemp(), "scratch").touch()  # whoever is killed cannot clean up
     say("progress", {"rank": rank, "stage": "join", "rows": 0, "of": 0})
     say("progress", {"rank": rank, "stage": "infer", "rows": 10, "of": 10})
@@ -70,6 +72,8 @@ def infer(task: dict) -> dict:
         "rank": rank,
         "rows": 10,
         "num_batches": 1,
+        "batch_size": 128,
+        "calibration": None,
         "inference_time (seconds)": 0.5,
         "sample_persec": 20.0,
         "peak_memory (MB)": 300.0,
@@ -124,6 +128,7 @@ def summarize(task: dict) -> dict:
     summary = {
         "rows": rows,
         "rows_excluded": 0 if "plot" in task["do"] else rows,  # nothing to plot
+        "excluded_rows": [],
         "batches": size,
         "inference_seconds": 0.5,
         "rows_per_second": {"wall_clock": 80.0, "end_to_end": 8.0, "sum_of_ranks": 85.0},

@@ -1,0 +1,161 @@
+"""The command line of inference in one process: ``cosmic infer``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from workflow.cli_base import Engine, Precision, check_data, check_model, fail, wrong
+from workflow.cli_base import batch_size as parse_batch_size
+from workflow.cli_data import Size, Split, make_once
+from workflow.demo import data_path
+
+if TYPE_CHECKING:
+    from workflow.infer import InferPlan, Json
+
+__all__ = ["EXAMPLES", "infer"]
+
+EXAMPLES = """\b
+Examples:
+  cosmic infer                                   demo data, demo model
+  cosmic infer --data ./mine --model m.safetensors --batch-size auto
+  cosmic infer --predictions z.parquet --plot z.png
+  cosmic infer --profile --threads 1             where the time goes
+  cosmic infer --json | jq .metrics              for programs
+
+\b
+Exit code: 0 done, 1 it failed, 2 wrong usage, 130 stopped by Ctrl-C.
+"""
+
+
+def _device(text: str) -> str:
+    if text != "cpu":
+        raise typer.BadParameter(f"{text!r} is not supported, only cpu is")
+    return text
+
+
+def infer(
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            help="A .pt file, a folder of them, or an s3:// URL  [default: demo data]",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PLACE", help="A .safetensors file or URL  [default: the demo model]"),
+    ] = None,
+    batch_size: Annotated[
+        Any,
+        typer.Option(
+            metavar="N|auto", parser=parse_batch_size, help="Rows per call of the model, or auto."
+        ),
+    ] = "32",
+    device: Annotated[
+        str, typer.Option(metavar="cpu", parser=_device, help="Only cpu is supported.")
+    ] = "cpu",
+    engine: Annotated[
+        Engine,
+        typer.Option(help="What predicts; onnx and openvino need `cosmic model export` once."),
+    ] = Engine.torch,
+    precision: Annotated[
+        Precision, typer.Option(help="Number format of the model.")
+    ] = Precision.fp32,
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=1024, help="[default: the cores there are for it]"),
+    ] = None,
+    predictions: Annotated[
+        str | None,
+        typer.Option(metavar="PLACE", help="Write all predictions: a .parquet or .csv file."),
+    ] = None,
+    plot: Annotated[
+        str | None,
+        typer.Option(metavar="PLACE", help="Draw z_phot against z_spec: a .png file."),
+    ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Then see which operations of torch take the time."),
+    ] = False,
+    profile_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for --profile's trace.json.")
+    ] = Path("profile"),
+    strict: Annotated[
+        bool,
+        typer.Option(help="Rows with NaN or infinity are an error; else the metrics skip them."),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write JSON, and only JSON, to stdout.")
+    ] = False,
+) -> None:
+    """Predict the redshifts of a dataset in this process, and report what it took.
+
+    Reports time, time per batch, throughput, memory, the metrics, and the
+    machine. Rows with NaN or infinity are counted, named and left out of the
+    metrics. --profile repeats a few batches after the timed run, which it
+    therefore does not slow down.
+    """
+    check_data(data)
+    check_model(model)
+    _check_outputs(predictions, plot)
+    if profile and engine is not Engine.torch:
+        raise wrong("--profile", f"profiles torch only, and --engine is {engine.value}")
+    make = data is None
+    from workflow.infer import InferPlan
+
+    plan = InferPlan(
+        data=data or str(data_path(Size.small, Split.test, 0)),
+        model=model,
+        batch_size=batch_size,
+        engine=engine.value,
+        precision=precision.value,
+        threads=threads,
+        strict=strict,
+        predictions=predictions,
+        plot=plot,
+        profile=str(profile_dir) if profile else None,
+    )
+    report = _infer(plan, make, as_json)
+    if as_json:
+        print(json.dumps(report))
+        return
+    from workflow.infer_view import print_report
+
+    print_report(report)
+
+
+def _check_outputs(predictions: str | None, plot: str | None) -> None:
+    """Refuse what could not be written before the work is done for it."""
+    from lambda_worker.storage import StorageError, check_writable
+    from workflow.predictions import problem
+
+    if predictions and (text := problem(predictions)):
+        raise wrong("--predictions", text)
+    if plot and not plot.endswith(".png"):
+        raise wrong("--plot", f"{plot}: expected a name that ends with .png")
+    for option, url in {"--predictions": predictions, "--plot": plot}.items():
+        try:
+            if url:
+                check_writable(str(Path(url).parent) if "://" not in url else url)
+        except StorageError as error:
+            raise wrong(option, str(error)) from None
+
+
+def _infer(plan: InferPlan, make: bool, as_json: bool) -> Json:
+    from lambda_worker.dataset import DatasetError
+    from lambda_worker.engine import EngineError, ModelError
+    from lambda_worker.storage import StorageError
+    from workflow.infer import infer as run
+    from workflow.progress import open_view
+
+    try:
+        with open_view() as view:
+            if make:
+                make_once(Path(plan.data), Size.small, 0, view)
+            return run(plan, view)
+    except (DatasetError, EngineError, ModelError, StorageError, OSError) as error:
+        fail(error, as_json)
