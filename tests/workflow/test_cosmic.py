@@ -183,7 +183,7 @@ def test_a_signal_while_the_program_is_still_being_imported(tmp_path: Path) -> N
         text=True,
         timeout=20,
     )
-    assert done.stderr == "Stopped by SIGINT; nothing is left running.\n"
+    assert done.stderr == "Stopped by SIGINT; nothing is left running, no file half written.\n"
     assert (done.returncode, done.stdout) == (130, "")
 
 
