@@ -104,7 +104,10 @@ async def test_ctrl_c_leaves_in_order() -> None:
         await until(lambda: server.registry.ranks == 0)
         assert server.counters.lost == 0
     assert process.returncode == 130
-    assert err.decode().splitlines()[-1] == "Stopped by SIGINT; nothing is left running, no file half written."
+    assert (
+        err.decode().splitlines()[-1]
+        == "Stopped by SIGINT; nothing is left running, no file half written."
+    )
 
 
 @pytest.mark.parametrize(
