@@ -92,13 +92,19 @@ def _prepare(folder: Path) -> None:
     import torch
     from torch.utils.data import TensorDataset
 
+    from lambda_worker.engine import EngineError
     from lambda_worker.model import save_model
+    from workflow.export import export
 
     torch.manual_seed(0)
     model = random_model()
     save_model(model, folder / loops.MODEL_FILE)
     torch.save(model, folder / loops.PLAIN_FILE)
     count = loops.FIRST_ROWS
+    try:
+        export(folder / loops.MODEL_FILE, step=say)
+    except EngineError as error:
+        say(f"without an export: {error}")
     parts = 3 * torch.rand(count, 5, 32, 32), 17 + 5 * torch.rand(count, 5), torch.rand(count)
     torch.save(TensorDataset(*parts), folder / loops.ROWS_FILE)
 
