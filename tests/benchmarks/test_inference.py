@@ -33,7 +33,7 @@ def test_loops_run_and_agree(folder: Path) -> None:
 
 
 def test_an_engine_that_is_not_there_says_why(folder: Path) -> None:
-    with pytest.raises(RuntimeError, match="nonsense"), inference.started("nonsense-fp32", 1, "."):
+    with pytest.raises(RuntimeError, match="no export"), inference.started("onnx-fp32", 1, "."):
         pass
 
 

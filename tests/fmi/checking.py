@@ -43,7 +43,7 @@ ALONE = {
 }
 
 
-def token(expires: float = 60, job: str = "job", size: int = 1, secret: bytes = SECRET) -> str:
+def token(expires: float = 3600, job: str = "job", size: int = 1, secret: bytes = SECRET) -> str:
     return fmi_client.make_token(secret, job=job, size=size, expires=time.time() + expires)
 
 

@@ -135,6 +135,8 @@ def test_any_bytes_give_an_object_or_a_protocol_error(meta: bytes, data: bytes) 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "int64"])
 async def test_tensors_are_reduced_and_stay_tensors(name: str) -> None:
+    import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16; ONNX and JAX bring it)
+
     dtype = getattr(torch, name)
 
     async def rank(comm: Communicator) -> Any:
