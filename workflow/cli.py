@@ -10,15 +10,26 @@ import math
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fmi_client.transport.sockets import parse_endpoint
 from workflow.check import EXAMPLES as CHECK_EXAMPLES
 from workflow.check import check
-from workflow.cli_base import Engine, Precision, check_data, check_model, fail, group, wrong
-from workflow.cli_base import batch_size as parse_batch_size
+from workflow.cli_base import (
+    BatchSize,
+    Data,
+    Engine,
+    EngineOption,
+    Model,
+    Precision,
+    check_data,
+    check_model,
+    fail,
+    group,
+    wrong,
+)
 from workflow.cli_data import Size, Split, make_once
 from workflow.cli_data import commands as data_commands
 from workflow.cli_infer import EXAMPLES as INFER_EXAMPLES
@@ -53,31 +64,14 @@ def run(
     world_size: Annotated[
         int, typer.Option(metavar="N", min=1, max=10_000, help="Number of ranks.")
     ] = 4,
-    batch_size: Annotated[
-        Any,
-        typer.Option(
-            metavar="N|auto", parser=parse_batch_size, help="Rows per call of the model, or auto."
-        ),
-    ] = "128",
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PLACE",
-            help="A .pt file, a folder of them, or an s3:// URL  [default: demo data]",
-        ),
-    ] = None,
+    batch_size: BatchSize = "128",
+    data: Data = None,
     data_size: Annotated[
         Size | None,
         typer.Option(help="Demo data: 1,253, 25,000 or 100,000 rows  [default: small]"),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="PLACE", help="A .safetensors file or URL  [default: the demo model]"),
-    ] = None,
-    engine: Annotated[
-        Engine,
-        typer.Option(help="What predicts; onnx and openvino need `cosmic model export` once."),
-    ] = Engine.torch,
+    model: Model = None,
+    engine: EngineOption = Engine.torch,
     results: Annotated[
         str, typer.Option(metavar="PLACE", help="Folder or s3:// URL for the results.")
     ] = "./results",

@@ -7,7 +7,7 @@ import re
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -71,3 +71,24 @@ def batch_size(text: str) -> int | Literal["auto"]:
 def wrong(option: str, text: str) -> typer.BadParameter:
     """The error of an option; exit code 2."""
     return typer.BadParameter(text, param_hint=option)
+
+
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PLACE",
+        help="A .pt file, a folder of them, or an s3:// URL  [default: demo data]",
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(metavar="PLACE", help="A .safetensors file or URL  [default: the demo model]"),
+]
+BatchSize = Annotated[
+    Any,
+    typer.Option(metavar="N|auto", parser=batch_size, help="Rows per call of the model, or auto."),
+]
+EngineOption = Annotated[
+    Engine,
+    typer.Option(help="What predicts; onnx and openvino need `cosmic model export` once."),
+]

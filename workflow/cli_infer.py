@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workflow.cli_base import Engine, Precision, check_data, check_model, fail, wrong
-from workflow.cli_base import batch_size as parse_batch_size
+from workflow.cli_base import (
+    BatchSize,
+    Data,
+    Engine,
+    EngineOption,
+    Model,
+    Precision,
+    check_data,
+    check_model,
+    fail,
+    wrong,
+)
 from workflow.cli_data import Size, Split, make_once
 from workflow.demo import data_path
 
@@ -38,30 +48,13 @@ def _device(text: str) -> str:
 
 
 def infer(
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PLACE",
-            help="A .pt file, a folder of them, or an s3:// URL  [default: demo data]",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="PLACE", help="A .safetensors file or URL  [default: the demo model]"),
-    ] = None,
-    batch_size: Annotated[
-        Any,
-        typer.Option(
-            metavar="N|auto", parser=parse_batch_size, help="Rows per call of the model, or auto."
-        ),
-    ] = "32",
+    data: Data = None,
+    model: Model = None,
+    batch_size: BatchSize = "32",
     device: Annotated[
         str, typer.Option(metavar="cpu", parser=_device, help="Only cpu is supported.")
     ] = "cpu",
-    engine: Annotated[
-        Engine,
-        typer.Option(help="What predicts; onnx and openvino need `cosmic model export` once."),
-    ] = Engine.torch,
+    engine: EngineOption = Engine.torch,
     precision: Annotated[
         Precision, typer.Option(help="Number format of the model.")
     ] = Precision.fp32,
