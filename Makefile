@@ -11,7 +11,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.ready
 
-.PHONY: help env run test test-full bench bench-inference lint format clean
+TOOLS := .tools
+
+.PHONY: help env tools run test test-full bench bench-inference lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,6 +28,19 @@ $(STAMP): pyproject.toml Makefile
 	$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(PIP) install -q -e ".[dev]"
 	@touch $@
+
+# Each in an environment of its own: they pin what we and each other use in other versions.
+tools: $(TOOLS)/.ready ## make .tools: SAM, a local AWS, and linters, which test-full uses
+
+$(TOOLS)/.ready: Makefile
+	@echo "Making $(TOOLS) (once; some two minutes)"
+	$(call tool,sam,aws-sam-cli==1.170.0)
+	$(call tool,ministack,ministack==1.5.33 aws-sam-translator docker)
+	$(call tool,checkov,checkov==3.3.30)
+	-npm install --silent --no-audit --no-fund --prefix $(TOOLS)/node asl-validator@4.0.0
+	@touch $@
+
+tool = $(PYTHON) -m venv $(TOOLS)/$(1) && $(TOOLS)/$(1)/bin/python -m pip install -q --disable-pip-version-check $(2)
 
 run: env ## a job of 4 ranks on demo data, from init to plot; ARGS="--world-size 2"
 	@$(BIN)/cosmic run $(ARGS)
@@ -53,5 +68,5 @@ format: env ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .
 
 clean: ## remove .venv, caches and results
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv $(TOOLS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	rm -rf results data
