@@ -1,4 +1,4 @@
-"""`python -m lambda_worker init|infer|summarize|check`: a handler as a process.
+"""`python -m lambda_worker init|infer|summarize|blame|check`: a handler as a process.
 
 The event is read from stdin as JSON. stdout carries JSON lines only: any number of
 `{"progress": {...}}`, then exactly one `{"result": ...}` (exit 0) or `{"error": {"type", "message",
@@ -27,7 +27,7 @@ PROGRESS_EVERY = 0.1  # seconds; more lines than that nobody can see
 def main() -> None:
     """Run one handler; see the module."""
     parser = argparse.ArgumentParser(prog="python -m lambda_worker", description=__doc__)
-    parser.add_argument("step", choices=("init", "infer", "summarize", "check"))
+    parser.add_argument("step", choices=("init", "infer", "summarize", "blame", "check"))
     step = parser.parse_args().step
     logging.basicConfig(level="INFO", format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("torch").setLevel("WARNING")  # it tells of its caches
@@ -99,7 +99,8 @@ def _read_event() -> object:
 
 
 def _rank(event: object) -> int | None:
-    rank = event.get("rank", event.get("RANK")) if isinstance(event, dict) else None
+    task = event.get("task", event) if isinstance(event, dict) else None
+    rank = task.get("rank", task.get("RANK")) if isinstance(task, dict) else None
     try:
         return int(rank)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from typing import Annotated, Any, Literal, TypeVar
+from contextlib import suppress
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -175,6 +176,8 @@ class Payload(_Job):
     file_limit: Count | None = None
     unique_id: Annotated[str, _name(64)] | None = None
     run: RunName | None = None
+    attempts: Count = 2
+    ranks_file: bool = False
     object_type: str | None = None  # ignored, like s3_object_name
 
     @model_validator(mode="after")
@@ -290,8 +293,17 @@ class RankTask(_Job):
         return [name if _is_place(name) else f"{bucket}/{name}" for name in names]
 
 
+class RankStart(BaseModel):
+    """The event of `infer` where a state machine counts the attempts: a task, and which one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: dict[str, Any]
+    epoch: Index
+
+
 class RunInfo(BaseModel):
-    """The event of `summarize`: what `init` returned, and what the ranks returned if at hand."""
+    """The event of `summarize` and `blame`: what `init` returned, and what came since."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -304,8 +316,12 @@ class RunInfo(BaseModel):
     init_id: str
     model: str
     data: str
+    epoch: Index = 0
+    max_epochs: Index = 1
+    error: Any = None
     # Accepted because a state machine hands on all it has; the run's files are what counts.
     ranks: Any = None
+    ranks_file: Any = None
     records: Any = None
 
 
@@ -330,7 +346,7 @@ def parse(form: type[Event], event: object) -> Event:
     """Read an event.
 
     Args:
-        form: Payload, RankTask, RunInfo or CheckTask.
+        form: Payload, RankTask, RankStart, RunInfo or CheckTask.
         event: a dict as JSON gives it; numbers may be strings, names may be in any case.
 
     Raises:
@@ -342,6 +358,55 @@ def parse(form: type[Event], event: object) -> Event:
         return form.model_validate(_lower_names(form, event))
     except ValidationError as error:
         raise EventError("; ".join(_describe(e) for e in error.errors())) from None
+
+
+def parse_rank(event: object) -> RankTask:
+    """Read the event of `infer`: a task, or `{"task": ..., "epoch": n}`, whose epoch counts.
+
+    Raises:
+        EventError: as `parse`.
+    """
+    if not (isinstance(event, dict) and "task" in map(_lower, event)):
+        return parse(RankTask, event)
+    start = parse(RankStart, event)
+    names = [name for name in start.task if _lower(name) != "epoch"]
+    return parse(RankTask, {**{name: start.task[name] for name in names}, "epoch": start.epoch})
+
+
+class Whereabouts(NamedTuple):
+    """Where a rank writes, and who it is."""
+
+    results: str
+    rank: int
+    epoch: int
+    init_id: str | None
+
+
+def whereabouts(event: object) -> Whereabouts | None:
+    """What an event of `infer` says of its rank, even if something else in it is wrong; or None."""
+    with suppress(EventError):
+        task = parse_rank(event)
+        return Whereabouts(task.results_url, task.rank, task.epoch, task.init_id)
+    outer = {_lower(key): value for key, value in event.items()} if isinstance(event, dict) else {}
+    task_event = outer.get("task")
+    inner = task_event if isinstance(task_event, dict) else outer
+    known = {**outer, **{_lower(key): value for key, value in inner.items()}}
+    known["epoch"] = outer.get("epoch", known.get("epoch", 0))
+    with suppress(ValidationError):
+        least = {name: known.get(name) for name in _LeastTask.model_fields}
+        return Whereabouts(**_LeastTask.model_validate(least).model_dump())
+    return None
+
+
+class _LeastTask(BaseModel):
+    results: Place
+    rank: Index
+    epoch: Index
+    init_id: str | None
+
+
+def _lower(name: object) -> str:
+    return str(name).lower()
 
 
 def _lower_names(form: type[BaseModel], event: dict[str, Any]) -> dict[str, Any]:

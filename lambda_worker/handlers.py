@@ -1,4 +1,6 @@
-"""The steps of a job with AWS Lambda's signature: init, infer (one per rank), summarize; and check.
+"""The steps of a job with AWS Lambda's signature: init, infer (one per rank), summarize, blame.
+
+And `check`, for when nothing works.
 
 Events and results are plain JSON objects; docs/payloads.md has every field. Secrets come by
 environment only (FMI_KEY, FMI_TOKEN).
@@ -6,6 +8,7 @@ environment only (FMI_KEY, FMI_TOKEN).
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import secrets
@@ -18,8 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lambda_worker import shard, storage
-from lambda_worker.events import CheckTask, EventError, Payload, RankTask, RunInfo, parse
+from lambda_worker import failures, shard, storage
+from lambda_worker.events import (
+    CheckTask,
+    EventError,
+    Payload,
+    RankTask,
+    RunInfo,
+    parse,
+    parse_rank,
+)
 
 if TYPE_CHECKING:
     from fmi_client.sync import Communicator
@@ -46,8 +57,10 @@ def init(event: object, context: object = None) -> dict[str, Any]:
 
     Returns:
         run, world_size, batch_size, rows, results (folder of the run), fmi_enabled, init_id, model,
-        data, and `ranks`: the event of `infer` for each rank. All of it is the event of
-        `summarize`. Nothing is written.
+        data, epoch (of the first attempt), max_epochs (which no attempt's reaches), and `ranks`:
+        the event of `infer` for each rank. All of it is the event of `summarize` and `blame`.
+        Nothing is written, unless the payload says `ranks_file`: then the ranks stand in
+        `<results>/ranks.json`, and in their place is `ranks_file`, where that is.
 
     Raises:
         EventError: a field is wrong. DatasetError: no data there, or a file that cannot be used.
@@ -72,14 +85,16 @@ def init(event: object, context: object = None) -> dict[str, Any]:
     ]
     total = sum(piece[2] - piece[1] for task in ranks for piece in task["shard"])
     data = storage.absolute(payload.data_url) if payload.data_url else "data_map"
-    return {**common, "fmi_enabled": payload.joins, "rows": total, "data": data, "ranks": ranks}
+    attempts = {"epoch": payload.epoch, "max_epochs": payload.epoch + payload.attempts}
+    info = {**common, **attempts, "fmi_enabled": payload.joins, "rows": total, "data": data}
+    return {**info, **_handed_on(payload, common["results"], ranks)}
 
 
 def infer(event: object, context: object = None, progress: Progress = _silent) -> dict[str, Any]:
     """One rank's part of the job: join, load, meet at a barrier, predict, merge.
 
     Args:
-        event: a `RankTask`.
+        event: a `RankTask`, or `{"task": RankTask, "epoch": n}` with the attempt's number.
         context: AWS Lambda's; not used.
         progress: called with stage ("join", "load", with batch size "auto" "tune", "infer",
             "gather", "done"), rows done and rows of this rank.
@@ -92,9 +107,14 @@ def infer(event: object, context: object = None, progress: Progress = _silent) -
     Raises:
         EventError, DatasetError, ModelError, EngineError, StorageError: this rank cannot do its
             part; the others are told so at once (`Aborted`).
-        FmiError: the job cannot go on. After any error this rank has written no record.
+        FmiError: the job cannot go on. After any error this rank has written no record, but
+            `<results>/failed/<epoch>/<rank>.json`, for `blame`, if that could be done quickly.
     """
-    task = parse(RankTask, event)
+    with failures.recorded(event):
+        return _infer(parse_rank(event), progress)
+
+
+def _infer(task: RankTask, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
     # Join first: whatever fails from here on reaches the other ranks while they wait.
     progress("join", 0, 0)
@@ -123,6 +143,25 @@ def summarize(event: object, context: object = None) -> dict[str, Any]:
     from lambda_worker import summary
 
     return summary.summarize(parse(RunInfo, event))
+
+
+def blame(event: object, context: object = None) -> dict[str, Any]:
+    """Say why an attempt failed, by what its ranks left, and whether to try again.
+
+    Args:
+        event: what `init` returned, with the attempt's `epoch`, and `error`, what Step Functions
+            has caught, if that is at hand (`RunInfo`).
+        context: AWS Lambda's; not used.
+
+    Returns:
+        error (class of the culprit's error), cause (one line that names the rank that failed, not
+        those that noticed), rank (or None), retry (whether another attempt is left, and may end
+        well) and epoch (the next attempt's).
+
+    Raises:
+        EventError: a field is wrong. StorageError: the ranks' records cannot be read.
+    """
+    return failures.blame(parse(RunInfo, event))
 
 
 def check(event: object, context: object = None) -> dict[str, Any]:
@@ -161,6 +200,15 @@ def _common(payload: Payload, run: str, world_size: int) -> dict[str, Any]:
         # A run may be repeated under its name: files of the earlier one are told apart by this.
         "init_id": secrets.token_hex(8),
     }
+
+
+def _handed_on(payload: Payload, results: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The ranks' events, or the file that a distributed Map reads them from: they may be 10,000."""
+    if not payload.ranks_file:
+        return {"ranks": ranks}
+    url = f"{results}/ranks.json"
+    storage.write(url, json.dumps(ranks).encode())
+    return {"ranks_file": storage.place(url)}
 
 
 def _engine(payload: Payload) -> tuple[Engine, str]:

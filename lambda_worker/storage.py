@@ -66,6 +66,19 @@ def absolute(url: str) -> str:
     return url.rstrip("/")
 
 
+def place(url: str) -> dict[str, str]:
+    """A URL as Step Functions names objects: its bucket and key; of a local file, its path.
+
+    Raises:
+        StorageError: as `absolute`.
+    """
+    url = absolute(url)
+    if local_path(url) is not None:
+        return {"path": url}
+    bucket, key = _split(url)
+    return {"bucket": bucket, "key": key}
+
+
 def check_writable(url: str) -> None:
     """Refuse a folder on this machine that files cannot be written to; changes nothing.
 

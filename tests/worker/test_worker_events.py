@@ -53,7 +53,10 @@ def test_rank_item_in_upper_case() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batchsize": 4}, "unknown field 'batchsize', expected some of: batch_size, bucket, "),
+        (
+            {"batchsize": 4},
+            "unknown field 'batchsize', expected some of: attempts, batch_size, bucket, ",
+        ),
         (
             {"batch_size": "many"},
             "batch_size: got 'many', expected a number of rows, 1 or more, or \"auto\"",

@@ -55,6 +55,12 @@ def together(plan: dict[str, Any]) -> list[Any]:
     return [future.exception() or future.result() for future in futures]
 
 
+def written(results: Path) -> set[str]:
+    """Files of all runs in this folder, by their names in their run's folder."""
+    files = (path for run in results.glob("run-*") for path in run.rglob("*") if path.is_file())
+    return {path.relative_to(results).as_posix().partition("/")[2] for path in files}
+
+
 @pytest.fixture
 def payload(make_pt: MakePt, tmp_path: Path) -> dict[str, Any]:
     """Two files of 21 and 20 rows."""
@@ -254,14 +260,14 @@ def test_rank_that_fails_stops_the_others_and_nothing_is_written(
         assert isinstance(other, Aborted)
         assert other.by == 2
         assert "2.pt: truncated or damaged" in other.reason
-    assert not (tmp_path / "out").exists()
+    assert written(tmp_path / "out") == {f"failed/0/{rank}.json" for rank in range(3)}
 
 
 def test_missing_model(payload: dict[str, Any], tmp_path: Path) -> None:
     plan = handlers.init({**payload, "model": str(tmp_path / "none.safetensors")})
     with pytest.raises(ModelError, match=r"none\.safetensors"):
         handlers.infer(plan["ranks"][0])
-    assert not (tmp_path / "out").exists()
+    assert written(tmp_path / "out") == {"failed/0/0.json"}
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -277,7 +283,7 @@ def test_rows_that_are_not_finite_are_named_and_do_not_count(
     event = {"data": str(tmp_path / "a.pt"), "results": str(tmp_path), "world_size": world_size}
     with pytest.raises(DatasetError, match=r"rows cannot be used.*a\.pt row 1 \(images\)"):
         alone(handlers.init({**event, "strict": True}))
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.pt"]
+    assert written(tmp_path) == {"failed/0/0.json"}
     plan = handlers.init(event)
     with caplog.at_level(logging.WARNING):
         result = alone(plan)
