@@ -22,6 +22,10 @@ DATA_SIZES: dict[str, int] = {"small": 1253, "medium": 25_000, "large": 100_000}
 """Rows of the demo datasets by name (`data_size`)."""
 
 MAX_WORLD_SIZE = 10_000  # AWS Step Functions' limit for the concurrency of a distributed Map
+ARN = (
+    r"arn:aws[a-z-]*:(secretsmanager:[a-z0-9-]+:\d{12}:secret:[A-Za-z0-9/_+=.@-]+"
+    r"|ssm:[a-z0-9-]+:\d{12}:parameter/[A-Za-z0-9/_.-]+)"
+)
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,%d}"
 
 
@@ -87,6 +91,16 @@ def _batch_size(value: object) -> object:
     raise ValueError('expected a number of rows, 1 or more, or "auto"')
 
 
+def check_arn(value: object) -> object:
+    """Give back the ARN of a secret (Secrets Manager) or parameter (SSM), or raise ValueError."""
+    if not re.fullmatch(ARN, str(value)):
+        raise ValueError(
+            "expected the ARN of a secret, arn:aws:secretsmanager:REGION:ACCOUNT:secret:NAME, "
+            "or of a parameter, arn:aws:ssm:REGION:ACCOUNT:parameter/NAME"
+        )
+    return value
+
+
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 Index = Annotated[int, BeforeValidator(_number), Field(ge=0)]
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_batch_size)]
@@ -123,6 +137,7 @@ def _filled(value: object) -> object:
 
 Place = Annotated[str, BeforeValidator(_filled)]
 Bucket = Annotated[str, BeforeValidator(_bucket)]
+SecretArn = Annotated[str, BeforeValidator(check_arn)]
 
 
 class _Job(BaseModel):
@@ -144,6 +159,9 @@ class _Job(BaseModel):
     engine: Engine = "torch"
     precision: Precision = "fp32"
     strict: bool = False
+    # Where secrets are kept, never the secrets.
+    server_secret_arn: SecretArn | None = None
+    key_arn: SecretArn | None = None
     # The original downloads code from the bucket and runs it. Ours ships inside the worker: what
     # an event names is never executed. Accepted so that existing payloads work, and ignored.
     s3_object_name: str | None = None
@@ -335,6 +353,7 @@ class CheckTask(BaseModel):
     rank: Index | None = None
     size: Count | None = None
     admin_port: Index | None = None
+    server_secret_arn: SecretArn | None = None
     timeout: Seconds = 10.0
     wait: Seconds = 60.0
 

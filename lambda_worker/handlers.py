@@ -3,7 +3,7 @@
 And `check`, for when nothing works.
 
 Events and results are plain JSON objects; docs/payloads.md has every field. Secrets come by
-environment only (FMI_KEY, FMI_TOKEN).
+reference (ARN) or by environment (FMI_KEY, FMI_TOKEN), never in an event.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def infer(event: object, context: object = None, progress: Progress = _silent) -
     Raises:
         EventError, DatasetError, ModelError, EngineError, StorageError: this rank cannot do its
             part; the others are told so at once (`Aborted`).
+        SecretError, SecretUnavailable: a secret that an ARN names cannot be read.
         FmiError: the job cannot go on. After any error this rank has written no record, but
             `<results>/failed/<epoch>/<rank>.json`, for `blame`, if that could be done quickly.
     """
@@ -177,15 +178,18 @@ def check(event: object, context: object = None) -> dict[str, Any]:
 
     Raises:
         EventError: a field is wrong.
+        SecretError, SecretUnavailable: the server's secret cannot be read.
     """
     task = parse(CheckTask, event)
     from fmi_client.check import Plan, Step, run
+    from lambda_worker import secret
 
     def tell(step: Step) -> None:
         log.info("check: %s: %s: %s", step.name, step.status, step.text)
 
     try:
-        plan = Plan.make(**task.model_dump())
+        given = task.model_dump(exclude={"server_secret_arn"})
+        plan = Plan.make(**given, secret=secret.server_secret(task.server_secret_arn))
     except ValueError as error:
         raise EventError(str(error)) from None
     return run(plan, end=tell).as_dict()
@@ -229,6 +233,8 @@ def _rendezvous(payload: Payload) -> dict[str, Any]:
     }
     if payload.joins:
         fields |= {"rendezvous_endpoint": payload.rendezvous_endpoint, "epoch": payload.epoch}
+        arns = {name: getattr(payload, name) for name in ("server_secret_arn", "key_arn")}
+        fields |= {name: arn for name, arn in arns.items() if arn is not None}
     if payload.threads is not None:
         fields["threads"] = payload.threads
     return fields
@@ -288,6 +294,7 @@ def _joined(task: RankTask) -> AbstractContextManager[Communicator | None]:
     if not task.joins:
         return nullcontext()
     import fmi_client
+    from lambda_worker import secret
 
     return fmi_client.sync.connect(
         str(task.rendezvous_endpoint),
@@ -296,6 +303,7 @@ def _joined(task: RankTask) -> AbstractContextManager[Communicator | None]:
         size=task.world_size,
         epoch=task.epoch,
         timeout=task.timeout,
+        **secret.credentials(task),
     )
 
 
