@@ -135,7 +135,8 @@ def summarize(event: object, context: object = None) -> dict[str, Any]:
         context: AWS Lambda's; not used.
 
     Returns:
-        combined_data, summary_path, predictions (URLs), summary and records.
+        combined_data, summary_path, predictions (URLs), summary, and records, but these not with
+        `ranks_file`: they are what grows with the ranks.
 
     Raises:
         EventError: a field is wrong. SummaryError: ranks are missing, which are named.
