@@ -179,12 +179,14 @@ def emulator(folder: Path, **environment: str) -> Iterator[Emulator]:
 
 
 @contextmanager
-def rendezvous(folder: Path, secret: str) -> Iterator[str]:
-    """Run a rendezvous server as a process of its own; gives its address."""
-    (folder / "secret").write_text(secret)
+def rendezvous(folder: Path, secret: str | None = None) -> Iterator[str]:
+    """Run a rendezvous server as a process of its own, which admits anybody without a secret;
+    gives its address."""
     options = ("--host", "127.0.0.1", "--port", "0", "--admin-port", "-1")
     command = [sys.executable, "-m", "rendezvous_server", *options]
-    command += ["--secret-file", str(folder / "secret")]
+    if secret is not None:
+        (folder / "secret").write_text(secret)
+        command += ["--secret-file", str(folder / "secret")]
     log = folder / "rendezvous.log"
     with _running(command, log, _clean() | {"PYTHONPATH": str(ROOT)}) as process:
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,21 +82,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[Deployed]:
-    folder, secret = tmp_path_factory.mktemp("aws"), secrets.token_hex(32)
-    with emulator(folder) as aws, rendezvous(folder, secret) as server:
+    folder = tmp_path_factory.mktemp("aws")
+    with emulator(folder) as aws, rendezvous(folder) as server:
         aws.bucket("cosmic")
         for name in ("good", "strict"):
             key = f"datasets/{name}/1.pt"
             aws.client("s3").upload_file(str(data / f"{name}.pt"), "cosmic", key)
-        store = aws.client("secretsmanager").create_secret
-        kept = {
-            variable: store(Name=variable, SecretString=value)["ARN"]
-            for variable, value in {
-                "FMI_SERVER_SECRET_ARN": secret,
-                "FMI_KEY_ARN": secrets.token_hex(32),
-            }.items()
-        }
-        yield Deployed(aws, aws.deploy(infer="tests.full.doomed.infer", **kept), server)
+        yield Deployed(aws, aws.deploy(infer="tests.full.doomed.infer"), server)
 
 
 def validate(path: Path) -> subprocess.CompletedProcess[str]:
