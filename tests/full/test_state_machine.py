@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ class Deployed:
     aws: Emulator
     machine: str
     server: str
+    secrets: tuple[str, ...]
 
     def run(self, name: str, world_size: int = 4, **fields: Any) -> dict[str, Any]:
         """Execute a run of the bucket's data to its end; returns the execution's description."""
@@ -82,13 +84,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[Deployed]:
-    folder = tmp_path_factory.mktemp("aws")
-    with emulator(folder) as aws, rendezvous(folder) as server:
+    folder, secret, key = tmp_path_factory.mktemp("aws"), token_hex(32), token_hex(32)
+    with emulator(folder) as aws, rendezvous(folder, secret) as server:
         aws.bucket("cosmic")
         for name in ("good", "strict"):
-            key = f"datasets/{name}/1.pt"
-            aws.client("s3").upload_file(str(data / f"{name}.pt"), "cosmic", key)
-        yield Deployed(aws, aws.deploy(infer="tests.full.doomed.infer"), server)
+            place = f"datasets/{name}/1.pt"
+            aws.client("s3").upload_file(str(data / f"{name}.pt"), "cosmic", place)
+        environment = keep(aws, secret, key)
+        machine = aws.deploy(infer="tests.full.doomed.infer", **environment)
+        yield Deployed(aws, machine, server, (secret, key))
+
+
+def keep(aws: Emulator, secret: str, key: str) -> dict[str, str]:
+    """Put away what ranks need to join; returns the variables that name where."""
+    kept = aws.client("secretsmanager").create_secret(Name="server", SecretString=secret)
+    aws.client("ssm").put_parameter(Name="/key", Value=key, Type="SecureString")
+    parameter = aws.client("ssm").get_parameter(Name="/key")["Parameter"]
+    return {"FMI_SERVER_SECRET_ARN": kept["ARN"], "FMI_KEY_ARN": parameter["ARN"]}
 
 
 def validate(path: Path) -> subprocess.CompletedProcess[str]:
@@ -126,6 +138,18 @@ def test_a_run_succeeds_with_the_same_numbers_as_on_this_machine(
     assert output["summary"]["rows"] == here["rows"]
 
 
+def test_no_secret_is_in_any_event_file_or_log(deployed: Deployed) -> None:
+    done = deployed.run("quiet", world_size=2)
+    assert done["status"] == "SUCCEEDED", done
+    s3 = deployed.aws.client("s3")
+    keys = [o["Key"] for o in s3.list_objects_v2(Bucket="cosmic", Prefix="results/")["Contents"]]
+    texts = [s3.get_object(Bucket="cosmic", Key=key)["Body"].read() for key in keys]
+    texts += [text.encode() for text in told(deployed, done)]
+    texts.append(deployed.aws.log.read_bytes())
+    assert len(texts) > 10
+    assert not any(secret.encode() in text for secret in deployed.secrets for text in texts)
+
+
 def locally(data: Path, folder: Path) -> dict[str, Any]:
     """The summary of the same run by the launcher of this machine."""
     words = ("--data", str(data), "--world-size", "4", "--batch-size", "8", "--engine", "onnx")
@@ -160,12 +184,16 @@ def test_32_ranks_and_nothing_that_10000_would_burst(deployed: Deployed) -> None
 
 def largest(deployed: Deployed, execution: dict[str, Any]) -> int:
     """Bytes of the largest state, input, or output that an execution's history tells of."""
+    return max(map(len, told(deployed, execution)))
+
+
+def told(deployed: Deployed, execution: dict[str, Any]) -> list[str]:
+    """All states, inputs and outputs that an execution's history tells of."""
     pages = deployed.aws.client("stepfunctions").get_paginator("get_execution_history")
     arn = execution["executionArn"]
     events = [event for page in pages.paginate(executionArn=arn) for event in page["events"]]
     details = [value for event in events for value in event.values() if isinstance(value, dict)]
-    texts = [detail.get(name) or "" for detail in details for name in ("input", "output")]
-    return max(map(len, texts))
+    return [detail.get(name) or "" for detail in details for name in ("input", "output")]
 
 
 def names(cause: str) -> list[int]:
