@@ -1,10 +1,11 @@
-"""Handlers of functions that tests make: ranks that die at a stage which the run's name tells."""
+"""Handlers of functions that tests make: one hangs, and ranks die if the run is called so."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
+from pathlib import Path
 from typing import Any
 
 from lambda_worker import handlers
@@ -13,6 +14,13 @@ from lambda_worker import handlers
 def pid(event: object, context: object) -> int:
     """Say which process this is."""
     return os.getpid()
+
+
+def hang(event: str, context: object) -> None:
+    """Never end, having written the process's number to the file that the event names."""
+    Path(event).write_text(f"{os.getpid()}\n")
+    while True:
+        signal.pause()
 
 
 def infer(event: dict[str, Any], context: object) -> dict[str, Any]:
