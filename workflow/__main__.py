@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from workflow.signals import exit_by_signal, stop_signals
+from workflow.signals import Stopped, exit_by_signal, stop_signals
 
 __all__ = ["main"]
 
@@ -19,11 +19,8 @@ def main() -> None:
         from workflow.cli import app
 
         app(prog_name="cosmic")
-    except SystemExit as end:
-        if isinstance(end.code, int) and end.code > 128:
-            name = signal.Signals(end.code - 128).name
-            text = f"Stopped by {name}; nothing is left running, no file half written."
-            print(text, file=sys.stderr)
+    except Stopped as stopped:
+        print(f"Stopped by {stopped.name}; {stopped.left}.", file=sys.stderr)
         raise
 
 

@@ -12,14 +12,12 @@ import json
 from asyncio.subprocess import Process
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fmi_client import errors
+from workflow.plan import Json
 from workflow.processes import LINE_LIMIT, ProcessFamily, death_note, read_tail
 
-__all__ = ["Call", "Json", "RunFailed", "start", "with_log"]
-
-Json = dict[str, Any]
+__all__ = ["Call", "RunFailed", "start", "with_log"]
 
 
 class RunFailed(Exception):

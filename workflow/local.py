@@ -12,89 +12,27 @@ import contextlib
 import json
 import os
 import secrets
-import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from fmi_client.transport.sockets import parse_endpoint
-from lambda_worker.names import Engine, Precision
 from lambda_worker.threads import cores
-from workflow.calls import Call, Json, RunFailed, start, with_log
+from workflow.calls import Call, RunFailed, start, with_log
+from workflow.plan import Json, OnEvent, RankProgress, RunPlan, RunResult, Step, StepName
 from workflow.processes import ProcessFamily, death_note, read_tail
 
-__all__ = ["Event", "RankProgress", "RunFailed", "RunPlan", "RunResult", "Step", "run_job"]
+__all__ = ["RunFailed", "run_job"]
 
 # How long the error of a rank that only noticed another one's end waits for the culprit's own.
 _CULPRIT_WAIT = 1.0
 _SERVER_START = 10.0
 
-StepName = Literal["server", "init", "infer", "summarize"]
 
-
-@dataclass(frozen=True)
-class RunPlan:
-    """What to run. ``data``, ``model`` and ``results`` are paths or URLs.
-
-    ``rendezvous`` is "host:port" of a running server; None starts one for this run.
-    ``timeout`` bounds the whole run, in seconds.
-    """
-
-    data: str
-    world_size: int = 4
-    batch_size: int | Literal["auto"] = 128
-    model: str | None = None
-    results: str = "./results"
-    run: str | None = None
-    fmi: bool = True
-    rendezvous: str | None = None
-    engine: Engine = "torch"
-    precision: Precision = "fp32"
-    strict: bool = False
-    timeout: float = 3600.0
-    worker: Sequence[str] = (sys.executable, "-m", "lambda_worker")
-    server: Sequence[str] = (sys.executable, "-m", "rendezvous_server")
-
-
-class Step(NamedTuple):
-    """The run has reached this step; ``text`` is for people."""
-
-    name: StepName
-    text: str
-
-
-class RankProgress(NamedTuple):
-    """Rank ``rank`` is at ``stage`` and has done ``rows`` of its ``of`` rows."""
-
-    rank: int
-    stage: str
-    rows: int
-    of: int
-
-
-Event = Step | RankProgress
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run left behind; ``seconds`` is the whole run's wall-clock time.
-
-    ``summary`` and ``records`` are as the `summarize` handler returns them.
-    """
-
-    run: str
-    combined_data: str
-    summary_path: str
-    predictions: str
-    summary: Json
-    records: list[Json]
-    seconds: float
-
-
-async def run_job(plan: RunPlan, on_event: Callable[[Event], None]) -> RunResult:
+async def run_job(plan: RunPlan, on_event: OnEvent) -> RunResult:
     """Run ``plan`` to its end, telling ``on_event`` about every step.
 
     Cancelling this coroutine ends all processes of the run before it returns.
@@ -117,7 +55,7 @@ async def run_job(plan: RunPlan, on_event: Callable[[Event], None]) -> RunResult
 @dataclass
 class _Job:
     plan: RunPlan
-    on_event: Callable[[Event], None]
+    on_event: OnEvent
     family: ProcessFamily
     env: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     step: str = "start"
@@ -212,23 +150,9 @@ class _Job:
         self.env |= dict.fromkeys(names, str(threads)) | {"MALLOC_ARENA_MAX": "1"}
         self.env["LOCAL_WORLD_SIZE"] = str(plan.world_size)  # who shares this machine's memory
         self._tell("init", f"init: splitting {plan.data} between {plan.world_size} ranks")
-        event = {
-            "world_size": plan.world_size,
-            "batch_size": plan.batch_size,
-            "data": plan.data,
-            "results": plan.results,
-            "model": plan.model,
-            "run": plan.run,
-            "fmi_enabled": plan.fmi,
-            "rendezvous_endpoint": endpoint,
-            "threads": threads,
-            "engine": plan.engine,
-            "precision": plan.precision,
-            "strict": plan.strict,
-            # One limit only: the run's own, by which the launcher ends all ranks.
-            "timeout": plan.timeout,
-        }
-        return await self._call("init", {k: v for k, v in event.items() if v is not None})
+        # One limit only: the run's own, by which the launcher ends all ranks.
+        event = plan.payload(endpoint, threads=threads, timeout=plan.timeout)
+        return await self._call("init", event)
 
     async def _infer(self, task: Json) -> None:
         self._tell("infer", f"infer: {len(task['ranks'])} ranks, {task['rows']:,} rows")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from workflow.signals import stop_signals
+from workflow.signals import Stopped, stop_signals
 
 __all__ = [
     "LINE_LIMIT",
@@ -118,16 +118,16 @@ def run_until_signal(work: Coroutine[Any, Any, Result]) -> Result:
     """Run ``work`` to its end; SIGINT, SIGTERM or SIGHUP cancels it.
 
     Raises:
-        SystemExit: a signal came, and ``work`` has cleaned up. The code is what shells expect:
-            128 + the signal's number.
+        Stopped: a signal came, and ``work`` has cleaned up; ``work`` says what is left by raising
+            `CancelledError` with a text, if it is not the usual.
     """
     caught: list[signal.Signals] = []
     try:
         return asyncio.run(_cancelled_by_signal(work, caught.append))
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as error:
         if not caught:
             raise
-        raise SystemExit(128 + caught[0]) from None
+        raise Stopped(caught[0], *error.args) from None
 
 
 async def _cancelled_by_signal(

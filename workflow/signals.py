@@ -6,7 +6,20 @@ import signal
 from types import FrameType
 from typing import NoReturn
 
-__all__ = ["exit_by_signal", "stop_signals"]
+__all__ = ["Stopped", "exit_by_signal", "stop_signals"]
+
+
+class Stopped(SystemExit):
+    """The exit after a signal, with the code that shells expect: 128 + its number.
+
+    ``left`` says what is left of the work.
+    """
+
+    def __init__(
+        self, number: int, left: str = "nothing is left running, no file half written"
+    ) -> None:
+        super().__init__(128 + number)
+        self.name, self.left = signal.Signals(number).name, left
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -16,5 +29,5 @@ def stop_signals() -> list[signal.Signals]:
 
 
 def exit_by_signal(number: int, frame: FrameType | None) -> NoReturn:
-    """Handle a signal by an exit, with the code that shells expect: 128 + its number."""
-    raise SystemExit(128 + number)
+    """Handle a signal by an exit."""
+    raise Stopped(number)

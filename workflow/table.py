@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from workflow.local import RunResult
+    from workflow.plan import RunResult
 
 __all__ = [
     "calibration_note",

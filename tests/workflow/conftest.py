@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from launched import FAKES
 
-from workflow.local import RunPlan
+from workflow.plan import RunPlan
 
 
 @pytest.fixture

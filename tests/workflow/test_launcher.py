@@ -13,7 +13,8 @@ import pytest
 from launched import alive, pids, recorded, until
 
 from workflow import calls, local
-from workflow.local import Event, RankProgress, RunFailed, RunPlan, Step, run_job
+from workflow.local import RunFailed, run_job
+from workflow.plan import Event, RankProgress, RunPlan, Step
 from workflow.processes import ProcessFamily
 
 Plan = Callable[..., RunPlan]

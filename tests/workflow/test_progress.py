@@ -8,7 +8,7 @@ import pytest
 from launched import until
 from rich.console import Console
 
-from workflow.local import RankProgress
+from workflow.plan import RankProgress
 from workflow.progress import LiveView, PlainView, open_view
 
 

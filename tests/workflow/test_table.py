@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from workflow.local import RunResult
+from workflow.plan import RunResult
 from workflow.table import notes, print_result
 
 METRICS = {"mae": 0.01234, "mse": 0.000321, "bias": -0.00123, "nmad": 0.01301, "r2": 0.92345}

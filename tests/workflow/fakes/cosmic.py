@@ -8,13 +8,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from workflow import local
+from workflow import plan
 from workflow.__main__ import main
 
 if __name__ == "__main__":
     here = Path(__file__).parent
-    local.RunPlan = partial(
-        local.RunPlan,
+    plan.RunPlan = partial(
+        plan.RunPlan,
         worker=(sys.executable, str(here / "worker.py")),
         server=(sys.executable, str(here / "server.py")),
     )

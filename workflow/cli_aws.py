@@ -1,0 +1,123 @@
+"""``cosmic run --on aws``: what its options mean together, and the job that they make."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from workflow.cli_base import wrong
+from workflow.cli_data import Size
+
+if TYPE_CHECKING:
+    from workflow.aws import Target
+    from workflow.plan import OnEvent, RunPlan, RunResult
+    from workflow.progress import View
+
+__all__ = ["AwsOptions", "Job", "aws_job", "refuse"]
+
+_STACK = "cosmic"
+_LONGEST = 80  # of an execution's name, in characters
+_MACHINE = r"[A-Za-z0-9_-]{1,80}|arn:[\w-]+:states:[\w-]+:\d{12}:stateMachine:[\w:-]+"
+
+
+class AwsOptions(NamedTuple):
+    """The options that only AWS has; None where they are not given."""
+
+    stack: str | None
+    state_machine: str | None
+    endpoint_url: str | None
+
+
+class Job(NamedTuple):
+    """A job to run, and what its progress counts."""
+
+    work: Callable[[View, OnEvent], RunResult]
+    unit: str
+
+
+def refuse(options: Mapping[str, object], place: str, why: str) -> None:
+    """Refuse options that mean something with --on PLACE only."""
+    for option, value in options.items():
+        if value is not None:
+            raise wrong(option, f"that is for --on {place} only, for {why}")
+
+
+def aws_job(plan: RunPlan, size: Size | None, options: AwsOptions) -> Job:
+    """Make the job on AWS.
+
+    Args:
+        plan: with empty data and results where the stack is to say them.
+        size: of the dataset in the stack's bucket.
+    """
+    _check(plan, size, options)
+
+    def work(view: View, on_event: OnEvent) -> RunResult:
+        from workflow.aws import run_on_aws
+        from workflow.processes import run_until_signal
+
+        if options.endpoint_url:  # of all services, the results' S3 too
+            os.environ["AWS_ENDPOINT_URL"] = options.endpoint_url
+        full, target = _resolve(plan, size or Size.small, options, view)
+        return run_until_signal(run_on_aws(full, target, on_event))
+
+    return Job(work, "ranks")
+
+
+def _check(plan: RunPlan, size: Size | None, options: AwsOptions) -> None:
+    places = {"--data": plan.data, "--model": plan.model, "--results": plan.results}
+    for option, place in places.items():
+        if place and not re.match("s3://[^/]", place):
+            text = f"{place}: the functions on AWS see no such place; give an s3:// URL"
+            raise wrong(option, text)
+    if plan.run and len(plan.run) > _LONGEST:
+        raise wrong("--run", f"AWS takes {_LONGEST} characters at most, this has {len(plan.run)}")
+    if options.endpoint_url and not re.match("https?://[^/]", options.endpoint_url):
+        raise wrong("--endpoint-url", f"{options.endpoint_url!r} is not http(s)://host:port")
+    if options.state_machine is not None:
+        _check_machine(plan, size, options.state_machine, options.stack)
+
+
+def _check_machine(plan: RunPlan, size: Size | None, machine: str, stack: str | None) -> None:
+    """Without a stack, everything has to be said."""
+    if stack is not None:
+        raise wrong("--state-machine", "the stack has its own; leave --stack or this out")
+    if not re.fullmatch(_MACHINE, machine):
+        raise wrong("--state-machine", f"{machine!r} is neither a name nor an ARN of one")
+    if size is not None:
+        raise wrong("--data-size", "that is a folder of a stack's bucket; name it with --data")
+    needed = {"--data": plan.data, "--results": plan.results}
+    if plan.fmi:
+        needed["--rendezvous"] = plan.rendezvous or ""
+    for option, value in needed.items():
+        if not value:
+            or_none = ", or --no-fmi" if option == "--rendezvous" else ""
+            raise wrong(
+                option, f"needed with --state-machine, as there is no stack to ask{or_none}"
+            )
+
+
+def _resolve(plan: RunPlan, size: Size, options: AwsOptions, view: View) -> tuple[RunPlan, Target]:
+    """Find the state machine, and what the plan does not say."""
+    from workflow.aws import Target
+    from workflow.aws_calls import find_stack, state_machine_arn
+
+    if options.state_machine is not None:
+        return plan, Target(state_machine_arn(options.state_machine))
+    view.step(f"stack: reading the outputs of {options.stack or _STACK}")
+    stack = find_stack(options.stack or _STACK)
+    said = stack.outputs
+    target = Target(said["StateMachineArn"], said.get("ServerSecretArn"), said.get("KeyArn"))
+    if not (plan.data and plan.results):
+        bucket = stack.need("BucketName", "--data and --results")
+        plan = replace(
+            plan,
+            data=plan.data or f"s3://{bucket}/datasets/{size.value}",
+            results=plan.results or f"s3://{bucket}/results",
+        )
+    if plan.fmi and not plan.rendezvous:
+        endpoint = stack.need("RendezvousEndpoint", "--rendezvous")
+        plan = replace(plan, rendezvous=endpoint)
+    return plan, target

@@ -1,0 +1,266 @@
+"""The command line of jobs: ``cosmic run``, on this machine or on AWS."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, replace
+from enum import StrEnum
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fmi_client.transport.sockets import parse_endpoint
+from workflow.cli_aws import AwsOptions, Job, aws_job, refuse
+from workflow.cli_base import (
+    BatchSize,
+    Engine,
+    EngineOption,
+    Model,
+    Precision,
+    check_data,
+    check_model,
+    fail,
+    wrong,
+)
+from workflow.cli_data import Size, Split, make_once
+from workflow.demo import data_path
+
+if TYPE_CHECKING:
+    from workflow.plan import Event, OnEvent, RunPlan, RunResult
+    from workflow.progress import View
+
+__all__ = ["EXAMPLES", "run"]
+
+EXAMPLES = """\b
+Examples:
+  cosmic run                                     demo data, 4 ranks
+  cosmic run --world-size 2 --batch-size 64
+  cosmic run --data ./mine --results ./out       your .pt files
+  cosmic run --json | jq .summary.metrics        for programs
+  cosmic run --on aws --world-size 32            on AWS, by the stack cosmic
+
+\b
+Exit code: 0 done, 1 the run failed, 2 wrong usage, 130 stopped by Ctrl-C.
+"""
+
+_LOCAL = "Only with --on local"
+_AWS = "Only with --on aws"
+
+
+class Where(StrEnum):
+    local = "local"
+    aws = "aws"
+
+
+def run(
+    on: Annotated[
+        Where, typer.Option(help="This machine, or AWS Step Functions and Lambda.")
+    ] = Where.local,
+    world_size: Annotated[
+        int, typer.Option(metavar="N", min=1, max=10_000, help="Number of ranks.")
+    ] = 4,
+    batch_size: BatchSize = "128",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            help="A .pt file, a folder of them, or an s3:// URL  [default: demo data; on AWS: "
+            "datasets/SIZE in the stack's bucket]",
+        ),
+    ] = None,
+    data_size: Annotated[
+        Size | None,
+        typer.Option(help="Demo data: 1,253, 25,000 or 100,000 rows  [default: small]"),
+    ] = None,
+    model: Model = None,
+    engine: EngineOption = Engine.torch,
+    results: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            help="Folder or s3:// URL  [default: ./results; on AWS: results in the stack's bucket]",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--run", metavar="NAME", help="Name of the run  [default: by time]"),
+    ] = None,
+    no_fmi: Annotated[
+        bool, typer.Option("--no-fmi", help="Ranks do not talk; summarize merges their records.")
+    ] = False,
+    precision: Annotated[
+        Precision, typer.Option(help="bf16: faster, about 1e-3 off in z; needs a recent CPU.")
+    ] = Precision.fp32,
+    strict: Annotated[
+        bool,
+        typer.Option(help="Rows with NaN or infinity fail the run; else the metrics skip them."),
+    ] = False,
+    rendezvous: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="A running server  [default: start one here; on AWS: the stack's]",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1, help="Limit for the whole run.")
+    ] = 3600,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write JSON, and only JSON, to stdout.")
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Seed of the demo data  [default: 0]", rich_help_panel=_LOCAL
+        ),
+    ] = None,
+    stack: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="CloudFormation stack with state machine, bucket, server and secrets  "
+            "[default: cosmic]",
+            rich_help_panel=_AWS,
+        ),
+    ] = None,
+    state_machine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|ARN",
+            help="A state machine instead of a stack; needs --data, --results, and --rendezvous or "
+            "--no-fmi.",
+            rich_help_panel=_AWS,
+        ),
+    ] = None,
+    endpoint_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Of an emulator of AWS.", rich_help_panel=_AWS),
+    ] = None,
+) -> None:
+    """Run a job: init, one worker per rank, summarize.
+
+    Ends with a table of all ranks, combined_data.json and a plot of predicted against
+    spectroscopic redshift. On this machine, without --data, it first makes a demo dataset, under
+    ./data. On AWS it starts an execution of the deployed state machine and follows it; Ctrl-C
+    stops the execution. Data, model and results are s3:// URLs there.
+    """
+    if data is not None and (data_size is not None or seed is not None):
+        raise wrong("--data", "--data-size and --seed are for the demo data; leave them out")
+    _check_run(name, rendezvous, no_fmi)
+    if not math.isfinite(timeout):
+        raise wrong("--timeout", f"{timeout} is not a number of seconds")
+    from workflow.plan import RunPlan
+
+    plan = RunPlan(
+        data=data or "",
+        world_size=world_size,
+        batch_size=batch_size,
+        model=model,
+        results=results or "",
+        run=name,
+        fmi=not no_fmi,
+        rendezvous=rendezvous,
+        engine=engine.value,
+        precision=precision.value,
+        strict=strict,
+        timeout=timeout,
+    )
+    aws = {"--stack": stack, "--state-machine": state_machine, "--endpoint-url": endpoint_url}
+    if on is Where.aws:
+        refuse({"--seed": seed}, "local", "on AWS the data are in the bucket already")
+        job = aws_job(plan, data_size, AwsOptions(stack, state_machine, endpoint_url))
+    else:
+        refuse(aws, "aws", "on this machine nothing of AWS is used")
+        job = _local_job(plan, data_size or Size.small, seed or 0)
+    _finish(job, as_json)
+
+
+def _check_run(name: str | None, rendezvous: str | None, no_fmi: bool) -> None:
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise wrong("--run", f"{name!r}: use letters, digits and . _ -, at most 100")
+    if rendezvous is None:
+        return
+    if no_fmi:
+        raise wrong("--rendezvous", "with --no-fmi nobody joins a rendezvous; leave one out")
+    try:
+        parse_endpoint(rendezvous, default_port=0)
+    except ValueError:
+        text = f"{rendezvous!r} is not host:port, as in 127.0.0.1:10000"
+        raise wrong("--rendezvous", text) from None
+
+
+def _local_job(plan: RunPlan, size: Size, seed: int) -> Job:
+    """The job on this machine, on a demo dataset of this size and seed if the plan has no data."""
+    check_data(plan.data or None)
+    check_model(plan.model)
+    path = data_path(size, Split.test, seed)
+    full = replace(plan, data=plan.data or str(path), results=plan.results or "./results")
+
+    def work(view: View, on_event: OnEvent) -> RunResult:
+        from workflow.local import run_job
+        from workflow.processes import run_until_signal
+
+        if not plan.data:
+            make_once(path, size, seed, view)
+        return run_until_signal(run_job(full, on_event))
+
+    return Job(work, "rows")
+
+
+def _finish(job: Job, as_json: bool) -> None:
+    """Run the job, draw the plot and show what came out."""
+    from lambda_worker.storage import StorageError
+    from workflow.aws_calls import AwsError
+    from workflow.calls import RunFailed
+    from workflow.progress import open_view
+
+    try:
+        with open_view(job.unit) as view:
+            result = job.work(view, partial(_tell, view))
+            plot = _plot(result, view)
+    except (RunFailed, AwsError, StorageError, OSError) as error:
+        fail(error, as_json)
+    _show(result, plot, as_json)
+
+
+def _tell(view: View, event: Event) -> None:
+    from workflow.plan import RankProgress, RanksProgress
+
+    match event:
+        case RankProgress(rank, stage, rows, of):
+            view.update(f"rank {rank}", stage, rows, of)
+        case RanksProgress(running, done, failed, of):
+            counts = {"running": running, "failed": failed, "waiting": of - running - done - failed}
+            stage = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
+            view.update("ranks", stage, done, of)
+        case _:
+            view.step(event.text)
+
+
+def _plot(result: RunResult, view: View) -> str | None:
+    """Draw the plot beside the results; returns its URL."""
+    from lambda_worker.storage import StorageError
+    from workflow.plot import save_plot
+
+    if not result.summary["rows"] - result.summary["rows_excluded"]:
+        return None
+    view.step("plot: predicted against spectroscopic redshift")
+    plot = result.combined_data.rpartition("/")[0] + "/redshift.png"
+    try:
+        save_plot(result.predictions, result.summary["metrics"], plot)
+    except (StorageError, OSError) as error:
+        view.step(f"no plot: {error}")  # the results are there all the same
+        return None
+    return plot
+
+
+def _show(result: RunResult, plot: str | None, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(result) | {"plot": plot}))
+        return
+    from workflow.table import print_result
+
+    print_result(result, plot)
