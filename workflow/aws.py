@@ -62,18 +62,18 @@ async def run_on_aws(plan: RunPlan, target: Target, on_event: OnEvent) -> AwsRes
     from lambda_worker.events import Payload, parse
 
     run = parse(Payload, plan.payload(plan.rendezvous)).run_name()
-    execution = _Execution(plan, target, run, on_event, client("stepfunctions", _region(target)))
-    try:
-        async with asyncio.timeout(plan.timeout):
-            return await execution.run()
-    except TimeoutError as error:
-        left = await execution.stop(f"cosmic run: longer than {plan.timeout:g} s (--timeout)")
-        text = f"took longer than {plan.timeout:g} s (--timeout), at {execution.whereabouts()}"
-        raise RunFailed("the run", f"{text}; {left}") from error
-    except asyncio.CancelledError:
-        raise asyncio.CancelledError(
-            await execution.stop("cosmic run: stopped by its user")
-        ) from None
+    with client("stepfunctions", _region(target)) as aws:
+        execution = _Execution(plan, target, run, on_event, aws)
+        try:
+            async with asyncio.timeout(plan.timeout):
+                return await execution.run()
+        except TimeoutError as error:
+            left = await execution.stop(f"cosmic run: longer than {plan.timeout:g} s (--timeout)")
+            text = f"took longer than {plan.timeout:g} s (--timeout), at {execution.whereabouts()}"
+            raise RunFailed("the run", f"{text}; {left}") from error
+        except asyncio.CancelledError:
+            left = await execution.stop("cosmic run: stopped by its user")
+            raise asyncio.CancelledError(left) from None
 
 
 def _region(target: Target) -> str | None:

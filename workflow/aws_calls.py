@@ -53,13 +53,11 @@ _CAUSES = {
     "PartialCredentialsError": _NO_CREDENTIALS,
     "CredentialRetrievalError": _NO_CREDENTIALS,
     "NoRegionError": _NO_REGION,
-    "ProfileNotFound": "check AWS_PROFILE and ~/.aws/config",
+    "ProfileNotFound": "no such profile: check AWS_PROFILE and ~/.aws/config",
     "SSOTokenLoadError": f"the credentials have expired: {_NEW_KEYS}",
     "TokenRetrievalError": f"the credentials have expired: {_NEW_KEYS}",
     "UnauthorizedSSOTokenError": f"the credentials have expired: {_NEW_KEYS}",
 }
-# Where the message says what the advice cannot: who may not do what, which host is silent.
-_QUOTED = {"AccessDenied", "AccessDeniedException", "ProfileNotFound"}
 
 
 class AwsError(RuntimeError):
@@ -95,11 +93,10 @@ def aws_errors(doing: str) -> Iterator[None]:
 def _answered(doing: str, response: Any) -> AwsError:
     error, meta = response.get("Error", {}), response.get("ResponseMetadata", {})
     code, message = error.get("Code", "unknown"), _one_line(error.get("Message", ""))
-    status = meta.get("HTTPStatusCode", 0)
     advice = _ADVICE.get(code, f"{code}: {message}")
-    if code in _QUOTED:
-        advice = f"access denied: {message.rstrip('.')}; {advice}"
-    passes = status >= 500 or advice == _THROTTLED
+    if advice == _NO_ACCESS:  # only the message says who may not do what
+        advice = f"access denied: {message}; {advice}"
+    passes = meta.get("HTTPStatusCode", 0) >= 500 or advice == _THROTTLED
     return AwsError(f"cannot {doing}: {advice}", code, passes)
 
 
@@ -108,34 +105,42 @@ def _unanswered(doing: str, error: Exception) -> AwsError:
     from botocore.exceptions import HTTPClientError
 
     kinds = [kind.__name__ for kind in type(error).__mro__]
-    advice = next((_CAUSES[kind] for kind in kinds if kind in _CAUSES), "")
-    message = _one_line(str(error)).rstrip(".")
-    lost = isinstance(error, Unreachable | HTTPClientError) and not advice
-    if lost:
-        advice = f"{message}; {_UNREACHABLE}"
-    elif kinds[0] in _QUOTED or not advice:
-        advice = f"{message}; {advice}" if advice else message
+    advice = next((_CAUSES[kind] for kind in kinds if kind in _CAUSES), None)
+    lost = isinstance(error, Unreachable | HTTPClientError) and advice is None
+    if advice is None:
+        message = _one_line(str(error))
+        advice = f"{message}; {_UNREACHABLE}" if lost else message
     return AwsError(f"cannot {doing}: {advice}", kinds[0], passes=lost)
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(text.split()).rstrip(".")
 
 
-def client(service: str, region: str | None = None) -> Any:
-    """Make a client; endpoint, region and credentials are those of the environment.
+@contextmanager
+def client(service: str, region: str | None = None) -> Iterator[Any]:
+    """Make a client for the block; endpoint, region and credentials are the environment's.
 
     Raises:
         AwsError: no region, say.
     """
+    made = _make(service, region)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _make(service: str, region: str | None) -> Any:
     from boto3.session import Session
     from botocore.config import Config
 
     # Short, for somebody waits at a terminal; who polls comes back anyway.
-    retries = {"mode": "standard", "max_attempts": 4}
-    config = Config(connect_timeout=5, read_timeout=20, retries=retries)  # type: ignore[arg-type]
-    make: Any = Session().client
+    config = Config(
+        connect_timeout=5, read_timeout=20, retries={"mode": "standard", "total_max_attempts": 4}
+    )
     with aws_errors(f"use {service}"):
+        make: Any = Session().client  # the stubs know no more than S3
         try:
             return make(service, region_name=region, config=config)
         except ValueError as error:  # the endpoint's URL, of which botocore says just that
@@ -167,22 +172,26 @@ def find_stack(name: str) -> Stack:
     Raises:
         AwsError: there is no such stack, it is not (or not wholly) deployed, or no access.
     """
-    cloudformation = client("cloudformation")
+    with client("cloudformation") as cloudformation:
+        found = _describe(cloudformation, name)
+    outputs = {item["OutputKey"]: item["OutputValue"] for item in found.get("Outputs", ())}
+    if "StateMachineArn" not in outputs:
+        text = f"it is {found['StackStatus']} and has no output StateMachineArn"
+        raise AwsError(f"cannot use the stack {name}: {text}; deploy it (docs/deploy.md)")
+    return Stack(name, outputs)
+
+
+def _describe(cloudformation: Any, name: str) -> Any:
     doing = f"read the stack {name}"
     try:
         with aws_errors(doing):
-            found = cloudformation.describe_stacks(StackName=name)["Stacks"][0]
+            return cloudformation.describe_stacks(StackName=name)["Stacks"][0]
     except AwsError as error:
         if error.code != "ValidationError" or "does not exist" not in str(error):
             raise
         region = cloudformation.meta.region_name
         text = f"there is none in {region}: check --stack and the region, or deploy it"
         raise AwsError(f"cannot {doing}: {text} (docs/deploy.md)", error.code) from error
-    outputs = {item["OutputKey"]: item["OutputValue"] for item in found.get("Outputs", ())}
-    if "StateMachineArn" not in outputs:
-        text = f"it is {found['StackStatus']} and has no output StateMachineArn"
-        raise AwsError(f"cannot use the stack {name}: {text}; deploy it (docs/deploy.md)")
-    return Stack(name, outputs)
 
 
 def state_machine_arn(name: str) -> str:
@@ -193,8 +202,9 @@ def state_machine_arn(name: str) -> str:
     """
     if name.startswith("arn:"):
         return name
-    sts = client("sts")
-    with aws_errors("find out the account"):
-        caller = sts.get_caller_identity()
+    with client("sts") as sts:
+        region = sts.meta.region_name
+        with aws_errors("find out the account"):
+            caller = sts.get_caller_identity()
     partition = caller["Arn"].split(":")[1]
-    return f"arn:{partition}:states:{sts.meta.region_name}:{caller['Account']}:stateMachine:{name}"
+    return f"arn:{partition}:states:{region}:{caller['Account']}:stateMachine:{name}"

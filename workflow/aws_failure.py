@@ -70,8 +70,8 @@ def _log_group(aws: Any, arn: str, state: str) -> str | None:
         if function is None:
             return None
         region = arn.split(":")[3]
-        with aws_errors("read the function"):
-            settings = client("lambda", region).get_function_configuration(FunctionName=function)
+        with client("lambda", region) as functions, aws_errors("read the function"):
+            settings = functions.get_function_configuration(FunctionName=function)
         name = function.split(":")[6] if function.startswith("arn:") else function
         return str(settings.get("LoggingConfig", {}).get("LogGroup") or f"/aws/lambda/{name}")
     except (AwsError, ValueError, KeyError):

@@ -1,15 +1,17 @@
-"""A run with fakes: what happens is said in the plan's `data`."""
+"""A run with fakes: what happens is said in the plan's `data`; or on an AWS that is one."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_aws import RECORD, FakeAws, Frame, fake_aws, succeeded
 from launched import FAKES
 
 from workflow.plan import RunPlan
@@ -36,3 +38,27 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunPl
         return RunPlan(**usual | fields)
 
     return make
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAws]:
+    """An account with an execution that goes well, by the environment's credentials."""
+    from lambda_worker import storage
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    nowhere = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), "/nonexistent")
+    keys = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "test")
+    more = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (nowhere | keys | more).items():
+        monkeypatch.setenv(name, value)
+    storage._s3.cache_clear()
+    with fake_aws() as account:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", account.endpoint)
+        account.frames = [Frame("RUNNING"), succeeded("r-1")]
+        place = "bucket/results/r-1/combined_data.json"
+        account.objects[place] = json.dumps([RECORD | {"rank": r} for r in range(4)]).encode()
+        yield account
+        if storage._s3.cache_info().currsize:
+            storage._s3().close()
+    storage._s3.cache_clear()
