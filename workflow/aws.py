@@ -27,6 +27,8 @@ _SOON, _LATE, _SLOWER = 1.0, 5.0, 1.25
 # What is waited for when the execution has to be stopped.
 _STOPPING = 20.0
 _NOWHERE = Step("start", "")
+# Step Functions starts no more functions, but Lambda has no way to end one.
+_GOING_ON = "functions that run already cannot be, and end by themselves"
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class _Execution:
 
     async def run(self) -> AwsResult:
         began = time.monotonic()
-        self._tell("start", f"start: execution {self.run_name} of {self.target.state_machine}")
+        *_, region, _, _, machine = self.target.state_machine.split(":")[:7]
+        self._tell("start", f"start: execution {self.run_name} of {machine} in {region}")
         await self._start()
         self._tell("init", f"init: splitting {self.plan.data} between {self.plan.world_size} ranks")
         end = await self._follow()
@@ -130,8 +133,7 @@ class _Execution:
             reason = str(error) or "no answer"
             command = f"aws stepfunctions stop-execution --execution-arn {self.arn}"
             return f"the execution GOES ON ({reason}); stop it with: {command}"
-        # Step Functions starts no more functions, but Lambda has no way to end one.
-        return f"execution {self.run_name} is stopped; functions that run already end by themselves"
+        return f"execution {self.run_name} is stopped; {_GOING_ON}"
 
     def whereabouts(self) -> str:
         """Say where the run stands, for the message about a timeout."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["AwsOptions", "Job", "aws_job", "refuse"]
 
 _STACK = "cosmic"
+_HEARTBEAT = 5.0  # seconds; news from AWS comes no faster
 _LONGEST = 80  # of an execution's name, in characters
 _MACHINE = r"[A-Za-z0-9_-]{1,80}|arn:[\w-]+:states:[\w-]+:\d{12}:stateMachine:[\w:-]+"
 
@@ -32,10 +33,10 @@ class AwsOptions(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A job to run, and what its progress counts."""
+    """A job to run, and the arguments of `open_view` that suit it."""
 
     work: Callable[[View, OnEvent], RunResult]
-    unit: str
+    view: tuple[str, float] | tuple[()] = ()
 
 
 def refuse(options: Mapping[str, object], place: str, why: str) -> None:
@@ -63,7 +64,7 @@ def aws_job(plan: RunPlan, size: Size | None, options: AwsOptions) -> Job:
         full, target = _resolve(plan, size or Size.small, options, view)
         return run_until_signal(run_on_aws(full, target, on_event))
 
-    return Job(work, "ranks")
+    return Job(work, ("ranks", _HEARTBEAT))
 
 
 def _check(plan: RunPlan, size: Size | None, options: AwsOptions) -> None:

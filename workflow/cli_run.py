@@ -207,7 +207,7 @@ def _local_job(plan: RunPlan, size: Size, seed: int) -> Job:
             make_once(path, size, seed, view)
         return run_until_signal(run_job(full, on_event))
 
-    return Job(work, "rows")
+    return Job(work)
 
 
 def _finish(job: Job, as_json: bool) -> None:
@@ -218,7 +218,7 @@ def _finish(job: Job, as_json: bool) -> None:
     from workflow.progress import open_view
 
     try:
-        with open_view(job.unit) as view:
+        with open_view(*job.view) as view:
             result = job.work(view, partial(_tell, view))
             plot = _plot(result, view)
     except (RunFailed, AwsError, StorageError, OSError) as error:
@@ -237,7 +237,7 @@ def _tell(view: View, event: Event) -> None:
             stage = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
             view.update("ranks", stage, done, of)
         case _:
-            view.step(event.text)
+            view.step(event.text, ok=event.name not in ("blame", "stop"))
 
 
 def _plot(result: RunResult, view: View) -> str | None:

@@ -32,17 +32,22 @@ class View(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
 
-    def step(self, text: str) -> None:
-        """Finish the step before and begin this one."""
+    def step(self, text: str, ok: bool = True) -> None:
+        """Finish the step before, which went well or not, and begin this one."""
 
     def update(self, who: str, stage: str, rows: int, of: int) -> None:
         """Set the bar of ``who`` ("rank 0"), at ``stage``, to ``rows`` of ``of``."""
 
 
-def open_view(unit: str = "rows") -> View:
-    """Return the view that suits stderr; ``unit`` is what is counted."""
+def open_view(unit: str = "rows", heartbeat: float = _HEARTBEAT) -> View:
+    """Return the view that suits stderr.
+
+    Args:
+        unit: what is counted.
+        heartbeat: where lines are printed: after how many seconds of silence there is one more.
+    """
     console = Console(stderr=True)
-    return LiveView(console, unit) if console.is_terminal else PlainView(unit)
+    return LiveView(console, unit) if console.is_terminal else PlainView(unit, heartbeat)
 
 
 class LiveView:
@@ -73,11 +78,11 @@ class LiveView:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._finish("✗" if error else "✓", "red" if error else "green")
+        self._finish(error is None)
         self._live.stop()
 
-    def step(self, text: str) -> None:
-        self._finish("✓", "green")
+    def step(self, text: str, ok: bool = True) -> None:
+        self._finish(ok)
         self._text, self._began = text, time.monotonic()
         for task in self._tasks.values():
             self._bars.remove_task(task)
@@ -89,7 +94,8 @@ class LiveView:
             self._tasks[who] = self._bars.add_task(who, stage=stage, total=of)
         self._bars.update(self._tasks[who], stage=stage, completed=rows, total=of)
 
-    def _finish(self, mark: str, style: str) -> None:
+    def _finish(self, ok: bool) -> None:
+        mark, style = ("✓", "green") if ok else ("✗", "red")
         if self._text:
             took = time.monotonic() - self._began
             line = Text.assemble((mark, style), f" {self._text} ", (f"{took:.1f} s", "dim"))
@@ -138,7 +144,7 @@ class PlainView:
         self._over.set()
         self._pulse.join()
 
-    def step(self, text: str) -> None:
+    def step(self, text: str, ok: bool = True) -> None:
         self._text = text
         self._state.clear()
         self._say(text)
@@ -157,7 +163,8 @@ class PlainView:
             return f"{self._text} …"
         rows, of = sum(state[1] for state in states), sum(state[2] for state in states)
         stages = [state[0] for state in states]
-        counts = ", ".join(f"{stage} {stages.count(stage)}" for stage in dict.fromkeys(stages))
+        several = (f"{stage} {stages.count(stage)}" for stage in dict.fromkeys(stages))
+        counts = ", ".join(several) if len(stages) > 1 else stages[0]
         return f"{rows:,} of {of:,} {self._unit} ({rows / max(of, 1):.0%}); {counts}"
 
     def _say(self, text: str) -> None:

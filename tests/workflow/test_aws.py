@@ -206,7 +206,7 @@ def test_the_time_limit_stops_the_execution(aws: FakeAws) -> None:
     error = failure(timeout=1)
     assert str(error) == (
         "the run took longer than 1 s (--timeout), at step infer, 1 of 4 ranks done; execution r-1 "
-        "is stopped; functions that run already end by themselves"
+        "is stopped; functions that run already cannot be, and end by themselves"
     )
     (stop,) = aws.asked("StopExecution")
     assert stop["executionArn"] == aws.arn
@@ -238,7 +238,10 @@ def cancelled(aws: FakeAws, operation: str) -> str:
 def test_cancelling_stops_the_execution(aws: FakeAws, operation: str) -> None:
     aws.frames = [Frame("RUNNING")]
     left = cancelled(aws, operation)
-    assert left == "execution r-1 is stopped; functions that run already end by themselves"
+    assert (
+        left
+        == "execution r-1 is stopped; functions that run already cannot be, and end by themselves"
+    )
     (stop,) = aws.asked("StopExecution")
     assert stop["executionArn"] == aws.arn
 

@@ -178,8 +178,8 @@ def test_a_signal_stops_the_execution(aws: FakeAws, start: Start, number: signal
     assert code == 128 + number
     assert out == ""
     assert err.splitlines()[-1] == (
-        f"Stopped by {number.name}; execution r-1 is stopped; functions that run already end by "
-        "themselves."
+        f"Stopped by {number.name}; execution r-1 is stopped; functions that run already cannot "
+        "be, and end by themselves."
     )
     assert len(aws.asked("StopExecution")) == 1
     assert "Traceback" not in err

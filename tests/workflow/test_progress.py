@@ -41,6 +41,13 @@ def test_a_silent_step_is_heard_of(capsys: pytest.CaptureFixture[str]) -> None:
         until(hear)
 
 
+def test_one_bar_needs_no_count_of_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    view = PlainView("ranks")
+    view.step("infer: 8 ranks")
+    view.update("ranks", "3 running, 1 failed", 4, 8)
+    assert view._summary() == "4 of 8 ranks (50%); 3 running, 1 failed"
+
+
 def test_the_pulse_stops_with_the_view() -> None:
     view = PlainView(heartbeat=0.01)
     with view:
@@ -79,6 +86,16 @@ def test_a_failed_step_is_marked() -> None:
     with pytest.raises(RuntimeError):
         fail()
     assert "✗ infer: 2 ranks" in screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_step_after_a_failed_one() -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    with LiveView(screen) as view:
+        view.step("infer: 2 ranks")
+        view.step("blame: who was it?", ok=False)
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "✗ infer: 2 ranks" in text
+    assert "✓ blame: who was it?" in text
 
 
 def test_the_view_suits_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
