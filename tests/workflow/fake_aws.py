@@ -79,6 +79,7 @@ class FakeAws:
         outputs: of the stack "cosmic"; None: there is no stack.
         calls: (operation, arguments) of all that was asked for.
         objects: of S3, by "bucket/key".
+        log_group: of the functions; "": they have the usual ones.
         on_call: called with each operation, before its answer.
     """
 
@@ -88,6 +89,7 @@ class FakeAws:
     calls: list[tuple[str, Any]] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
     on_call: Callable[[str], None] = lambda operation: None
+    log_group: str = "/cosmic/w"
     endpoint: str = ""
     name: str = ""
     looks: int = 0
@@ -179,7 +181,8 @@ def fake_aws() -> Iterator[FakeAws]:
                 status, code, message = error
                 self._send(status, json.dumps({"__type": code, "message": message}).encode())
             elif operation == "GetFunctionConfiguration":
-                self._send(200, json.dumps({"LoggingConfig": {"LogGroup": "/cosmic/w"}}).encode())
+                settings = {"LoggingConfig": {"LogGroup": aws.log_group}} if aws.log_group else {}
+                self._send(200, json.dumps(settings).encode())
             else:
                 self._send(200, json.dumps(aws.answer(operation, arguments)).encode())
 

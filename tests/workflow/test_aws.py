@@ -194,6 +194,14 @@ def test_other_ends(
     assert error.rank == rank
 
 
+def test_a_log_group_that_nobody_has_chosen(aws: FakeAws) -> None:
+    aws.log_group = ""
+    aws.frames = [
+        Frame("FAILED", (ranks("FAILED", failed=4),), {"error": "E", "cause": "rank 0 x"})
+    ]
+    assert failure().as_json()["log_group"] == "/aws/lambda/cosmic-infer"
+
+
 def test_who_may_not_see_the_function_still_learns_the_error(aws: FakeAws) -> None:
     denied = (400, "AccessDeniedException", "not you")
     aws.errors["DescribeStateMachineForExecution"] = [denied]

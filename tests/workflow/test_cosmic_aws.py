@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,9 +14,13 @@ from pathlib import Path
 import pytest
 from fake_aws import MACHINE, FakeAws, Frame, ranks
 from launched import until
+from rich.console import Console
 from typer.testing import CliRunner
 
 from workflow.cli import app
+from workflow.cli_run import _tell as tell
+from workflow.plan import RanksProgress, Step
+from workflow.progress import LiveView
 
 Start = Callable[..., "subprocess.Popen[str]"]
 MINE = ("--state-machine", MACHINE, "--rendezvous", "fmi.example.org:10000")
@@ -133,14 +138,18 @@ def test_the_stack_says_what_is_not_given(aws: FakeAws, start: Start) -> None:
     assert aws.asked("DescribeStacks")[0]["StackName"] == "cosmic"
 
 
-def test_what_is_given_wins_over_the_stack(aws: FakeAws, start: Start) -> None:
-    aws.outputs = {"StateMachineArn": MACHINE}
-    words = ("--on", "aws", "--stack", "mine", *MINE[2:], *PLACES, "--run", "r-1")
+def test_what_is_given_wins_over_the_stack(
+    aws: FakeAws, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    aws.outputs = {"StateMachineArn": MACHINE, "BucketName": "bucket"}
+    words = ("--on", "aws", "--stack", "mine", *MINE[2:], *PLACES[:2], "--run", "r-1")
+    words = (*words, "--endpoint-url", aws.endpoint)
     code, _, err = finish(start(*words))
     assert code == 0, err
     event = json.loads(aws.asked("StartExecution")[0]["input"])
     assert event["rendezvous_endpoint"] == "fmi.example.org:10000"
-    assert event["data"] == PLACES[1]
+    assert (event["data"], event["results"]) == (PLACES[1], PLACES[3])
     assert aws.asked("DescribeStacks")[0]["StackName"] == "mine"
 
 
@@ -187,3 +196,18 @@ def test_a_signal_stops_the_execution(aws: FakeAws, start: Start, number: signal
     )
     assert len(aws.asked("StopExecution")) == 1
     assert "Traceback" not in err
+
+
+def test_ranks_on_aws_are_one_bar_and_a_failed_attempt_is_marked() -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    with LiveView(screen, "ranks") as view:
+        tell(view, Step("infer", "infer: 4 ranks"))
+        tell(view, RanksProgress(running=1, done=1, failed=1, of=4))
+        view._live.refresh()
+        tell(view, Step("blame", "blame: who was it?"))
+        tell(view, Step("infer", "infer: 4 ranks, attempt 2"))
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "ranks 1 running, 1 failed, 1 waiting" in text
+    assert "1 / 4 ranks" in text
+    assert "✗ infer: 4 ranks" in text
+    assert "✓ blame: who was it?" in text
