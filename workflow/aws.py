@@ -96,6 +96,7 @@ class _Execution:
     map_status: str = ""  # of the newest attempt
     counts: RanksProgress | None = None
     attempts: int = 0
+    ended: bool = False
     silent: bool = False  # AWS has not answered the last time
     blind: bool = False  # these credentials may not see Map Runs
 
@@ -106,6 +107,7 @@ class _Execution:
         await self._start()
         self._tell("init", f"init: splitting {self.plan.data} between {self.plan.world_size} ranks")
         end = await self._follow()
+        self.ended = True
         if end["status"] != "SUCCEEDED":
             raise await asyncio.to_thread(explain, self.aws, end, self.step.name)
         records = await asyncio.to_thread(_records, output := json.loads(end["output"]))
@@ -121,6 +123,8 @@ class _Execution:
         """Stop the execution; returns what is left of the run, for people."""
         if self.arn is None:
             return "no execution was started"
+        if self.ended:
+            return f"the execution {self.arn} had ended already"
         self.on_event(Step("stop", f"stop: execution {self.run_name}"))
         try:
             async with asyncio.timeout(_STOPPING):
@@ -267,5 +271,8 @@ def _records(output: Json) -> list[Json]:
     """Download the ranks' records, whose URL the execution's output tells."""
     from lambda_worker import storage
 
-    records: list[Json] = json.loads(storage.read(output["combined_data"]))
+    try:
+        records: list[Json] = json.loads(storage.read(output["combined_data"]))
+    except storage.StorageError as error:
+        raise storage.StorageError(f"the execution has succeeded, but I {error}") from error
     return records

@@ -10,6 +10,7 @@ import pytest
 from fake_aws import MACHINE, FakeAws, Frame, ranks, succeeded
 from launched import until
 
+from lambda_worker import storage
 from workflow import aws as launcher
 from workflow.aws import Target, run_on_aws
 from workflow.aws_calls import AwsError
@@ -261,6 +262,20 @@ def test_an_execution_that_cannot_be_stopped_is_not_said_to_be(aws: FakeAws) -> 
     assert "GOES ON" in left
     assert "User is not authorized" in left
     assert left.endswith(f"aws stepfunctions stop-execution --execution-arn {aws.arn}")
+
+
+def test_an_execution_that_has_ended_is_not_stopped(aws: FakeAws) -> None:
+    aws.frames = [Frame("FAILED", (), {"error": "E"})]
+    left = cancelled(aws, "DescribeStateMachineForExecution")
+    assert left == f"the execution {aws.arn} had ended already"
+    assert not aws.asked("StopExecution")
+
+
+def test_results_that_cannot_be_read(aws: FakeAws) -> None:
+    aws.objects.clear()
+    says = "the execution has succeeded, but I cannot read s3://bucket/results/r-1/combined_data"
+    with pytest.raises(storage.StorageError, match=says):
+        run()
 
 
 def test_nothing_is_stopped_that_did_not_start(aws: FakeAws) -> None:
