@@ -43,8 +43,6 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunPl
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAws]:
     """An account with an execution that goes well, by the environment's credentials."""
-    from lambda_worker import storage
-
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     nowhere = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), "/nonexistent")
@@ -52,13 +50,9 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAws]:
     more = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1"}
     for name, value in (nowhere | keys | more).items():
         monkeypatch.setenv(name, value)
-    storage._s3.cache_clear()
     with fake_aws() as account:
         monkeypatch.setenv("AWS_ENDPOINT_URL", account.endpoint)
         account.frames = [Frame("RUNNING"), succeeded("r-1")]
         place = "bucket/results/r-1/combined_data.json"
         account.objects[place] = json.dumps([RECORD | {"rank": r} for r in range(4)]).encode()
         yield account
-        if storage._s3.cache_info().currsize:
-            storage._s3().close()
-    storage._s3.cache_clear()

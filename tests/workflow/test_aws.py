@@ -23,7 +23,15 @@ TARGET = Target(MACHINE, *SECRETS)
 
 @pytest.fixture
 def aws(aws: FakeAws, monkeypatch: pytest.MonkeyPatch) -> FakeAws:
-    """The same, and a launcher that looks often."""
+    """The same, and a launcher that looks often; S3 is asked over HTTP by processes only."""
+
+    def read(url: str) -> bytes:
+        try:
+            return aws.objects[url.removeprefix("s3://")]
+        except KeyError:
+            raise storage.StorageError(f"cannot read {url}: no such object") from None
+
+    monkeypatch.setattr(storage, "read", read)
     monkeypatch.setattr(launcher, "_SOON", 0.001)
     monkeypatch.setattr(launcher, "_LATE", 0.01)
     return aws
