@@ -143,13 +143,13 @@ def test_what_is_given_wins_over_the_stack(
 ) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     aws.outputs = {"StateMachineArn": MACHINE, "BucketName": "bucket"}
-    words = ("--on", "aws", "--stack", "mine", *MINE[2:], *PLACES[:2], "--run", "r-1")
+    words = ("--on", "aws", "--stack", "mine", *MINE[2:], "--data", "s3://other/mine", "--run", "r-1")
     words = (*words, "--endpoint-url", aws.endpoint)
     code, _, err = finish(start(*words))
     assert code == 0, err
     event = json.loads(aws.asked("StartExecution")[0]["input"])
     assert event["rendezvous_endpoint"] == "fmi.example.org:10000"
-    assert (event["data"], event["results"]) == (PLACES[1], PLACES[3])
+    assert (event["data"], event["results"]) == ("s3://other/mine", PLACES[3])
     assert aws.asked("DescribeStacks")[0]["StackName"] == "mine"
 
 
