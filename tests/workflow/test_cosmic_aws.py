@@ -143,8 +143,8 @@ def test_what_is_given_wins_over_the_stack(
 ) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     aws.outputs = {"StateMachineArn": MACHINE, "BucketName": "bucket"}
-    words = ("--on", "aws", "--stack", "mine", *MINE[2:], "--data", "s3://other/mine", "--run", "r-1")
-    words = (*words, "--endpoint-url", aws.endpoint)
+    words = ("--on", "aws", "--stack", "mine", *MINE[2:], "--run", "r-1")
+    words = (*words, "--data", "s3://other/mine", "--endpoint-url", aws.endpoint)
     code, _, err = finish(start(*words))
     assert code == 0, err
     event = json.loads(aws.asked("StartExecution")[0]["input"])
