@@ -142,9 +142,13 @@ class Caller:
         self._raise_failure(call)
 
     def _raise_failure(self, call: Call) -> None:
+        self._raise_ended(call.op, _seq(call))
+
+    def _raise_ended(self, op: str, seq: int | None = None) -> None:
+        """Raise why the job is over, if it is."""
         failure = self._endpoint.failure
         if failure is not None:
-            raise failure.fresh().at(rank=self._endpoint.rank, op=call.op, seq=_seq(call))
+            raise failure.fresh().at(rank=self._endpoint.rank, op=op, seq=seq)
 
     def _post(self, step: collectives.Step, call: Call) -> UnderWay:
         """Start a step: the receive first, so that what comes finds its place."""

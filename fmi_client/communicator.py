@@ -20,6 +20,9 @@ from fmi_client.payloads import allocate
 from fmi_client.protocol.inbox import Receive
 from fmi_client.transport.reactor import AsyncReactor
 
+LOOP_TURNS = 3
+"""A task that gives way goes on before the loop has called back what it found to be ready."""
+
 
 class Communicator(Operations):
     """Operations to be awaited; several may be under way at once on one communicator.
@@ -93,6 +96,12 @@ class Communicator(Operations):
             timer.cancel()
             for half in open_halves:
                 half.on_done = None
+
+    async def poll(self) -> None:
+        self._endpoint.look()
+        for _ in range(LOOP_TURNS):
+            await asyncio.sleep(0)
+        self._raise_ended("poll")
 
     def _child(self, group: list[int], context: int) -> Self:
         return type(self)(self._endpoint, group, context, self.timeout, whole_job=False)

@@ -65,6 +65,13 @@ class Endpoint:
             link.make_room(self._rooms > 0)
         return link
 
+    def look(self) -> bool:
+        """See, without waiting, whether others have ended the job; True: an answer is on its way.
+
+        Only where they cannot tell us by themselves, as a server's connection does.
+        """
+        return False
+
     def make_room(self, room: bool) -> None:
         """While a send is stuck (calls may nest), take in what nobody awaits from all peers.
 

@@ -298,6 +298,19 @@ class Operations(Caller):
         """
         self._abort(reason)
 
+    def poll(self) -> Any:
+        """Take in what has come, without waiting: for a rank that computes for long.
+
+        Between operations a rank is deaf. Called now and then, say after each batch, this lets it
+        hear that another rank has failed, instead of working on in vain; and it carries on what
+        `isend` and its like began. Through a store (channel "object") one call asks, in the
+        background, and a later one hears the answer.
+
+        Raises:
+            FmiError: what the next operation would raise now: `RankFailed`, `Aborted`, ...
+        """
+        raise NotImplementedError
+
     def stats(self) -> dict[str, Any]:
         """Return what happened so far.
 

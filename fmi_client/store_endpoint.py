@@ -55,6 +55,9 @@ class StoreEndpoint(Endpoint):
         self._gone: dict[int, FmiError] = {}
         self._heard: set[str] = set()
         self._looking = False
+        self._hearing = 0
+        """Objects being read because something is being said."""
+        self._looked_at = 0.0
         self._said = self._saying = 0
         self._leaving = False
 
@@ -117,28 +120,50 @@ class StoreEndpoint(Endpoint):
             self._looking = True
             self._depot.later(LOOK_SECONDS, self._look)
 
+    def look(self) -> bool:
+        """Ask whether the job is over, if that was not just done; True: and something is."""
+        recent = self._reactor.now() - self._looked_at < LOOK_SECONDS
+        if self.ready and self.failure is None and not self._looking and not recent:
+            self._looking = True
+            self._ask()
+        return self._hearing > 0 and self.failure is None
+
     def _look(self) -> None:
         if self._waits():
-            self._depot.get(f"{self._run}/over", self._looked)
+            self._ask()
         else:
             self._looking = False
+
+    def _ask(self) -> None:
+        self._looked_at = self._reactor.now()
+        self._depot.get(f"{self._run}/over", self._looked)
 
     def _looked(self, over: object, error: FmiError | None) -> None:
         # A store that fails is for the links to report: they ask it more often.
         if over is not None:
+            self._hearing += 1
             self._depot.names(f"{self._run}/events", self._listed)
         else:
+            self._look_again()
+
+    def _look_again(self) -> None:
+        if self._waits():
             self._depot.later(LOOK_SECONDS, self._look)
+        else:
+            self._looking = False  # `look` asks when it is called
 
     def _listed(self, names: list[str] | None, error: FmiError | None) -> None:
         for name in sorted(names or ()):
             by = event_rank(name)
             if by is not None and name not in self._heard:
                 self._heard.add(name)
+                self._hearing += 1
                 self._depot.get(f"{self._run}/events/{name}", partial(self._hear, by))
-        self._depot.later(LOOK_SECONDS, self._look)
+        self._hearing -= 1
+        self._look_again()
 
     def _hear(self, by: int, data: memoryview | None, error: FmiError | None) -> None:
+        self._hearing -= 1
         if data is None:
             return
         try:

@@ -30,6 +30,9 @@ from fmi_client.transport.reactor import SyncReactor
 
 __all__ = ["Communicator", "Request", "connect"]
 
+HEAR_SECONDS = 1.0
+"""How long `poll` waits to be told why the job is over, once it is known that something is."""
+
 POLL_SECONDS = 0.001
 """At most so long a loop of calls that all find their data ready is deaf to everything else."""
 
@@ -134,6 +137,15 @@ class Communicator(Operations):
         if not in_time and call.under_way is not None:
             self._late(call, call.under_way)
             reactor.run_until(done, reactor.now() + LAST_SECONDS)
+
+    def poll(self) -> None:
+        reactor, endpoint = self._reactor, self._endpoint
+        if not reactor.closed:
+            reactor.poll(0.0)
+            if endpoint.look():
+                heard = reactor.now() + HEAR_SECONDS
+                reactor.run_until(lambda: not endpoint.look(), heard)
+        self._raise_ended("poll")
 
     # ------------------------------------------------------- without waiting for it
     def isend(self, obj: Any, dest: int, tag: int = 0, *, timeout: float | None = None) -> Request:
