@@ -311,11 +311,15 @@ def _flaws(rows: Rows) -> dict[int, str]:
 
 def _ahead(items: Iterator[Item]) -> Generator[Item]:
     """The items, each made in a thread while the one before is in use."""
-    with ThreadPoolExecutor(1, "read") as thread:
+    thread = ThreadPoolExecutor(1, "read")
+    try:
         following = thread.submit(next, items, None)
         while (item := following.result()) is not None:
             following = thread.submit(next, items, None)
             yield item
+    finally:
+        # Whoever stops early has a reason, and a read may hang for minutes: it is left alone.
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _tensors(content: object, name: str) -> list[ptfile.Tensor]:

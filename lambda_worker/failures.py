@@ -45,6 +45,7 @@ class Failure:
         blamed: the rank that is named as dead or absent by an error of the communicator; None for
             an error of this rank's own, or where nobody is named.
         init_id: of the run's `init`: a run of the same name may have left records before.
+        waiting: whether an own error came while the rank only waited for others (`DeadlineError`).
     """
 
     rank: int
@@ -53,6 +54,7 @@ class Failure:
     message: str
     blamed: int | None = None
     init_id: str | None = None
+    waiting: bool = False
 
     @property
     def own(self) -> bool:
@@ -104,8 +106,9 @@ def judge(failures: Sequence[Failure], silent: Collection[int], told: str = "") 
 
 
 def _judge_own(own: Sequence[Failure]) -> Verdict:
-    # What no attempt can pass decides, whoever else had bad luck at the same time.
-    first = min(own, key=lambda failure: (failure.type not in PERMANENT, failure.rank))
+    # What no attempt can pass decides, whoever else had bad luck at the same time; and who ran out
+    # of time while it waited, waited for somebody.
+    first = min(own, key=lambda f: (f.type not in PERMANENT, f.waiting, f.rank))
     others = _others(len(own) - 1, "an error of their own, too")
     text = f"rank {first.rank} failed: {first.type}: {first.message}{others}"
     return Verdict(first.type, _line(text), first.rank, first.type not in PERMANENT)
@@ -168,7 +171,13 @@ def _write(event: object, error: Exception) -> None:
         return  # an event that names no folder and rank
     text = str(error) or type(error).__name__
     failure = Failure(
-        place.rank, place.epoch, type(error).__name__, text, _blames(error), place.init_id
+        rank=place.rank,
+        epoch=place.epoch,
+        type=type(error).__name__,
+        message=text,
+        blamed=_blames(error),
+        init_id=place.init_id,
+        waiting=getattr(error, "waiting", False),
     )
     content = json.dumps(asdict(failure)).encode()
     storage.write(f"{place.results}/failed/{place.epoch}/{place.rank}.json", content)
@@ -215,7 +224,8 @@ def _settled(run: RunInfo) -> list[Failure]:
     while True:
         found |= _read_new(f"{run.results}/failed/{run.epoch}", found)
         failures = [f for f in found.values() if f is not None and f.init_id == run.init_id]
-        done = any(failure.own for failure in failures) or len(failures) == run.world_size
+        culprit = any(failure.own and not failure.waiting for failure in failures)
+        done = culprit or len(failures) == run.world_size
         if done or time.monotonic() > end:
             return failures
         time.sleep(LOOK_SECONDS)

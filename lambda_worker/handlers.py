@@ -14,7 +14,6 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lambda_worker import failures, shard, storage
+from lambda_worker.deadline import Deadline, Progress, Watch
 from lambda_worker.events import (
     CheckTask,
     EventError,
@@ -35,13 +35,11 @@ from lambda_worker.events import (
 if TYPE_CHECKING:
     from fmi_client.sync import Communicator
     from lambda_worker.dataset import Shard
-    from lambda_worker.engine import Predict
+    from lambda_worker.engine import Array, Predict
     from lambda_worker.inference import Deviation, Inferred
     from lambda_worker.names import Engine
 
 log = logging.getLogger("lambda_worker")
-
-Progress = Callable[[str, int, int], None]
 
 
 def _silent(stage: str, rows: int, of: int) -> None:
@@ -95,7 +93,8 @@ def infer(event: object, context: object = None, progress: Progress = _silent) -
 
     Args:
         event: a `RankTask`, or `{"task": RankTask, "epoch": n}` with the attempt's number.
-        context: AWS Lambda's; not used.
+        context: AWS Lambda's, for the time that is left; None: any time. In the main thread an
+            alarm (SIGALRM) stops what takes too long, in others only what reports progress.
         progress: called with stage ("join", "load", with batch size "auto" "tune", "infer",
             "gather", "done"), rows done and rows of this rank.
 
@@ -108,23 +107,31 @@ def infer(event: object, context: object = None, progress: Progress = _silent) -
         EventError, DatasetError, ModelError, EngineError, StorageError: this rank cannot do its
             part; the others are told so at once (`Aborted`).
         SecretError, SecretUnavailable: a secret that an ARN names cannot be read.
+        DeadlineError: the function's time is almost over; the others are told so, too.
         FmiError: the job cannot go on. After any error this rank has written no record, but
             `<results>/failed/<epoch>/<rank>.json`, for `blame`, if that could be done quickly.
     """
     with failures.recorded(event):
-        return _infer(parse_rank(event), progress)
+        task = parse_rank(event)
+        deadline = Deadline(context, task.rank)
+        with deadline.watched():
+            return _infer(task, deadline, progress)
 
 
-def _infer(task: RankTask, progress: Progress) -> dict[str, Any]:
+def _infer(task: RankTask, deadline: Deadline, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
     # Join first: whatever fails from here on reaches the other ranks while they wait.
-    progress("join", 0, 0)
+    Watch(deadline, None, progress)("join", 0, 0)
     with (
         _joined(task) as comm,
         tempfile.TemporaryDirectory(prefix="cosmic-", ignore_cleanup_errors=True) as scratch,
     ):
         joined = time.perf_counter()
-        return _work(task, comm, Path(scratch), progress, started, joined)
+        watch = Watch(deadline, comm, progress)
+        try:
+            return _work(task, comm, Path(scratch), watch, started, joined)
+        finally:
+            deadline.disarm()  # what follows is goodbye
 
 
 def summarize(event: object, context: object = None) -> dict[str, Any]:
@@ -312,25 +319,27 @@ def _work(
     task: RankTask,
     comm: Communicator | None,
     scratch: Path,
-    progress: Progress,
+    watch: Watch,
     started: float,
     joined: float,
 ) -> dict[str, Any]:
-    progress("load", 0, 0)  # torch first of all, which takes a second or more
+    watch("load", 0, 0)  # torch first of all, which takes a second or more
     from lambda_worker import inference, metrics, summary
 
     baseline = summary.memory("VmRSS")
-    model, predict, rows = _load(task, scratch, progress)
+    model, predict, rows = _load(task, scratch, watch)
     loaded = time.perf_counter()
-    batch_size, calibration = _batch_size(task, comm, predict, len(rows), progress)
+    batch_size, calibration = _batch_size(task, comm, predict, len(rows), watch)
+    watch.at("barrier")
     if comm is not None:
         comm.barrier()  # so that the ranks' inference times are of one moment
-    inferred = inference.run(predict, rows, batch_size, partial(progress, "infer"))
+    watch.at("infer")
+    inferred = inference.run(predict, rows, batch_size, partial(watch, "infer"))
     if warning := inference.judge(inferred, rows.pieces, task.strict):
         log.warning("%s", warning)
     deviation = _deviation(task, model, rows, inferred)
     total = metrics.sums(inferred.z_phot, inferred.z_spec)
-    progress("gather", len(rows), len(rows))
+    watch("gather", len(rows), len(rows))
     if comm is not None:
         total = comm.allreduce(total)
     times = {
@@ -342,7 +351,7 @@ def _work(
     stats = comm.stats() if comm else None
     record = summary.record(task, rows, inferred, deviation, batch, times, baseline, stats)
     _deliver(task, comm, record, summary.table(rows.pieces, inferred), total)
-    progress("done", len(rows), len(rows))
+    watch("done", len(rows), len(rows))
     return record
 
 
@@ -383,7 +392,13 @@ def _batch_size(
     from lambda_worker import batching
 
     progress("tune", 0, rows)
-    trials = batching.calibrate(predict, rows)
+
+    def predict_and_look(images: Array, magnitudes: Array) -> Array:
+        if comm is not None:
+            comm.poll()
+        return predict(images, magnitudes)
+
+    trials = batching.calibrate(predict_and_look, rows)
     rates = trials.rates if comm is None else comm.allreduce(trials.rates, fmi_client.MIN)
     return batching.choose(rates), batching.report(trials, rates)
 

@@ -121,6 +121,7 @@ def test_what_is_recorded(tmp_path: Path, error: Exception, blamed: int | None) 
         "message": str(error),
         "blamed": blamed,
         "init_id": "i",
+        "waiting": False,
     }
 
 
