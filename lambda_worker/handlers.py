@@ -58,7 +58,8 @@ def init(event: object, context: object = None) -> dict[str, Any]:
         data, epoch (of the first attempt), max_epochs (which no attempt's reaches), and `ranks`:
         the event of `infer` for each rank. All of it is the event of `summarize` and `blame`.
         Nothing is written, unless the payload says `ranks_file`: then the ranks stand in
-        `<results>/ranks.json`, and in their place is `ranks_file`, where that is.
+        `<results>/ranks.json`, and in their place is `ranks_file`, where that is; and the payload
+        stands in `<results>/payload.json`.
 
     Raises:
         EventError: a field is wrong. DatasetError: no data there, or a file that cannot be used.
@@ -218,6 +219,8 @@ def _handed_on(payload: Payload, results: str, ranks: list[dict[str, Any]]) -> d
     """The ranks' events, or the file that a distributed Map reads them from: they may be 10,000."""
     if not payload.ranks_file:
         return {"ranks": ranks}
+    asked = payload.model_dump_json(exclude_unset=True, indent=1)
+    storage.write(f"{results}/payload.json", asked.encode() + b"\n")
     url = f"{results}/ranks.json"
     storage.write(url, json.dumps(ranks).encode())
     return {"ranks_file": storage.place(url)}

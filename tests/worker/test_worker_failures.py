@@ -189,6 +189,8 @@ def test_ranks_in_a_file(payload: dict[str, Any], tmp_path: Path) -> None:
     assert (plan["epoch"], plan["max_epochs"]) == (4, 7)
     ranks = json.loads((tmp_path / "out/r/ranks.json").read_text())
     assert [task["rank"] for task in ranks] == [0, 1, 2]
+    asked = json.loads((tmp_path / "out/r/payload.json").read_text())
+    assert asked == {**payload, "ranks_file": True, "attempts": 3, "epoch": 4}
     assert attempt(ranks, 4) == [None] * 3
     assert handlers.summarize(plan)["summary"]["rows"] == 12
 
