@@ -29,7 +29,8 @@ WRITE_SECONDS = 2.0  # what a rank that fails may spend on saying so: it must st
 SETTLE_SECONDS = 2.0  # the others may be here before the culprit, which tells them first
 LOOK_SECONDS = 0.1
 READERS = 32
-READ_SECONDS = 20.0  # 10,000 records take about 10 s; a verdict on most of them is one, too
+WAVE = 256  # records that are read before those are looked for that they name
+READ_SECONDS = 20.0  # a verdict on what was read by then is one, too
 LONGEST = 1000  # characters: Step Functions shows a cause in one line
 
 PERMANENT = {"EventError", "DatasetError", "ModelError", "EngineError", "SecretError"}
@@ -218,26 +219,43 @@ def blame(run: RunInfo) -> dict[str, Any]:
 
 
 def _settled(run: RunInfo) -> list[Failure]:
-    """The records of the attempt, once the culprit's is there or does not seem to come."""
+    """Records of the attempt: enough for a verdict, or all that come and can be read in time."""
+    folder = f"{run.results}/failed/{run.epoch}"
     found: dict[str, Failure | None] = {}
-    end = time.monotonic() + SETTLE_SECONDS
+    began = time.monotonic()
     while True:
-        found |= _read_new(f"{run.results}/failed/{run.epoch}", found)
+        names = [name for name in storage.names(folder) if re.fullmatch(r"\d+\.json", name)]
+        new = _telling_first([name for name in names if name not in found], found.values())
+        found |= _read_some(folder, new[:WAVE], READ_SECONDS - (time.monotonic() - began))
         failures = [f for f in found.values() if f is not None and f.init_id == run.init_id]
-        culprit = any(failure.own and not failure.waiting for failure in failures)
-        done = culprit or len(failures) == run.world_size
-        if done or time.monotonic() > end:
+        if _suffices(failures, run, len(new) <= WAVE, time.monotonic() - began):
             return failures
-        time.sleep(LOOK_SECONDS)
+        if not new:
+            time.sleep(LOOK_SECONDS)
 
 
-def _read_new(folder: str, known: Collection[str]) -> dict[str, Failure | None]:
-    names = [name for name in storage.names(folder) if re.fullmatch(r"\d+\.json", name)]
-    new = [name for name in names if name not in known]
+def _telling_first(names: Sequence[str], read: Collection[Failure | None]) -> list[str]:
+    """Those first that others blame: one word of theirs says more than 10,000 of those."""
+    blamed = {f"{failure.blamed}.json" for failure in read if failure is not None}
+    return sorted(names, key=lambda name: name not in blamed)
+
+
+def _suffices(failures: Sequence[Failure], run: RunInfo, all_read: bool, seconds: float) -> bool:
+    """Whether no record that is still missing, or unread, is worth the time to wait for it."""
+    if any(failure.own and not failure.waiting for failure in failures):
+        return True
+    if len(failures) == run.world_size or seconds > READ_SECONDS:
+        return True
+    named = any(failure.own or failure.blamed is not None for failure in failures)
+    return seconds > SETTLE_SECONDS and (named or all_read)
+
+
+def _read_some(folder: str, names: Sequence[str], seconds: float) -> dict[str, Failure | None]:
+    """What can be read in so many seconds."""
     pool = ThreadPoolExecutor(READERS)
     try:
-        jobs = {name: pool.submit(_read, f"{folder}/{name}") for name in new}
-        done = wait(jobs.values(), READ_SECONDS).done
+        jobs = {name: pool.submit(_read, f"{folder}/{name}") for name in names}
+        done = wait(jobs.values(), max(seconds, 0.0)).done
         return {name: job.result() for name, job in jobs.items() if job in done}
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
