@@ -86,6 +86,12 @@ def test_arns_of_the_functions_environment(kept: Vault, monkeypatch: pytest.Monk
         (SECRET_ARN, "ResourceNotFoundException", SecretError, "no such secret: create it"),
         (KEY_ARN, "ParameterNotFound", SecretError, "no such secret: create it"),
         (SECRET_ARN, "DecryptionFailure", SecretError, "allow kms:Decrypt"),
+        (
+            SECRET_ARN,
+            "AccessDeniedException: Access to KMS is not allowed",
+            SecretError,
+            "allow kms:Decrypt",
+        ),
         (SECRET_ARN, "InvalidRequestException", SecretError, "marked for deletion"),
         (SECRET_ARN, "InternalServiceError", SecretUnavailable, "InternalServiceError"),
     ],
@@ -93,7 +99,7 @@ def test_arns_of_the_functions_environment(kept: Vault, monkeypatch: pytest.Monk
 def test_why_a_secret_cannot_be_read(
     kept: Vault, arn: str, answer: str, kind: type[Exception], hint: str
 ) -> None:
-    kept.values[arn] = Exception(answer)
+    kept.values[arn] = Exception(*answer.split(": "))
     with pytest.raises(kind) as caught:
         secret.credentials(task(**ARNS))
     assert str(caught.value).startswith(f"{arn}: ")

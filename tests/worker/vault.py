@@ -12,7 +12,7 @@ from typing import Any
 
 class Vault(ThreadingHTTPServer):
     """Attributes:
-    values: what is kept, by ARN; an `Exception`'s text is the code of the error to answer.
+    values: what is kept, by ARN; of an `Exception`, the code of the error to answer, and its text.
     asked: the ARNs that were asked for.
     """
 
@@ -58,7 +58,8 @@ class Handler(BaseHTTPRequestHandler):
         absent = "ParameterNotFound" if parameter else "ResourceNotFoundException"
         value = self.server.values.get(arn, Exception(absent))
         if isinstance(value, Exception):
-            return 400, {"__type": str(value), "message": "for a reason"}
+            code, text = [*value.args, "for a reason"][:2]
+            return 400, {"__type": code, "message": text}
         if parameter:
             assert request["WithDecryption"] is True
             return 200, {"Parameter": {"Name": arn, "Type": "SecureString", "Value": value}}
