@@ -140,8 +140,9 @@ def _explained(arn: str, service: str, error: Exception) -> Exception:
     if not isinstance(cause, ClientError):
         hint = "check the network (a VPC's endpoint, AWS_ENDPOINT_URL) and the credentials"
         return SecretUnavailable(f"{arn}: cannot be read: {cause} ({hint})")
-    code, text = (cause.response.get("Error", {}).get(key, "") for key in ("Code", "Message"))
-    if HINTS.get(code) == DENIED and "kms" in text.lower():
+    told: dict[str, Any] = {**cause.response.get("Error", {})}
+    code = str(told.get("Code", ""))
+    if HINTS.get(code) == DENIED and "kms" in str(told.get("Message", "")).lower():
         code = "DecryptionFailure"
     if code in HINTS:
         return SecretError(f"{arn}: {HINTS[code].format(action=ACTIONS[service])}")
