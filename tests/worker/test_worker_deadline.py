@@ -241,17 +241,14 @@ def slow_s3(on_request: Callable[[], None]) -> Iterator[str]:
         serving.result(50)
 
 
-def test_while_it_downloads(plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+def test_while_it_downloads(
+    bucket: Path, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan["ranks"][0]["model"] = "s3://bucket/model.safetensors"
-    storage._s3.cache_clear()
     with slow_s3(lambda: threading.Timer(0.1, ring).start()) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         with other_rank(plan, never) as theirs:
             expect_deadline(plan, theirs, "load")
-        storage._s3().close()
-        storage._s3.cache_clear()
 
 
 def test_while_it_joins(plan: dict[str, Any], tmp_path: Path) -> None:
