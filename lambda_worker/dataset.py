@@ -14,7 +14,7 @@ import re
 import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +34,7 @@ Item = TypeVar("Item")
 SHAPES = {"images": (5, 32, 32), "magnitudes": (5,), "redshift": ()}
 BLOCK = 8 << 20  # bytes; a request to S3 takes some 30 ms, as long as 2 MB take to come
 WINDOW = 1 << 20  # bytes of magnitudes or redshift that are read at once: rows of several blocks
+READER_SECONDS = 1.0  # a block takes less, where all is well
 OPENERS = 16  # files at a time: to open one takes five requests, one after the other
 
 
@@ -312,14 +313,15 @@ def _flaws(rows: Rows) -> dict[int, str]:
 def _ahead(items: Iterator[Item]) -> Generator[Item]:
     """The items, each made in a thread while the one before is in use."""
     thread = ThreadPoolExecutor(1, "read")
+    following = thread.submit(next, items, None)
     try:
-        following = thread.submit(next, items, None)
         while (item := following.result()) is not None:
             following = thread.submit(next, items, None)
             yield item
     finally:
-        # Whoever stops early has a reason, and a read may hang for minutes: it is left alone.
-        thread.shutdown(wait=False, cancel_futures=True)
+        # Whoever stops early has a reason, and a read may hang for minutes: then it is left alone.
+        ended = wait([following], READER_SECONDS).done
+        thread.shutdown(wait=bool(ended), cancel_futures=True)
 
 
 def _tensors(content: object, name: str) -> list[ptfile.Tensor]:
