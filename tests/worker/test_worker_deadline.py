@@ -258,6 +258,25 @@ def test_while_it_joins(plan: dict[str, Any], tmp_path: Path) -> None:
     assert (tmp_path / "out/r/failed/0/0.json").is_file()
 
 
+def test_a_rank_in_a_thread_stops_after_a_batch(
+    plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    monkeypatch.setattr(torch_engine, "open_torch", slow(batches))
+    late = Context(LONG)
+
+    def progress(stage: str, rows: int, of: int) -> None:
+        if rows == 2:
+            monkeypatch.setattr(deadline, "MARGIN_SECONDS", 2 * LONG)
+            monkeypatch.setattr(deadline, "MARGIN_SHARE", 2.0)
+
+    with other_rank(plan, meet_and_wait) as theirs, ThreadPoolExecutor(1) as pool:
+        working = pool.submit(handlers.infer, plan["ranks"][0], late, progress)
+        assert isinstance(working.exception(50), DeadlineError)
+        assert isinstance(theirs.result(50), errors.Aborted)
+    assert len(batches) == 2
+
+
 def test_a_rank_with_time_is_left_alone(plan: dict[str, Any]) -> None:
     handler = signal.getsignal(signal.SIGALRM)
     with ThreadPoolExecutor(1) as pool:
