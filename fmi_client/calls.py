@@ -108,6 +108,7 @@ class Caller:
         self._group = group
         self._context = context
         self._seq = 0
+        self._collective_seconds = 0.0
         self.timeout = timeout
         self.rank = group.index(endpoint.rank)
         """This process's number in the communicator, from 0."""
@@ -123,6 +124,10 @@ class Caller:
         name, encoded = _signed(signature)
         key = (COLLECTIVE, self._context, seq)
         return self._run(Call(name, key, encoded, steps, self._seconds(timeout)))
+
+    def _spent(self, call: Call, seconds: float) -> None:
+        if call.collective:
+            self._collective_seconds += seconds
 
     def _point(self, op: str, tag: int, steps: Steps[Any], timeout: float | None) -> Any:
         if not 0 <= operator.index(tag) <= MAX_TAG:

@@ -33,7 +33,8 @@ class Communicator(Operations):
 
     async def _drive(self, call: Call) -> Any:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + call.timeout
+        begun = loop.time()
+        deadline = begun + call.timeout
         try:
             self._begin(call)
             step = call.steps.send(None)
@@ -46,6 +47,8 @@ class Communicator(Operations):
         except BaseException as error:
             self._interrupted(call, error)
             raise
+        finally:
+            self._spent(call, loop.time() - begun)
 
     def _run(self, call: Call) -> Any:
         return self._drive(call)

@@ -315,7 +315,9 @@ class Operations(Caller):
         """Return what happened so far.
 
         Keys: ``join_seconds`` (from connect to all ranks present), ``operations``
-        (collectives begun on this communicator), and ``links``: for each peer that was
+        (collectives begun on this communicator), ``collective_seconds`` (spent in them,
+        waiting for the other ranks included; not in those begun without waiting, as by
+        ``iallreduce``), and ``links``: for each peer that was
         needed its ``kind`` ("direct", "relay", "object"; "pending" before it is made),
         ``bytes_sent`` and ``bytes_received`` (payload), and ``messages_received``.
         """
@@ -330,7 +332,12 @@ class Operations(Caller):
             if peer != self._endpoint.rank
         }
         joined = getattr(self._endpoint, "join_seconds", 0.0)
-        return {"join_seconds": joined, "operations": self._seq, "links": links}
+        return {
+            "join_seconds": joined,
+            "operations": self._seq,
+            "collective_seconds": self._collective_seconds,
+            "links": links,
+        }
 
     def _child(self, group: list[int], context: int) -> Self:
         raise NotImplementedError

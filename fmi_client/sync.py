@@ -83,6 +83,8 @@ class Communicator(Operations):
         except BaseException as error:
             self._interrupted(call, error)
             raise
+        finally:
+            self._spent(call, reactor.now() - now)
 
     def _perform(self, step: Step, call: Call, deadline: float) -> Receive | None:
         under_way = self._post(step, call)

@@ -31,6 +31,7 @@ from lambda_worker.events import (
     parse,
     parse_rank,
 )
+from lambda_worker.telemetry import observed
 
 if TYPE_CHECKING:
     from fmi_client.sync import Communicator
@@ -46,6 +47,7 @@ def _silent(stage: str, rows: int, of: int) -> None:
     pass
 
 
+@observed
 def init(event: object, context: object = None) -> dict[str, Any]:
     """Plan a job: which rank reads which rows, and where the results go.
 
@@ -89,6 +91,7 @@ def init(event: object, context: object = None) -> dict[str, Any]:
     return {**info, **_handed_on(payload, common["results"], ranks)}
 
 
+@observed
 def infer(event: object, context: object = None, progress: Progress = _silent) -> dict[str, Any]:
     """One rank's part of the job: join, load, meet at a barrier, predict, merge.
 
@@ -135,6 +138,7 @@ def _infer(task: RankTask, deadline: Deadline, progress: Progress) -> dict[str, 
             deadline.disarm()  # what follows is goodbye
 
 
+@observed
 def summarize(event: object, context: object = None) -> dict[str, Any]:
     """Merge the ranks' records and predictions into the run's result.
 
@@ -155,6 +159,7 @@ def summarize(event: object, context: object = None) -> dict[str, Any]:
     return summary.summarize(parse(RunInfo, event))
 
 
+@observed
 def blame(event: object, context: object = None) -> dict[str, Any]:
     """Say why an attempt failed, by what its ranks left, and whether to try again.
 
@@ -174,6 +179,7 @@ def blame(event: object, context: object = None) -> dict[str, Any]:
     return failures.blame(parse(RunInfo, event))
 
 
+@observed
 def check(event: object, context: object = None) -> dict[str, Any]:
     """See from inside a function whether ranks can meet at a server, and if not, why.
 
@@ -359,8 +365,8 @@ def _work(
 
 
 def _load(task: RankTask, scratch: Path, progress: Progress) -> tuple[Path, Predict, Shard]:
-    from lambda_worker import dataset
-    from lambda_worker.engine import DEMO_MODEL, open_engine
+    from lambda_worker import dataset, warm
+    from lambda_worker.engine import DEMO_MODEL
     from lambda_worker.exported import export_of
 
     pieces = [shard.Piece(*piece) for piece in task.shard or ()]
@@ -369,8 +375,10 @@ def _load(task: RankTask, scratch: Path, progress: Progress) -> tuple[Path, Pred
     of = sum(piece.stop - piece.start for piece in pieces)
     progress("load", 0, of)
     place = task.model or str(DEMO_MODEL)
-    model = storage.fetch(place if task.engine == "torch" else export_of(place), scratch)
-    predict = open_engine(model, engine=task.engine, precision=task.precision, threads=task.threads)
+    url = place if task.engine == "torch" else export_of(place)
+    model, predict = warm.load(
+        url, scratch, engine=task.engine, precision=task.precision, threads=task.threads
+    )
     return model, predict, dataset.Shard(pieces, scratch)
 
 

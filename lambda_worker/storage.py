@@ -192,6 +192,21 @@ def fetch(url: str, folder: Path) -> Path:
     return path
 
 
+def version(url: str) -> str:
+    """What changes when a file's content does: ETag and time of an object, size and times of a file.
+
+    Raises:
+        StorageError: missing, or not readable.
+    """
+    path = local_path(url)
+    if path is not None:
+        return "-".join(map(str, _version(_stat(path))))
+    bucket, key = _split(url)
+    with _s3_errors("read", url):
+        head = _s3().head_object(Bucket=bucket, Key=key)
+    return f"{head.get('ETag', '')} {head['LastModified']}"  # not every server has tags
+
+
 def open_ranged(url: str) -> Ranged:
     """A file or object of which ranges are read, the file's content untouched so far.
 

@@ -94,6 +94,7 @@ def record(
         "wall_time (seconds)": times["all"],
         "join_time (seconds)": times["join"],
         "load_time (seconds)": times["load"],
+        "collective_time (seconds)": stats["collective_seconds"] if stats else 0.0,
         "inference_time (seconds)": wall,
         "read_time (seconds)": inferred.read_seconds,
         "bytes_read": rows.bytes_read,

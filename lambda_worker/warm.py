@@ -1,0 +1,87 @@
+"""The model that stays loaded between the events of one process, which AWS Lambda's runtime serves.
+
+A process of the command line serves one event, and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lambda_worker import storage
+from lambda_worker.engine import Predict, open_engine
+
+if TYPE_CHECKING:
+    from lambda_worker.names import Engine, Precision
+
+log = logging.getLogger("lambda_worker")
+
+
+class Loaded(NamedTuple):
+    """A model file on this machine, and the engine that has read it."""
+
+    path: Path
+    predict: Predict
+
+
+class _File(NamedTuple):
+    key: tuple[str, str]
+    path: Path
+    folder: str
+
+
+# One of each: a function's memory, and its /tmp, are sized for one model.
+_file: _File | None = None
+_engine: tuple[tuple[object, ...], Loaded] | None = None
+
+
+def load(
+    url: str,
+    scratch: Path,
+    *,
+    engine: Engine,
+    precision: Precision,
+    threads: int | None,
+) -> Loaded:
+    """Give a model loaded into an engine: the one of the event before, where it is the same.
+
+    Args:
+        url: the file that the engine reads. Whether it has changed, S3's ETag tells, or the size
+            and the times of a local file.
+        scratch: folder for a download, where nothing is kept.
+        engine, precision, threads: as `open_engine` takes them.
+
+    Raises:
+        ModelError, EngineError: as `open_engine`. StorageError: the file cannot be read.
+    """
+    global _engine
+    if "AWS_LAMBDA_RUNTIME_API" not in os.environ:
+        path = storage.fetch(url, scratch)
+        return Loaded(path, open_engine(path, engine=engine, precision=precision, threads=threads))
+    version = storage.version(url)
+    key = (url, version, engine, precision, threads)
+    if _engine is not None and _engine[0] == key:
+        log.info("model: the loaded one is used again: %s", url)
+        return _engine[1]
+    _engine = None  # before the next one is loaded: memory may not take both
+    path = _kept(url, version)
+    predict = open_engine(path, engine=engine, precision=precision, threads=threads)
+    log.info("model: loaded into %s: %s", engine, url)
+    _engine = (key, Loaded(path, predict))
+    return _engine[1]
+
+
+def _kept(url: str, version: str) -> Path:
+    """A local path of this version of a file; a download stays for the events to come."""
+    global _file
+    if _file is None or _file.key != (url, version):
+        if _file is not None:
+            shutil.rmtree(_file.folder, ignore_errors=True)
+            _file = None
+        folder = tempfile.mkdtemp(prefix="cosmic-model-")
+        _file = _File((url, version), storage.fetch(url, Path(folder)), folder)
+    return _file.path
