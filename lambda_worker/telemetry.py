@@ -156,8 +156,9 @@ def _emit(context: Any, facts: Mapping[str, Any], who: Mapping[str, Any]) -> Non
     for key, value in more.items():
         if value is not None:
             metrics.add_metadata(key, value)
-    for key in UNITS.keys() & facts.keys():
-        metrics.add_metric(key, UNITS[key], facts[key])
+    for key, unit in UNITS.items():
+        if key in facts:
+            metrics.add_metric(key, unit, facts[key])
     metrics.flush_metrics()
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,7 @@ def instance(
     command = [str(emulator()), *options, sys.executable, "-m", "awslambdaric", handler]
     limits = {"TIMEOUT": str(seconds), "MEMORY_SIZE": str(memory)}
     own = {f"AWS_LAMBDA_FUNCTION_{name}": value for name, value in limits.items()}
-    # Without a log group the emulator takes no name for its own; keys it would empty.
-    own |= {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT), "AWS_LAMBDA_LOG_FORMAT": "Text"}
+    own |= {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
     with ExitStack() as stack:
         out, err = (stack.enter_context((folder / n).open("wb")) for n in ("stdout", "stderr"))
         process = subprocess.Popen(
@@ -132,10 +131,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.kill()
         process.wait()
     for pid in family[1:]:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def _descendants(pid: int) -> list[int]:

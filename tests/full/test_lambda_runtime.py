@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -101,12 +101,14 @@ def functions(folder: Path) -> Iterator[Functions]:
     env = {"FMI_KEY": KEY, "FMI_TOKEN": token(RUN, SIZE), "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
 
-        def start(name: str, folder_name: str = "") -> Instance:
-            place = folder / (folder_name or name)
-            return stack.enter_context(instance(f"{HANDLERS}.{name}", place, env))
+        def start(name: str, place: str, more: Mapping[str, str] = env) -> Instance:
+            return stack.enter_context(instance(f"{HANDLERS}.{name}", folder / place, more))
 
-        one = {name: start(name) for name in ("init", "summarize", "blame", "check")}
-        yield Functions(**one, ranks=[start("infer", f"rank-{n}") for n in range(SIZE)])
+        yield Functions(
+            **{name: start(name, name) for name in ("init", "summarize", "blame")},
+            check=start("check", "check", {"FMI_TOKEN": token("checked", 1)}),
+            ranks=[start("infer", f"rank-{n}") for n in range(SIZE)],
+        )
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +259,7 @@ def test_after_a_failure_the_same_instances_go_on(
 
 
 def test_check_from_inside_a_function(functions: Functions, server: str) -> None:
-    report = functions.check.invoke({"server": server})
+    report = functions.check.invoke({"server": server, "job": "checked", "size": 1, "rank": 0})
     assert report["ok"], report["advice"]
     assert report["round_trip_seconds"] > 0
 
