@@ -446,6 +446,8 @@ def _describe(error: Any) -> str:
     if error["type"] == "missing":
         return f"{field}: missing, it is required"
     text = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    if field.endswith("_arn"):  # in its place may stand the secret itself, and this goes to logs
+        return f"{field}: got what is not shown here, {text}"
     return f"{field}: got {_short(error['input'])}, {text}" if field else text
 
 

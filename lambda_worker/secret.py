@@ -99,7 +99,9 @@ def _arn(given: str | None, name: str, instead: str) -> str | None:
     try:
         return str(check_arn(value)) if value else None
     except ValueError as error:
-        raise EventError(f"{name} in the environment: got {value}, {error}") from None
+        raise EventError(
+            f"{name} in the environment: got what is not shown here, {error}"
+        ) from None
 
 
 def _read(arn: str) -> bytes:

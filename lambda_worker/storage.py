@@ -193,7 +193,7 @@ def fetch(url: str, folder: Path) -> Path:
 
 
 def version(url: str) -> str:
-    """What changes when a file's content does: ETag and time of an object, size and times of a file.
+    """What changes with a file: ETag and time of an object, size and times of a local file.
 
     Raises:
         StorageError: missing, or not readable.

@@ -78,10 +78,15 @@ def load(
 def _kept(url: str, version: str) -> Path:
     """A local path of this version of a file; a download stays for the events to come."""
     global _file
-    if _file is None or _file.key != (url, version):
-        if _file is not None:
-            shutil.rmtree(_file.folder, ignore_errors=True)
-            _file = None
-        folder = tempfile.mkdtemp(prefix="cosmic-model-")
+    if _file is not None and _file.key == (url, version):
+        return _file.path
+    old, _file = _file, None
+    if old is not None:
+        shutil.rmtree(old.folder, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix="cosmic-model-")
+    try:
         _file = _File((url, version), storage.fetch(url, Path(folder)), folder)
+    except BaseException:  # also the alarm of a function that runs out of time
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return _file.path
