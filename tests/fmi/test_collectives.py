@@ -441,3 +441,18 @@ async def test_messages_per_rank_grow_with_the_logarithm() -> None:
 
         counts[size] = max(await run_ranks(size, rank))
     assert counts == {8: 2 * 3, 64: 2 * 6}
+
+
+async def test_seconds_in_collectives_are_counted_with_the_waiting() -> None:
+    async def rank(comm: Communicator) -> list[float]:
+        seen = []
+        for operation in (comm.barrier, lambda: comm.sendrecv(1, 1 - comm.rank)):
+            await asyncio.sleep(0.2 * comm.rank)  # rank 0 waits
+            await operation()
+            seen.append(comm.stats()["collective_seconds"])
+        return seen
+
+    (waited, after), (brief, _) = await run_ranks(2, rank)
+    assert waited >= 0.15
+    assert brief > 0
+    assert after == waited, "sendrecv is no collective"

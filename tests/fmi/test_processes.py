@@ -36,6 +36,21 @@ def test_a_job_of_one(address: str) -> None:
         assert comm.sendrecv("self", 0) == "self"
 
 
+def test_seconds_in_collectives_are_counted_with_the_waiting(address: str) -> None:
+    def rank(comm: sync.Communicator) -> list[float]:
+        seen = []
+        for operation in (comm.barrier, lambda: comm.sendrecv(1, 1 - comm.rank)):
+            time.sleep(0.2 * comm.rank)  # rank 0 waits
+            operation()
+            seen.append(comm.stats()["collective_seconds"])
+        return seen
+
+    (waited, after), (brief, _) = run_processes(address, 2, rank, job="seconds")
+    assert waited >= 0.15
+    assert brief > 0
+    assert after == waited, "sendrecv is no collective"
+
+
 def test_a_killed_rank_is_named_by_all_others_within_a_second(address: str) -> None:
     def rank(comm: sync.Communicator) -> Any:
         start = time.monotonic()
