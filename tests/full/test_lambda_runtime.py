@@ -30,6 +30,7 @@ from lambda_worker import handlers, storage
 from lambda_worker.engine import DEMO_MODEL
 from lambda_worker.model import save_model
 from tests.full.rie import Instance, emulator, instance
+from tests.worker.sparse import sparse_pt
 from tests.worker.worker_data import SMALL, tensors, trained
 from workflow.local import RunPlan, RunResult, run_job
 
@@ -48,6 +49,9 @@ Json = dict[str, Any]
 
 def token(run: str, size: int) -> str:
     return fmi_client.make_token(SECRET, job=run, size=size, expires=int(time.time()) + 3600)
+
+
+TOKEN = token(RUN, SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +102,7 @@ class Functions:
 
 @pytest.fixture(scope="module")
 def functions(folder: Path) -> Iterator[Functions]:
-    env = {"FMI_KEY": KEY, "FMI_TOKEN": token(RUN, SIZE), "OMP_NUM_THREADS": "1"}
+    env = {"FMI_KEY": KEY, "FMI_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
 
         def start(name: str, place: str, more: Mapping[str, str] = env) -> Instance:
@@ -275,14 +279,6 @@ def test_a_wrong_event_is_told_in_one_line(functions: Functions, name: str) -> N
     assert place.invoke([1])["errorMessage"] == "got [1], expected a JSON object"
 
 
-def test_no_secret_reaches_a_log(warm: object, functions: Functions) -> None:
-    for place in (*functions.ranks, functions.init, functions.summarize, functions.blame):
-        said = place.everything()
-        assert "infer: done" in said or "done" in said
-        for secret in (SECRET, KEY, token(RUN, SIZE).partition(".")[0]):
-            assert secret not in said
-
-
 @contextmanager
 def eavesdropper(server: str) -> Iterator[tuple[str, list[bytes]]]:
     """An address that leads to the server, and the first bytes that each client has sent there."""
@@ -366,3 +362,39 @@ def test_a_model_in_s3_is_fetched_once_and_again_when_it_changes(
         "model loaded into",
     ]
     assert len(kept) == 1
+
+
+def test_a_rank_that_runs_short_of_time_says_so_and_ends_the_job(
+    folder: Path, server: str, payload: Json
+) -> None:
+    seconds, run = 12, "too-short"
+    sparse_pt(folder / "long.pt", 500_000)  # minutes of work
+    names = ("results", "rendezvous_endpoint", "threads")
+    event = {name: payload[name] for name in names} | {"run": run, "engine": "onnx"}
+    plan = handlers.init({**event, "data": str(folder / "long.pt"), "world_size": 2})
+    plan["ranks"][0]["shard"] = []  # waits for the other one
+    env = {"FMI_KEY": KEY, "FMI_TOKEN": token(run, 2)}
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        places = [
+            stack.enter_context(instance(f"{HANDLERS}.infer", folder / f"{run}-{n}", env, **limits))
+            for n, limits in enumerate(({}, {"seconds": seconds}))
+        ]
+        waiting, short = pool.map(Instance.invoke, places, plan["ranks"])
+        moments = [moment(entries(place, "infer: failed")[-1]) for place in places]
+    assert short["errorType"] == "DeadlineError", short
+    assert short["errorMessage"].startswith("rank 1 has only "), short
+    assert "(stage infer)" in short["errorMessage"], short
+    assert waiting["errorType"] == "Aborted", waiting
+    assert "rank 1" in waiting["errorMessage"]
+    assert moments[0] - moments[1] < 1.0
+    verdict = handlers.blame({**plan, "epoch": 0})
+    assert (verdict["rank"], verdict["error"]) == (1, "DeadlineError")
+
+
+def test_no_secret_reaches_a_log(warm: object, functions: Functions) -> None:
+    """The last test: what went well and what failed has been logged."""
+    places = [functions.init, functions.summarize, functions.blame, *functions.ranks]
+    said = [place.everything() for place in places]
+    assert all(": done" in text and "INIT START" in text for text in said)
+    for secret in (SECRET, KEY, *TOKEN.split(".")):
+        assert not [text for text in said if secret in text]
