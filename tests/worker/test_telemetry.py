@@ -50,7 +50,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 def test_every_line_says_who_and_which_event(
     task: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    handlers.infer({"task": task, "epoch": 3}, CONTEXT)
+    handlers.infer({"task": {**task, "epoch": 0}, "epoch": 3}, CONTEXT)
     *lines, metrics = printed(capsys)
     stages = [line["message"] for line in lines]
     assert [text for text in stages if text.startswith("infer")] == [

@@ -36,6 +36,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def open_engine(path: Path, **how: Any) -> object:
         assert path.is_file()
+        assert warm._engine is None, "memory may not take two models"
         seen.append({"content": path.read_bytes(), **how})
         return lambda images, magnitudes: images
 
