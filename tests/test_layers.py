@@ -59,6 +59,7 @@ def test_heavy_modules_are_loaded_late() -> None:
     assert not loaded_by("import rendezvous_server.__main__") & heavy
     assert not loaded_by("import fmi_client; fmi_client.sync.connect") & (heavy - {"numpy"})
     assert not loaded_by("import workflow.cli") & heavy
+    assert not loaded_by("import lambda_worker.handlers") & {"aws_lambda_powertools", "boto3"}
 
 
 def test_the_public_names_exist_and_are_listed_once() -> None:
