@@ -10,16 +10,21 @@ import errno
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from lambda_worker.atomic import replacing
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 ATTEMPTS = 5
+READERS = 32  # concurrent requests: an S3 GET waits some 20 ms, and there may be thousands
 CHANGED = "it was changed while it was read: leave data alone during a run, and run again"
 HINTS = {
     "NoSuchKey": "no such object: check the name",
@@ -129,6 +134,29 @@ def read(url: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_all(urls: Sequence[str]) -> list[bytes]:
+    """All bytes of many files, in their order, `READERS` of them read at a time.
+
+    Raises:
+        StorageError: one is missing or not readable; the others are given up.
+    """
+    return in_parallel(read, urls)
+
+
+def in_parallel(do: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """What `do` returns for each item, in order, for `READERS` of them at a time.
+
+    Raises:
+        Exception: what `do` has raised first; what has not begun by then never does.
+    """
+    with ThreadPoolExecutor(max(1, min(READERS, len(items))), "storage") as pool:
+        try:
+            return list(pool.map(do, items))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def write(url: str, data: bytes) -> None:
@@ -372,6 +400,7 @@ def _s3() -> Any:
 
     # Checksums only where S3 demands them: servers other than AWS often know no trailers.
     config = Config(
+        max_pool_connections=READERS,  # else those above ten are closed after each request
         connect_timeout=10,
         read_timeout=30,
         retries={"mode": "standard", "max_attempts": ATTEMPTS},
