@@ -106,6 +106,11 @@ class Shard:
         """Reads of local files and requests to S3 so far."""
         return sum(file.requests for file in self._files.values())
 
+    @property
+    def dtypes(self) -> list[np.dtype[Any]]:
+        """Of each column the widest number format of all files."""
+        return [array.dtype for array in _empty(0, list(self._files.values()))]
+
     def batches(self, batch_size: int) -> Generator[tuple[int, int, Rows]]:
         """All rows in order as (start, stop, rows `start` to `stop` of the shard).
 
@@ -132,14 +137,24 @@ class Shard:
             StorageError: a file cannot be read, or was changed meanwhile.
         """
         spans = cut(self._lengths, start, stop)
-        pieces = [self.pieces[int(span.file)] for span in spans]
-        rows, at = _empty(stop - start, [self._files[piece.file] for piece in pieces]), 0
-        for span, piece in zip(spans, pieces, strict=True):
-            part = rows.part(at, at := at + span.stop - span.start)
-            for column, array in enumerate(part):
-                file = self._files[piece.file]
-                file.fill(column, piece.start + span.start, piece.stop, array)
+        files = [self._files[self.pieces[int(span.file)].file] for span in spans]
+        rows = _empty(stop - start, files)
+        for column in range(len(rows)):
+            self.fill(column, start, stop, rows[column])
         return rows
+
+    def fill(self, column: int, start: int, stop: int, out: Array) -> None:
+        """Read rows `start` to `stop` of one column (a number, in the order of `SHAPES`) into
+        `out`. Several threads may do so at once.
+
+        Raises:
+            StorageError: a file cannot be read, or was changed meanwhile.
+        """
+        at = 0
+        for span in cut(self._lengths, start, stop):
+            piece = self.pieces[int(span.file)]
+            part = out[at : (at := at + span.stop - span.start)]
+            self._files[piece.file].fill(column, piece.start + span.start, piece.stop, part)
 
     def flaw(self, row: int) -> str | None:
         """Which part of a row is not finite (or, for a redshift, not above -1), if any."""
@@ -265,6 +280,8 @@ def _open(url: str, folder: Path) -> File:
 
 def _ranged(url: str) -> storage.Ranged:
     path = storage.local_path(url)
+    if path is not None and path.is_dir():
+        raise DatasetError(f"{url}: is a folder, expected a .pt file")
     if path is not None and not path.is_file():
         raise DatasetError(f"{url}: no such file")
     return storage.open_ranged(url)

@@ -24,19 +24,27 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 ATTEMPTS = 5
-READERS = 32  # concurrent requests: an S3 GET waits some 20 ms, and there may be thousands
+BLOCK = 8 << 20  # bytes of an object that are asked for at once
+READERS = 16  # concurrent requests: an S3 GET waits some 20 ms, and there may be thousands
 CHANGED = "it was changed while it was read: leave data alone during a run, and run again"
+DENIED = "access denied: check the credentials and the role's policy"
+# What S3 answers about an object that is not there to those who may not list the bucket.
+OR_MISSING = " (or the name: S3 answers so, too, if there is no such object)"
+BUSY = "too many requests, even after waiting: use fewer ranks, or try again later"
 HINTS = {
     "NoSuchKey": "no such object: check the name",
-    "404": "no such object: check the name",
     "NoSuchBucket": "no such bucket: create it, or check the name and AWS_ENDPOINT_URL",
-    "AccessDenied": "access denied: check the credentials and the role's policy",
-    "403": "access denied: check the credentials and the role's policy",
+    "AccessDenied": DENIED,
+    "403": DENIED,
+    "AllAccessDisabled": DENIED,
     "InvalidAccessKeyId": "unknown access key: check AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "wrong secret key: check AWS_SECRET_ACCESS_KEY",
+    "ExpiredToken": "the credentials have expired: log in again",
+    "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
     "PreconditionFailed": CHANGED,
     "412": CHANGED,
-    "SlowDown": "too many requests, even after waiting: use fewer ranks, or try again later",
+    "SlowDown": BUSY,
+    "503": BUSY,
 }
 
 
@@ -85,14 +93,15 @@ def place(url: str) -> dict[str, str]:
 
 
 def check_writable(url: str) -> None:
-    """Refuse a folder on this machine that files cannot be written to; changes nothing.
+    """Refuse a folder that files cannot be written to, or a bucket that is not there; changes
+    nothing.
 
     Raises:
-        StorageError: it is, or is inside, a file, or is read-only.
+        StorageError: it is, or is inside, a file, or is read-only; or there is no such bucket.
     """
     path = local_path(url)
     if path is None:
-        return  # only a write would tell
+        return _check_bucket(url)
     nearest = next(place for place in (path, *path.parents) if place.exists())
     if not nearest.is_dir():
         raise StorageError(f"cannot write to {path}: {nearest} is not a folder")
@@ -126,10 +135,7 @@ def read(url: str) -> bytes:
     """
     path = local_path(url)
     if path is None:
-        bucket, key = _split(url)
-        with _s3_errors("read", url):
-            body: bytes = _s3().get_object(Bucket=bucket, Key=key)["Body"].read()
-            return body
+        return _read_object(url)
     try:
         return path.read_bytes()
     except OSError as error:
@@ -152,11 +158,7 @@ def in_parallel(do: Callable[[Item], Result], items: Sequence[Item]) -> list[Res
         Exception: what `do` has raised first; what has not begun by then never does.
     """
     with ThreadPoolExecutor(max(1, min(READERS, len(items))), "storage") as pool:
-        try:
-            return list(pool.map(do, items))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        return list(pool.map(do, items))
 
 
 def write(url: str, data: bytes) -> None:
@@ -177,8 +179,11 @@ def write(url: str, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # else a crash could leave the new name with no content
     except OSError as error:
-        advice = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise StorageError(f"{error.strerror}: {advice}choose another place") from error
+        raise StorageError(f"{error.strerror}: {_advice(error)}choose another place") from error
+
+
+def _advice(error: OSError) -> str:
+    return "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
 
 
 def names(url: str) -> list[str]:
@@ -210,13 +215,14 @@ def fetch(url: str, folder: Path) -> Path:
     path = local_path(url)
     if path is not None:
         return path
-    bucket, key = _split(url)
-    path = folder / f"{bucket}/{key}"
-    with _s3_errors("download", url):
-        body = _s3().get_object(Bucket=bucket, Key=key)["Body"]
+    source = open_ranged(url)
+    path = folder / url.removeprefix("s3://")
+    try:
         with replacing(path) as partial, partial.open("wb") as file:
-            for part in body.iter_chunks(1 << 20):
-                file.write(part)
+            for at in range(0, source.size, BLOCK):
+                file.write(source.read(at, min(BLOCK, source.size - at)))
+    except OSError as error:
+        raise StorageError(f"{error.strerror}: {_advice(error)}choose another TMPDIR") from error
     return path
 
 
@@ -317,8 +323,13 @@ class _RangedObject(Ranged):
         self._match = {"IfMatch": self._version} if self._version.strip('"') else {}
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        self._failures = 0
-        super().read_into(offset, buffer)
+        done = failures = 0
+        while done < len(buffer):
+            try:
+                done += self._some(offset + done, buffer[done:])
+            except _BrokenOff as broken:
+                done, failures = done + broken.done, failures + 1
+                _wait(self.url, failures, broken)
 
     def _some(self, offset: int, buffer: memoryview) -> int:
         done = 0
@@ -328,13 +339,7 @@ class _RangedObject(Ranged):
                 while done < len(buffer) and (count := body.readinto(buffer[done:])):
                     done += count
             except _broken() as error:
-                self._failures += 1
-                if self._failures == ATTEMPTS:
-                    raise StorageError(
-                        f"cannot read {self.url}: the connection broke off {ATTEMPTS} times "
-                        f"({error}): check the network, or try again later"
-                    ) from error
-                time.sleep(0.05 * 2**self._failures)
+                raise _BrokenOff(str(error), done) from error
             finally:
                 self.bytes_read += done
         return done
@@ -377,6 +382,49 @@ def _broken() -> tuple[type[Exception], ...]:
     return HTTPError, *(getattr(exceptions, name) for name in names)
 
 
+def _check_bucket(url: str) -> None:
+    from botocore.exceptions import ClientError
+
+    with _s3_errors("write to", url):
+        try:
+            _s3().head_bucket(Bucket=_split(url)[0])
+        except ClientError as error:
+            # Who may write need not be allowed to list: only a write would tell.
+            if error.response["Error"]["Code"] != "403":
+                raise
+
+
+class _BrokenOff(Exception):
+    """A body ended early, after so many bytes of it were `done`."""
+
+    def __init__(self, what: str, done: int = 0) -> None:
+        super().__init__(what)
+        self.done = done
+
+
+def _wait(url: str, failures: int, error: Exception) -> None:
+    """Wait before another try to read a body, or raise if there were enough of them."""
+    if failures == ATTEMPTS:
+        raise StorageError(
+            f"cannot read {url}: the connection broke off {ATTEMPTS} times "
+            f"({error}): check the network, or try again later"
+        ) from error
+    time.sleep(0.05 * 2**failures)
+
+
+def _read_object(url: str, failures: int = 0) -> bytes:
+    bucket, key = _split(url)
+    while True:
+        with _s3_errors("read", url):
+            body = _s3().get_object(Bucket=bucket, Key=key)["Body"]
+            try:
+                data: bytes = body.read()
+                return data
+            except _broken() as error:
+                failures += 1
+                _wait(url, failures, error)
+
+
 def _split(url: str) -> tuple[str, str]:
     parts = url.removeprefix("s3://").partition("/")
     if not parts[0]:
@@ -391,6 +439,18 @@ def _s3_names(url: str) -> Iterator[str]:
     for page in pages.paginate(Bucket=bucket, Prefix=prefix, Delimiter="/"):
         yield from (item["Key"].removeprefix(prefix) for item in page.get("Contents", ()))
         yield from (item["Prefix"].removeprefix(prefix) for item in page.get("CommonPrefixes", ()))
+
+
+def _lacks_bucket(url: str) -> bool:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        _s3().head_bucket(Bucket=_split(url)[0])
+    except ClientError as error:
+        return bool(error.response["Error"]["Code"] == "404")
+    except BotoCoreError:
+        pass
+    return False
 
 
 @cache
@@ -419,8 +479,11 @@ def _s3_errors(doing: str, url: str) -> Iterator[None]:
         yield
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
+        if code == "404":  # to a HEAD, whose answer has no body that says what is missing
+            code = "NoSuchBucket" if _lacks_bucket(url) else "NoSuchKey"
         hint = HINTS.get(code, f"{code}: {error.response.get('Error', {}).get('Message', '')}")
-        raise StorageError(f"cannot {doing} {url}: {hint}") from error
+        more = OR_MISSING if hint == DENIED and doing == "read" else ""
+        raise StorageError(f"cannot {doing} {url}: {hint}{more}") from error
     except BotoCoreError as error:
         hint = "check AWS_ENDPOINT_URL, AWS_REGION and the credentials"
         raise StorageError(f"cannot {doing} {url}: {error} ({hint})") from error

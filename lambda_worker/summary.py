@@ -12,8 +12,9 @@ import io
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +30,16 @@ if TYPE_CHECKING:
 
 MB = 1e6
 METRIC_NAMES = {"mae": "MAE", "mse": "MSE", "bias": "bias", "nmad": "NMAD", "r2": "R2"}
-READERS = 16  # concurrent reads: an S3 GET waits some 10 ms, and there may be thousands
+
+# What json and numpy raise about bytes that are not what they expect.
+DAMAGE = (ValueError, LookupError, EOFError, OSError, TypeError, zipfile.BadZipFile, zlib.error)
 
 Table = dict[str, Any]
 
 
 class SummaryError(RuntimeError):
-    """The run is not complete; the text names the ranks that are missing."""
+    """The run is not complete, or a file of it is damaged; the text names the ranks that are
+    missing, or the file."""
 
 
 def record(
@@ -163,7 +167,7 @@ def summarize(run: RunInfo) -> dict[str, Any]:
     """Merge a run; see `handlers.summarize`."""
     _check_complete(run)
     if run.fmi_enabled:
-        merged = json.loads(storage.read(f"{run.results}/merged.json"))
+        (merged,) = _read(run, ["merged.json"], _merged)
         records, numbers = merged["records"], merged["metrics"]
         _check_current(run, [*records, merged])
     else:
@@ -188,10 +192,12 @@ def _remove_strays(run: RunInfo) -> None:
     keep = {f"{rank}.json" for rank in range(run.world_size)}
     if not run.fmi_enabled:
         keep |= {f"{rank}.npz" for rank in range(run.world_size)}
+    strays = []
     for name in storage.names(run.results):
         stray = bool(re.fullmatch(r"\d+\.(json|npz)", name)) and name not in keep
         if stray or (name == "merged.json" and not run.fmi_enabled) or name == "redshift.png":
-            storage.remove(f"{run.results}/{name}")
+            strays.append(f"{run.results}/{name}")
+    storage.in_parallel(storage.remove, strays)
 
 
 def _check_complete(run: RunInfo) -> None:
@@ -225,20 +231,50 @@ def _ranks(ranks: Sequence[int]) -> str:
 def _merge_files(run: RunInfo) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
     """Records, and metrics of all rows, of ranks that worked without a rendezvous."""
     ranks = range(run.world_size)
-    with ThreadPoolExecutor(READERS) as pool:
-        texts = pool.map(lambda r: storage.read(f"{run.results}/{r}.json"), ranks)
-        records = [json.loads(text) for text in texts]
-        _check_current(run, records)
-        tables = list(pool.map(lambda r: _unpack(storage.read(f"{run.results}/{r}.npz")), ranks))
-    rows = _join(tables)
+    records = _read(run, [f"{rank}.json" for rank in ranks], _record)
+    _check_current(run, records)
+    rows = _join(_read(run, [f"{rank}.npz" for rank in ranks], _unpack))
     storage.write(f"{run.results}/predictions.npz", _pack_final(rows))
     return records, metrics.compute(rows["z_phot"], rows["z_spec"])
 
 
+def _read(run: RunInfo, names: Sequence[str], parse: Callable[[bytes], Table]) -> list[Table]:
+    """What `parse` makes of each of a run's files.
+
+    Raises:
+        SummaryError: it cannot, and which file that is.
+    """
+    urls = [f"{run.results}/{name}" for name in names]
+    contents = []
+    for url, data in zip(urls, storage.read_all(urls), strict=True):
+        try:
+            contents.append(parse(data))
+        except DAMAGE as error:
+            what = f"{url} is damaged ({len(data)} bytes; {type(error).__name__}: {error})"
+            raise SummaryError(
+                f"run {run.run}: {what}: was it changed since? Run again under the same name"
+            ) from error
+    return contents
+
+
+def _record(data: bytes) -> Table:
+    content = json.loads(data)
+    if not isinstance(content, dict):
+        raise ValueError(f"holds a {type(content).__name__}, expected a record")
+    return content
+
+
+def _merged(data: bytes) -> Table:
+    content = _record(data)
+    if not isinstance(content["records"], list) or not isinstance(content["metrics"], dict):
+        raise ValueError("holds something else than records and metrics")
+    return content
+
+
 def _unpack(data: bytes) -> Table:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        content = dict(arrays)
-    return {**content, "files": content["files"].tolist()}
+        content = {name: arrays[name] for name in ("z_phot", "z_spec", "row", "file_index")}
+        return {**content, "files": arrays["files"].tolist()}
 
 
 def _pack_final(rows: Table) -> bytes:

@@ -105,9 +105,11 @@ def test_other_content(tmp_path: Path, content: Any, message: str) -> None:
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.pt", tmp_path):
-        with pytest.raises(DatasetError, match="no such file"):
-            dataset.count(str(path))
+    with pytest.raises(DatasetError, match=r"none\.pt: no such file"):
+        dataset.count(str(tmp_path / "none.pt"))
+    (tmp_path / "x.pt").mkdir()
+    with pytest.raises(DatasetError, match=r"x\.pt: is a folder, expected a \.pt file"):
+        dataset.count(str(tmp_path / "x.pt"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])

@@ -74,7 +74,7 @@ def test_damaged_object_is_a_dataset_error(bucket: Path, make_pt: MakePt) -> Non
 
 
 def test_failed_download_leaves_nothing(bucket: Path, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"cannot download s3://bucket/none\.pt: no such object"):
+    with pytest.raises(StorageError, match=r"cannot read s3://bucket/none\.pt: no such object"):
         storage.fetch("s3://bucket/none.pt", tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,130 @@
+"""A real S3 server in a thread, and what goes wrong between it and its clients.
+
+nanio: buckets are folders, objects are files. `S3Server.trouble` is asked before each request, and
+may have it refused, delayed, or its answer cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test-secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Callable[[], Awaitable[Message]], Send], Awaitable[None]]
+
+
+@dataclass
+class Trouble:
+    """What happens to a request: first a delay in seconds; then an error of S3 (status and code)
+    in place of an answer, or an answer that breaks off after so many bytes of its body."""
+
+    delay: float = 0
+    status: int = 0
+    code: str = ""
+    cut: int | None = None
+
+
+SLOW_DOWN = Trouble(status=503, code="SlowDown")
+DENIED = Trouble(status=403, code="AccessDenied")
+
+
+class S3Server:
+    """Attributes:
+    endpoint: URL for AWS_ENDPOINT_URL.
+    trouble: gives what happens to a request, by its method and path with query.
+    requests: method and path of each, in the order in which they came.
+    busiest: most requests that were in work at the same time.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.endpoint, self._app = "", app
+        self.requests: list[tuple[str, str]] = []
+        self.busy = self.busiest = 0
+        self.trouble: Callable[[str, str], Trouble | None] = lambda method, path: None
+
+    async def __call__(self, scope: Message, receive: Any, send: Send) -> None:
+        query = scope["query_string"].decode()
+        path = scope["path"] + ("?" + query if query else "")
+        self.requests.append((scope["method"], path))
+        self.busy += 1
+        self.busiest = max(self.busy, self.busiest)
+        try:
+            trouble = self.trouble(scope["method"], path) or Trouble()
+            await asyncio.sleep(trouble.delay)
+            if trouble.status:
+                await _refuse(trouble, scope["method"], receive, send)
+            else:
+                await self._app(
+                    scope, receive, send if trouble.cut is None else _cut(trouble, send)
+                )
+        finally:
+            self.busy -= 1
+
+
+async def _refuse(trouble: Trouble, method: str, receive: Any, send: Send) -> None:
+    while (await receive()).get("more_body"):
+        pass
+    text = f"<Error><Code>{trouble.code}</Code><Message>as the test wants it</Message></Error>"
+    body = b"" if method == "HEAD" else text.encode()
+    headers = [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": trouble.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class _Cut(Exception):
+    pass
+
+
+def _cut(trouble: Trouble, send: Send) -> Send:
+    left = trouble.cut or 0
+
+    async def cut(message: Message) -> None:
+        nonlocal left
+        if message["type"] == "http.response.body":
+            message["body"] = message.get("body", b"")[:left]
+            left -= len(message["body"])
+            await send({**message, "more_body": True})
+            if not left:
+                raise _Cut  # uvicorn closes the connection, as its answer is not complete
+        else:
+            await send(message)
+
+    return cut
+
+
+@contextmanager
+def serve_s3(folder: Path) -> Iterator[S3Server]:
+    """Serve the buckets in a folder on a free port of this machine."""
+    import uvicorn
+    from nanio.app import build_app
+    from nanio.auth.credentials import EnvCredentialResolver
+    from nanio.config import Settings
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANIO_ACCESS_KEY", KEYS["AWS_ACCESS_KEY_ID"])
+        patch.setenv("NANIO_SECRET_KEY", KEYS["AWS_SECRET_ACCESS_KEY"])
+        s3 = S3Server(build_app(Settings(data_dir=folder, credentials=EnvCredentialResolver())))
+    config = uvicorn.Config(s3, log_level="critical", lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0), backlog=256) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        s3.endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield s3
+        server.should_exit = True
+        thread.join()
