@@ -257,11 +257,12 @@ class Ranged(ABC):
     Attributes:
         url: as it was given.
         size: bytes.
+        version: another one after any change: ETag, or size, time and inode.
         bytes_read, requests: what was read so far, and in how many requests.
     """
 
-    def __init__(self, url: str, size: int) -> None:
-        self.url, self.size = url, size
+    def __init__(self, url: str, size: int, version: str) -> None:
+        self.url, self.size, self.version = url, size, version
         self.bytes_read = self.requests = 0
 
     def read(self, offset: int, length: int) -> bytes:
@@ -293,9 +294,8 @@ class _RangedFile(Ranged):
     """
 
     def __init__(self, url: str, path: Path) -> None:
-        self._path = path
-        self._version = _version(_stat(path))
-        super().__init__(url, self._version[0])
+        self._path, stat = path, _stat(path)
+        super().__init__(url, stat.st_size, _version(stat))
 
     def _some(self, offset: int, buffer: memoryview) -> int:
         try:
@@ -304,7 +304,7 @@ class _RangedFile(Ranged):
                 version = _version(os.fstat(file.fileno()))
         except OSError as error:
             raise StorageError(f"cannot read {self._path}: {error.strerror}") from error
-        if version != self._version or not count:
+        if version != self.version or not count:
             raise StorageError(f"cannot read {self._path}: {CHANGED}")
         self.bytes_read += count
         self.requests += 1
@@ -318,9 +318,9 @@ class _RangedObject(Ranged):
         self._bucket, self._key = _split(url)
         with _s3_errors("read", url):
             head = _s3().head_object(Bucket=self._bucket, Key=self._key)
-        super().__init__(url, head["ContentLength"])
-        self._version, self.requests = head.get("ETag", ""), 1
-        self._match = {"IfMatch": self._version} if self._version.strip('"') else {}
+        super().__init__(url, head["ContentLength"], head.get("ETag", ""))
+        self.requests = 1
+        self._match = {"IfMatch": self.version} if self.version.strip('"') else {}
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         done = failures = 0
@@ -351,7 +351,7 @@ class _RangedObject(Ranged):
             Bucket=self._bucket, Key=self._key, Range=f"bytes={offset}-{last}", **self._match
         )
         # Not every server knows If-Match.
-        problem = CHANGED if answer.get("ETag", "") != self._version else ""
+        problem = CHANGED if answer.get("ETag", "") != self.version else ""
         if answer.get("ContentRange") != f"bytes {offset}-{last}/{self.size}" or (
             answer["ContentLength"] != length
         ):
@@ -369,8 +369,8 @@ def _stat(path: Path) -> os.stat_result:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _version(stat: os.stat_result) -> tuple[int, ...]:
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
+def _version(stat: os.stat_result) -> str:
+    return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_dev}"
 
 
 def _broken() -> tuple[type[Exception], ...]:

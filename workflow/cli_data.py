@@ -1,20 +1,23 @@
-"""The command line of demo data: ``cosmic data make``."""
+"""The command line of datasets: ``cosmic data make``, ``split`` and ``upload``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workflow.cli_base import fail, group
+from workflow.cli_base import check_data, fail, group, wrong
 from workflow.demo import data_path
 
 if TYPE_CHECKING:
     from workflow.progress import View
 
-commands = group("Demo datasets: SDSS-like galaxies with real magnitudes and redshifts.")
+commands = group(
+    "Datasets: make one of demo galaxies, split one, upload it and what belongs to it."
+)
 
 
 class Size(StrEnum):
@@ -79,3 +82,66 @@ def _make(path: Path, rows: int, split: Split, seed: int, view: View) -> None:
     datasets.make(
         path, rows, split.value, seed, lambda stage, n, of: view.update("data", stage, n, of)
     )
+
+
+_SPLIT_EXAMPLES = """\b
+Examples:
+  cosmic data split data/galaxies.pt --out parts --mb 25
+  cosmic data split s3://bucket/all.pt --out parts --rows 1278
+  cosmic data split parts --out eight --parts 8        a folder is one dataset
+
+\b
+A split that was interrupted goes on where it stopped: give the same command again.
+"""
+
+
+@commands.command("split", epilog=_SPLIT_EXAMPLES)
+def split(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A .pt file, a folder of them, or an s3:// URL.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where 1.pt to K.pt go.")],
+    rows: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Rows of each; the last may have fewer.")
+    ] = None,
+    mb: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="As many rows as fit into N MB; 1 MB is 1,000,000 bytes."),
+    ] = None,
+    parts: Annotated[
+        int | None, typer.Option(metavar="K", min=1, help="K of them, equal to within one row.")
+    ] = None,
+) -> None:
+    """Split a dataset into partitions 1.pt, 2.pt, ..., bit for bit, of any size.
+
+    Give one of --rows, --mb and --parts. Memory stays below 200 MB however large the file is.
+    """
+    if sum(option is not None for option in (rows, mb, parts)) != 1:
+        raise wrong("--rows, --mb, --parts", "give exactly one of them")
+    if "://" in str(out):
+        raise wrong("--out", "a folder on this machine; then use `cosmic data upload`")
+    check_data(source)
+    from lambda_worker.dataset import DatasetError
+    from lambda_worker.storage import StorageError
+    from workflow.progress import open_view
+
+    try:
+        with open_view("MB") as view:
+            view.step(f"split: {source} into {out}")
+            from workflow.split import Cut, SplitError
+            from workflow.split import split as split_data
+
+            done = split_data(
+                source, out, Cut(rows, mb, parts), _in_megabytes(view, "split", "write")
+            )
+    except (SplitError, DatasetError, StorageError, OSError) as error:
+        fail(error)
+    kept = f", {done.kept:,} of them there before" if done.kept else ""
+    size = f"up to {done.largest_rows:,} rows ({done.largest_bytes / 1e6:,.1f} MB) each"
+    print(f"{out}: {done.parts:,} partitions of {size}{kept}; {done.rows:,} rows")
+    print(f"use them: cosmic run --data {out}")
+
+
+def _in_megabytes(view: View, who: str, stage: str) -> Callable[[int, int], None]:
+    """Progress in bytes, to be shown in MB."""
+    return lambda done, of: view.update(who, stage, done // 1_000_000, -(-of // 1_000_000))
