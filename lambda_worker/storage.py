@@ -23,7 +23,8 @@ from lambda_worker.atomic import replacing
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-ATTEMPTS = 5
+TRIES = 8  # of a request: where the answer is SlowDown, they take up to 70 s, on average 35
+ATTEMPTS = 5  # to get a body whole, whose connection breaks off
 BLOCK = 8 << 20  # bytes of an object that are asked for at once
 READERS = 16  # concurrent requests: an S3 GET waits some 20 ms, and there may be thousands
 CHANGED = "it was changed while it was read: leave data alone during a run, and run again"
@@ -43,6 +44,7 @@ HINTS = {
     "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
     "PreconditionFailed": CHANGED,
     "412": CHANGED,
+    "NoSuchUpload": "another upload to the same place has ended this one: wait for it",
     "SlowDown": BUSY,
     "503": BUSY,
 }
@@ -118,8 +120,8 @@ def remove(url: str) -> None:
     path = local_path(url)
     if path is None:
         bucket, key = _split(url)
-        with _s3_errors("remove", url):
-            _s3().delete_object(Bucket=bucket, Key=key)
+        with s3_errors("remove", url):
+            client().delete_object(Bucket=bucket, Key=key)
         return
     try:
         path.unlink(missing_ok=True)
@@ -170,8 +172,8 @@ def write(url: str, data: bytes) -> None:
     path = local_path(url)
     if path is None:
         bucket, key = _split(url)
-        with _s3_errors("write", url):
-            _s3().put_object(Bucket=bucket, Key=key, Body=data)
+        with s3_errors("write", url):
+            client().put_object(Bucket=bucket, Key=key, Body=data)
         return
     try:
         with replacing(path) as partial, partial.open("wb") as file:
@@ -196,7 +198,7 @@ def names(url: str) -> list[str]:
     """
     path = local_path(url)
     if path is None:
-        with _s3_errors("list", url):
+        with s3_errors("list", url):
             return sorted(_s3_names(url))
     try:
         return sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
@@ -316,8 +318,8 @@ class _RangedObject(Ranged):
 
     def __init__(self, url: str) -> None:
         self._bucket, self._key = _split(url)
-        with _s3_errors("read", url):
-            head = _s3().head_object(Bucket=self._bucket, Key=self._key)
+        with s3_errors("read", url):
+            head = client().head_object(Bucket=self._bucket, Key=self._key)
         super().__init__(url, head["ContentLength"], head.get("ETag", ""))
         self.requests = 1
         self._match = {"IfMatch": self.version} if self.version.strip('"') else {}
@@ -333,7 +335,7 @@ class _RangedObject(Ranged):
 
     def _some(self, offset: int, buffer: memoryview) -> int:
         done = 0
-        with _s3_errors("read", self.url):
+        with s3_errors("read", self.url):
             body = self._ask(offset, len(buffer))
             try:
                 while done < len(buffer) and (count := body.readinto(buffer[done:])):
@@ -347,7 +349,7 @@ class _RangedObject(Ranged):
     def _ask(self, offset: int, length: int) -> Any:
         last = offset + length - 1
         self.requests += 1
-        answer = _s3().get_object(
+        answer = client().get_object(
             Bucket=self._bucket, Key=self._key, Range=f"bytes={offset}-{last}", **self._match
         )
         # Not every server knows If-Match.
@@ -385,9 +387,9 @@ def _broken() -> tuple[type[Exception], ...]:
 def _check_bucket(url: str) -> None:
     from botocore.exceptions import ClientError
 
-    with _s3_errors("write to", url):
+    with s3_errors("write to", url):
         try:
-            _s3().head_bucket(Bucket=_split(url)[0])
+            client().head_bucket(Bucket=_split(url)[0])
         except ClientError as error:
             # Who may write need not be allowed to list: only a write would tell.
             if error.response["Error"]["Code"] != "403":
@@ -415,8 +417,8 @@ def _wait(url: str, failures: int, error: Exception) -> None:
 def _read_object(url: str, failures: int = 0) -> bytes:
     bucket, key = _split(url)
     while True:
-        with _s3_errors("read", url):
-            body = _s3().get_object(Bucket=bucket, Key=key)["Body"]
+        with s3_errors("read", url):
+            body = client().get_object(Bucket=bucket, Key=key)["Body"]
             try:
                 data: bytes = body.read()
                 return data
@@ -435,7 +437,7 @@ def _split(url: str) -> tuple[str, str]:
 def _s3_names(url: str) -> Iterator[str]:
     bucket, key = _split(url)
     prefix = f"{key.rstrip('/')}/" if key else ""
-    pages = _s3().get_paginator("list_objects_v2")
+    pages = client().get_paginator("list_objects_v2")
     for page in pages.paginate(Bucket=bucket, Prefix=prefix, Delimiter="/"):
         yield from (item["Key"].removeprefix(prefix) for item in page.get("Contents", ()))
         yield from (item["Prefix"].removeprefix(prefix) for item in page.get("CommonPrefixes", ()))
@@ -445,7 +447,7 @@ def _lacks_bucket(url: str) -> bool:
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        _s3().head_bucket(Bucket=_split(url)[0])
+        client().head_bucket(Bucket=_split(url)[0])
     except ClientError as error:
         return bool(error.response["Error"]["Code"] == "404")
     except BotoCoreError:
@@ -454,7 +456,8 @@ def _lacks_bucket(url: str) -> bool:
 
 
 @cache
-def _s3() -> Any:
+def client() -> Any:
+    """boto3's client for S3, for what this module does not do; of this process."""
     from boto3.session import Session
     from botocore.config import Config
 
@@ -463,7 +466,7 @@ def _s3() -> Any:
         max_pool_connections=READERS,  # else those above ten are closed after each request
         connect_timeout=10,
         read_timeout=30,
-        retries={"mode": "standard", "max_attempts": ATTEMPTS},
+        retries={"mode": "standard", "max_attempts": TRIES},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
@@ -471,8 +474,12 @@ def _s3() -> Any:
 
 
 @contextmanager
-def _s3_errors(doing: str, url: str) -> Iterator[None]:
-    """The one place where boto3's errors become ours."""
+def s3_errors(doing: str, url: str) -> Iterator[None]:
+    """The one place where boto3's errors become ours.
+
+    Raises:
+        StorageError: "cannot <doing> <url>: ..."
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -140,6 +141,79 @@ def split(
     size = f"up to {done.largest_rows:,} rows ({done.largest_bytes / 1e6:,.1f} MB) each"
     print(f"{out}: {done.parts:,} partitions of {size}{kept}; {done.rows:,} rows")
     print(f"use them: cosmic run --data {out}")
+
+
+class Place(StrEnum):
+    """A folder of the bucket."""
+
+    small = "datasets/small"
+    medium = "datasets/medium"
+    large = "datasets/large"
+    models = "models"
+    configs = "configs"
+    scripts = "scripts"
+
+
+_UPLOAD_EXAMPLES = """\b
+Examples:
+  cosmic data upload parts s3://bucket --as datasets/small
+  cosmic data upload model.safetensors s3://bucket --as models
+  cosmic data upload parts s3://bucket/mine            any other place
+  cosmic data upload parts s3://bucket/mine --endpoint-url http://127.0.0.1:9000
+
+\b
+What is there with the same size and SHA-256 is not sent again, so the same command goes on
+after an interruption. Credentials and region come from the usual AWS_... variables.
+"""
+
+
+@commands.command("upload", epilog=_UPLOAD_EXAMPLES)
+def upload(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A file, or a folder: what is in it.")
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="s3://BUCKET[/PREFIX]", help="A bucket that exists.")
+    ],
+    place: Annotated[
+        Place | None,
+        typer.Option("--as", help="The folder for it  [default: s3://BUCKET/PREFIX itself]"),
+    ] = None,
+    endpoint_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Another S3 server  [default: AWS_ENDPOINT_URL, or AWS]"),
+    ] = None,
+) -> None:
+    """Upload datasets, models, configs or code archives to a bucket.
+
+    As a dataset go the .pt files of the folder, each of which is checked first; and the place may
+    hold no others, since all .pt files of a folder are read as one dataset.
+    """
+    if not target.startswith("s3://") or not target.removeprefix("s3://").strip("/"):
+        raise wrong("s3://BUCKET[/PREFIX]", f"{target!r} is none, as in s3://my-bucket")
+    if endpoint_url is not None:
+        os.environ["AWS_ENDPOINT_URL"] = endpoint_url
+    from lambda_worker.dataset import DatasetError
+    from lambda_worker.storage import StorageError
+    from workflow.progress import open_view
+    from workflow.upload import UploadError
+    from workflow.upload import upload as upload_files
+
+    url = target.rstrip("/") + (f"/{place.value}" if place else "")
+    is_dataset = "/datasets/" in f"{url}/"
+    try:
+        with open_view("MB") as view:
+            view.step(f"upload: {source} to {url}")
+            tell = _in_megabytes(view, "upload", "send")
+            done = upload_files(source, url, is_dataset, tell)
+    except (UploadError, DatasetError, StorageError, OSError) as error:
+        fail(error)
+    rows = "" if done.rows is None else f", {done.rows:,} rows"
+    there = done.files - len(done.sent)
+    kept = f"; {there:,} of them there before" if there else ""
+    print(f"{url}: {done.files:,} files, {done.bytes / 1e6:,.1f} MB{rows}{kept}")
+    if is_dataset:
+        print(f"use it: cosmic run --data {url}")
 
 
 def _in_megabytes(view: View, who: str, stage: str) -> Callable[[int, int], None]:

@@ -54,7 +54,7 @@ def bucket(bucket: Path) -> Iterator[Path]:
     """The same, and no client of an earlier test's environment."""
     from lambda_worker import storage
 
-    storage._s3.cache_clear()
+    storage.client.cache_clear()
     yield bucket
-    storage._s3().close()
-    storage._s3.cache_clear()
+    storage.client().close()
+    storage.client.cache_clear()

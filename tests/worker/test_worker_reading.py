@@ -107,10 +107,10 @@ def server(make_pt: MakePt, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with faulty(data) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
-        storage._s3.cache_clear()
+        storage.client.cache_clear()
         yield server
-        storage._s3().close()
-        storage._s3.cache_clear()
+        storage.client().close()
+        storage.client.cache_clear()
 
 
 @pytest.mark.parametrize("faults", [["cut"], ["cut"] * 4, ["slow down"], ["", "cut", "slow down"]])
@@ -140,7 +140,7 @@ def test_connections_are_used_again(server: Faulty, tmp_path: Path) -> None:
     ("faults", "message"),
     [
         (["cut"] * 5, "the connection broke off 5 times .*: check the network"),
-        (["slow down"] * 6, "too many requests, even after waiting: use fewer ranks"),
+        (["slow down"] * 8, "too many requests, even after waiting: use fewer ranks"),
         (["shifted"], "the server does not answer byte ranges as S3 does"),
         (["whole"], "the server does not answer byte ranges as S3 does"),
         (["short"], "the server does not answer byte ranges as S3 does"),
