@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from enum import StrEnum
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workflow.cli_base import check_data, fail, group, wrong
+from workflow.cli_base import fail, group, wrong
 from workflow.demo import data_path
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def split(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="A .pt file, a folder of them, or an s3:// URL.")
     ],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where 1.pt to K.pt go.")],
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Where 1.pt to K.pt go.")],
     rows: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Rows of each; the last may have fewer.")
     ] = None,
@@ -115,13 +116,16 @@ def split(
 ) -> None:
     """Split a dataset into partitions 1.pt, 2.pt, ..., bit for bit, of any size.
 
-    Give one of --rows, --mb and --parts. Memory stays below 200 MB however large the file is.
+    Give one of --rows, --mb and --parts. Memory stays at about 300 MB, however large the file is.
     """
     if sum(option is not None for option in (rows, mb, parts)) != 1:
         raise wrong("--rows, --mb, --parts", "give exactly one of them")
-    if "://" in str(out):
-        raise wrong("--out", "a folder on this machine; then use `cosmic data upload`")
-    check_data(source)
+    if mb is not None and not 0 < mb < math.inf:
+        raise wrong("--mb", f"{mb} is no size")
+    if "://" in out:
+        raise wrong("--out", f"{out}: give a folder on this machine, then `cosmic data upload` it")
+    if "://" not in source and not Path(source).exists():
+        raise wrong("SOURCE", f"{source} does not exist")
     from lambda_worker.dataset import DatasetError
     from lambda_worker.storage import StorageError
     from workflow.progress import open_view
@@ -132,9 +136,8 @@ def split(
             from workflow.split import Cut, SplitError
             from workflow.split import split as split_data
 
-            done = split_data(
-                source, out, Cut(rows, mb, parts), _in_megabytes(view, "split", "write")
-            )
+            tell = _in_megabytes(view, "split", "write")
+            done = split_data(source, Path(out), Cut(rows, mb, parts), tell)
     except (SplitError, DatasetError, StorageError, OSError) as error:
         fail(error)
     kept = f", {done.kept:,} of them there before" if done.kept else ""
@@ -200,7 +203,7 @@ def upload(
     from workflow.upload import upload as upload_files
 
     url = target.rstrip("/") + (f"/{place.value}" if place else "")
-    is_dataset = "/datasets/" in f"{url}/"
+    is_dataset = "datasets" in url.split("/")[3:]
     try:
         with open_view("MB") as view:
             view.step(f"upload: {source} to {url}")
@@ -211,7 +214,8 @@ def upload(
     rows = "" if done.rows is None else f", {done.rows:,} rows"
     there = done.files - len(done.sent)
     kept = f"; {there:,} of them there before" if there else ""
-    print(f"{url}: {done.files:,} files, {done.bytes / 1e6:,.1f} MB{rows}{kept}")
+    files = f"{done.files:,} file{'s' * (done.files > 1)}, {done.bytes / 1e6:,.1f} MB"
+    print(f"{url}: {files}{rows}{kept}")
     if is_dataset:
         print(f"use it: cosmic run --data {url}")
 

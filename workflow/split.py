@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -78,6 +79,9 @@ def split(source: str, out: Path, cut: Cut, progress: Callable[[int, int], None]
         OSError: a partition cannot be written. What is finished by then stays, and the same call
             goes on from there.
     """
+    place = storage.local_path(source)
+    if place is not None and place.is_file() and place.suffix != ".pt":
+        raise SplitError(f"{source}: is no .pt file")
     files = dataset_files(Payload(data=source))
     sizes = dict(zip(files, storage.in_parallel(dataset.count, files), strict=True))
     storage.check_writable(str(out))
@@ -121,7 +125,7 @@ def _plan(
     source: str, sizes: dict[str, int], shard: dataset.Shard, edges: list[int], cut: Cut
 ) -> dict[str, Any]:
     """What has to be the same for a split to go on where an earlier one stopped."""
-    versions = storage.in_parallel(lambda url: storage.open_ranged(url).version, list(sizes))
+    versions = storage.in_parallel(_version, list(sizes))
     return {
         "source": storage.absolute(source),
         "files": [
@@ -133,6 +137,14 @@ def _plan(
         "cut": {key: value for key, value in asdict(cut).items() if value is not None},
         "partitions": len(edges) - 1,
     }
+
+
+def _version(url: str) -> str:
+    path = storage.local_path(url)
+    if path is None:
+        return storage.open_ranged(url).version
+    stat = path.stat()  # without the numbers that another mount of the same disk would change
+    return f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
 
 
 @contextmanager
@@ -153,17 +165,19 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _agree(out: Path, plan: dict[str, Any]) -> None:
-    """Refuse a folder of other partitions; else say in it what is going to be there."""
+    """Refuse a folder of other data; else say in it what is going to be there."""
     path = out / PLAN
+    foreign = sorted(entry.name for entry in out.iterdir() if entry.name.endswith(".pt"))
     if path.exists():
         with suppress(ValueError):
             if json.loads(path.read_bytes()) == plan:
                 return
-        raise SplitError(
-            f"{out}: holds another split, or one of a file that was changed since (see {path}): "
-            "remove it, or choose another folder"
-        )
-    if foreign := sorted(entry.name for entry in out.iterdir() if entry.name.endswith(".pt")):
+        if foreign:
+            raise SplitError(
+                f"{out}: holds another split, or one of a file that was changed since (see "
+                f"{path}): remove it, or choose another folder"
+            )
+    elif foreign:
         raise SplitError(
             f"{out}: holds {foreign[0]} already, and all .pt files of a folder are one dataset: "
             "choose another folder"
@@ -217,11 +231,21 @@ def _write(
     with ThreadPoolExecutor(_AHEAD, "read") as pool:
         blocks = counted(_read(shard, spans, pool))
         for k in todo:
-            with replacing(out / f"{k}.pt") as partial, partial.open("wb") as file:
-                write_pt(file, edges[k] - edges[k - 1], shard.dtypes, blocks)
-                file.flush()
-                os.fsync(file.fileno())  # else a power cut could leave the name with no content
+            _write_one(out / f"{k}.pt", edges[k] - edges[k - 1], shard, blocks)
     progress(of, of)
+
+
+def _write_one(path: Path, rows: int, shard: dataset.Shard, blocks: Iterator[NDArray[Any]]) -> None:
+    try:
+        with replacing(path) as partial, partial.open("wb") as file:
+            write_pt(file, rows, shard.dtypes, blocks)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the name with no content
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "make room, and give the same command again"
+            raise OSError(error.errno, f"{error.strerror}: {advice}") from error
+        raise
 
 
 def _spans(shard: dataset.Shard, start: int, stop: int) -> Iterator[_Span]:
