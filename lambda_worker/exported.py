@@ -48,7 +48,7 @@ def choose(engine: Engine, precision: Precision, model: str) -> tuple[Engine, st
 
     Raises:
         EngineError: the engine cannot do that. ModelError: its export is missing or stale.
-        StorageError: the model's folder cannot be listed.
+        StorageError: the model is not there, or its folder cannot be listed.
     """
     export = export_of(model)
     if engine == "auto":
@@ -56,6 +56,7 @@ def choose(engine: Engine, precision: Precision, model: str) -> tuple[Engine, st
     if engine == "torch":
         if model == export:
             raise EngineError(f"engine torch: reads .safetensors files, not {model}")
+        storage.open_ranged(model)  # is it there? Else each rank would find out for itself
         return engine, model
     _check_precision(engine, precision)
     if not _is_there(export):

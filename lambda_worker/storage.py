@@ -466,7 +466,7 @@ def client() -> Any:
         max_pool_connections=READERS,  # else those above ten are closed after each request
         connect_timeout=10,
         read_timeout=30,
-        retries={"mode": "standard", "max_attempts": TRIES},
+        retries={"mode": "standard", "total_max_attempts": TRIES},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )

@@ -48,7 +48,7 @@ class S3Server:
     endpoint: URL for AWS_ENDPOINT_URL.
     trouble: gives what happens to a request, by its method and path with query.
     requests: method and path of each, in the order in which they came.
-    busiest: most requests that were in work at the same time.
+    busy, busiest: requests that wait for the delay of their trouble; and most so far.
     """
 
     def __init__(self, app: App) -> None:
@@ -63,17 +63,12 @@ class S3Server:
         self.requests.append((scope["method"], path))
         self.busy += 1
         self.busiest = max(self.busy, self.busiest)
-        try:
-            trouble = self.trouble(scope["method"], path) or Trouble()
-            await asyncio.sleep(trouble.delay)
-            if trouble.status:
-                await _refuse(trouble, scope["method"], receive, send)
-            else:
-                await self._app(
-                    scope, receive, send if trouble.cut is None else _cut(trouble, send)
-                )
-        finally:
-            self.busy -= 1
+        trouble = self.trouble(scope["method"], path) or Trouble()
+        await asyncio.sleep(trouble.delay)
+        self.busy -= 1  # now: a client that has its answer may be here again before this ends
+        if trouble.status:
+            return await _refuse(trouble, scope["method"], receive, send)
+        return await self._app(scope, receive, send if trouble.cut is None else _cut(trouble, send))
 
 
 async def _refuse(trouble: Trouble, method: str, receive: Any, send: Send) -> None:
