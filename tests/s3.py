@@ -47,6 +47,7 @@ class S3Server:
     """Attributes:
     endpoint: URL for AWS_ENDPOINT_URL.
     trouble: gives what happens to a request, by its method and path with query.
+    clients: addresses and ports, one of each connection.
     requests: method and path of each, in the order in which they came.
     busy, busiest: requests that wait for the delay of their trouble; and most so far.
     """
@@ -54,6 +55,7 @@ class S3Server:
     def __init__(self, app: App) -> None:
         self.endpoint, self._app = "", app
         self.requests: list[tuple[str, str]] = []
+        self.clients: set[tuple[str, int]] = set()
         self.busy = self.busiest = 0
         self.trouble: Callable[[str, str], Trouble | None] = lambda method, path: None
 
@@ -61,6 +63,7 @@ class S3Server:
         query = scope["query_string"].decode()
         path = scope["path"] + ("?" + query if query else "")
         self.requests.append((scope["method"], path))
+        self.clients.add(scope["client"])
         self.busy += 1
         self.busiest = max(self.busy, self.busiest)
         trouble = self.trouble(scope["method"], path) or Trouble()

@@ -222,4 +222,4 @@ def upload(
 
 def _in_megabytes(view: View, who: str, stage: str) -> Callable[[int, int], None]:
     """Progress in bytes, to be shown in MB."""
-    return lambda done, of: view.update(who, stage, done // 1_000_000, -(-of // 1_000_000))
+    return lambda done, of: view.update(who, stage, round(done / 1e6), max(round(of / 1e6), 1))

@@ -62,6 +62,7 @@ def done(s3: S3Server, tmp_path: Path, ranks: int) -> dict[str, Any]:
         (folder / f"{rank}.json").write_text(json.dumps({**record, "rank": rank}))
         (folder / f"{rank}.npz").write_bytes(table)
     s3.requests.clear()
+    s3.clients.clear()
     s3.busiest = 0
     return plan
 
@@ -69,6 +70,7 @@ def done(s3: S3Server, tmp_path: Path, ranks: int) -> dict[str, Any]:
 def test_more_files_than_a_page(many: dict[str, Any], s3: S3Server) -> None:
     s3.trouble = lambda method, path: Trouble(delay=0.005)
     result = handlers.summarize(many)
+    assert len(s3.clients) <= storage.READERS + 1  # connections are used again
     assert [record["rank"] for record in result["records"]] == list(range(1100))
     assert result["summary"]["rows"] == 41
     reads = [path for method, path in s3.requests if path.endswith((".json", ".npz"))]
