@@ -150,9 +150,9 @@ def test_failed_upload_leaves_no_parts(s3: S3Server, large: Path, tmp_path: Path
 COMMAND = [sys.executable, "-m", "workflow", "data", "upload"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_stopped_upload(s3: S3Server, tmp_path: Path, number: int) -> None:
-    """What SIGKILL leaves, the next upload removes; others leave nothing."""
+    """What SIGKILL leaves, the next upload removes; SIGTERM leaves nothing."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(os.urandom(100 << 20))
     arrived = threading.Event()
@@ -240,6 +240,25 @@ def test_some_files_at_a_time(s3: S3Server, tmp_path: Path) -> None:
     s3.trouble = lambda method, path: Trouble(delay=0.05)
     assert len(upload(folder, "s3://bucket/configs", False, ignore).sent) == 30
     assert 2 <= s3.busiest <= uploads._FILES
+
+
+def test_an_error_ends_all(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files whose turn has not come are not even read."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(100, 200):
+        (folder / str(number)).write_text(str(number))
+    digest, read = uploads._Sending._digest, []
+
+    def counted(self: uploads._Sending, path: Path) -> str:
+        read.append(path)
+        return digest(self, path)
+
+    monkeypatch.setattr(uploads._Sending, "_digest", counted)
+    s3.trouble = lambda method, path: DENIED if path.endswith("/100") else Trouble(delay=0.02)
+    with pytest.raises(StorageError, match=r"cannot write s3://bucket/configs/100: access denied"):
+        upload(folder, "s3://bucket/configs", False, ignore)
+    assert len(read) < 50
 
 
 def test_file_that_is_changed_meanwhile(s3: S3Server, tmp_path: Path) -> None:
