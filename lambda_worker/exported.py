@@ -56,7 +56,7 @@ def choose(engine: Engine, precision: Precision, model: str) -> tuple[Engine, st
     if engine == "torch":
         if model == export:
             raise EngineError(f"engine torch: reads .safetensors files, not {model}")
-        storage.open_ranged(model)  # is it there? Else each rank would find out for itself
+        storage.check_there(model)  # else each rank would find out for itself
         return engine, model
     _check_precision(engine, precision)
     if not _is_there(export):

@@ -103,7 +103,8 @@ def check_writable(url: str) -> None:
     """
     path = local_path(url)
     if path is None:
-        return _check_bucket(url)
+        bucket = _split(url)[0]
+        return _ask_if_allowed("write to", url, lambda: client().head_bucket(Bucket=bucket))
     nearest = next(place for place in (path, *path.parents) if place.exists())
     if not nearest.is_dir():
         raise StorageError(f"cannot write to {path}: {nearest} is not a folder")
@@ -384,14 +385,25 @@ def _broken() -> tuple[type[Exception], ...]:
     return HTTPError, *(getattr(exceptions, name) for name in names)
 
 
-def _check_bucket(url: str) -> None:
+def check_there(url: str) -> None:
+    """Refuse an object that is not there. Of local files the machine that reads them knows more.
+
+    Raises:
+        StorageError: there is no such object or bucket.
+    """
+    if local_path(url) is None:
+        bucket, key = _split(url)
+        _ask_if_allowed("read", url, lambda: client().head_object(Bucket=bucket, Key=key))
+
+
+def _ask_if_allowed(doing: str, url: str, ask: Callable[[], object]) -> None:
+    """Ask ahead of the one who will do it, whose role may have rights that ours has not."""
     from botocore.exceptions import ClientError
 
-    with s3_errors("write to", url):
+    with s3_errors(doing, url):
         try:
-            client().head_bucket(Bucket=_split(url)[0])
+            ask()
         except ClientError as error:
-            # Who may write need not be allowed to list: only a write would tell.
             if error.response["Error"]["Code"] != "403":
                 raise
 

@@ -195,9 +195,13 @@ def test_access_denied(s3: S3Server, method: str) -> None:
 
 
 def test_who_may_write_but_not_list_is_not_refused(s3: S3Server) -> None:
-    s3.trouble = lambda method, path: (
-        DENIED if method == "HEAD" and path.strip("/") == "bucket" else None
-    )
+    """Nor who may not read the model: the ranks may have another role."""
+
+    def trouble(method: str, path: str) -> Trouble | None:
+        denied = path.strip("/") == "bucket" or path.endswith(".safetensors")
+        return DENIED if method == "HEAD" and denied else None
+
+    s3.trouble = trouble
     assert handlers.init(EVENT)["rows"] == 41
 
 
