@@ -116,7 +116,8 @@ def split(
 ) -> None:
     """Split a dataset into partitions 1.pt, 2.pt, ..., bit for bit, of any size.
 
-    Give one of --rows, --mb and --parts. Memory stays at about 300 MB, however large the file is.
+    Give one of --rows, --mb and --parts. It takes less than 500 MB of memory, however large the
+    file is.
     """
     if sum(option is not None for option in (rows, mb, parts)) != 1:
         raise wrong("--rows, --mb, --parts", "give exactly one of them")
