@@ -104,6 +104,20 @@ def test_small_blocks_and_several_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert same(files, tmp_path / "out")
 
 
+def test_files_that_are_read_whole(tmp_path: Path) -> None:
+    """PyTorch's old format, and bfloat16, which numpy has not."""
+    images, magnitudes, redshift = tensors(9)
+    path = tmp_path / "all.pt"
+    content = TensorDataset(images.bfloat16(), magnitudes, redshift)
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    split(str(path), tmp_path / "out", Cut(rows=4), ignore)
+    got = [
+        torch.cat(column) for column in zip(*map(load, partitions(tmp_path / "out")), strict=True)
+    ]
+    assert torch.equal(got[0], images.bfloat16().float())
+    assert torch.equal(got[1], magnitudes)
+
+
 def test_files_are_laid_out_as_torch_does(source: Path, tmp_path: Path) -> None:
     split(str(source), tmp_path / "out", Cut(parts=1), ignore)
     path = tmp_path / "out" / "1.pt"
