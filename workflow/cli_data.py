@@ -114,8 +114,9 @@ def split(
         int | None, typer.Option(metavar="K", min=1, help="K of them, equal to within one row.")
     ] = None,
 ) -> None:
-    """Split a dataset into partitions 1.pt, 2.pt, ..., bit for bit, of any size.
+    """Split a dataset into partitions, 1.pt to K.pt.
 
+    Every number keeps its bits.
     Give one of --rows, --mb and --parts. It takes less than 500 MB of memory, however large the
     file is.
     """
