@@ -8,50 +8,21 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from lambda_worker import s3
 from lambda_worker.atomic import replacing
+from lambda_worker.s3 import StorageError as StorageError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-TRIES = 8  # of a request: where the answer is SlowDown, they take up to 70 s, on average 35
-ATTEMPTS = 5  # to get a body whole, whose connection breaks off
 BLOCK = 8 << 20  # bytes of an object that are asked for at once
-READERS = 16  # concurrent requests: an S3 GET waits some 20 ms, and there may be thousands
-CHANGED = "it was changed while it was read: leave data alone during a run, and run again"
-DENIED = "access denied: check the credentials and the role's policy"
-# What S3 answers about an object that is not there to those who may not list the bucket.
-OR_MISSING = " (or the name: S3 answers so, too, if there is no such object)"
-BUSY = "too many requests, even after waiting: use fewer ranks, or try again later"
-HINTS = {
-    "NoSuchKey": "no such object: check the name",
-    "NoSuchBucket": "no such bucket: create it, or check the name and AWS_ENDPOINT_URL",
-    "AccessDenied": DENIED,
-    "403": DENIED,
-    "AllAccessDisabled": DENIED,
-    "InvalidAccessKeyId": "unknown access key: check AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "wrong secret key: check AWS_SECRET_ACCESS_KEY",
-    "ExpiredToken": "the credentials have expired: log in again",
-    "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
-    "PreconditionFailed": CHANGED,
-    "412": CHANGED,
-    "NoSuchUpload": "another upload to the same place has ended this one: wait for it",
-    "SlowDown": BUSY,
-    "503": BUSY,
-}
-
-
-class StorageError(RuntimeError):
-    """Something cannot be read or written; the text names the URL and what to do."""
 
 
 def local_path(url: str) -> Path | None:
@@ -77,7 +48,7 @@ def absolute(url: str) -> str:
     path = local_path(url)
     if path is not None:
         return os.path.normpath(path)
-    _split(url)
+    s3.split(url)
     return url.rstrip("/")
 
 
@@ -90,7 +61,7 @@ def place(url: str) -> dict[str, str]:
     url = absolute(url)
     if local_path(url) is not None:
         return {"path": url}
-    bucket, key = _split(url)
+    bucket, key = s3.split(url)
     return {"bucket": bucket, "key": key}
 
 
@@ -103,8 +74,8 @@ def check_writable(url: str) -> None:
     """
     path = local_path(url)
     if path is None:
-        bucket = _split(url)[0]
-        return _ask_if_allowed("write to", url, lambda: client().head_bucket(Bucket=bucket))
+        bucket = s3.split(url)[0]
+        return s3.ask_if_allowed("write to", url, lambda: s3.client().head_bucket(Bucket=bucket))
     nearest = next(place for place in (path, *path.parents) if place.exists())
     if not nearest.is_dir():
         raise StorageError(f"cannot write to {path}: {nearest} is not a folder")
@@ -120,9 +91,9 @@ def remove(url: str) -> None:
     """
     path = local_path(url)
     if path is None:
-        bucket, key = _split(url)
-        with s3_errors("remove", url):
-            client().delete_object(Bucket=bucket, Key=key)
+        bucket, key = s3.split(url)
+        with s3.errors("remove", url):
+            s3.client().delete_object(Bucket=bucket, Key=key)
         return
     try:
         path.unlink(missing_ok=True)
@@ -138,7 +109,7 @@ def read(url: str) -> bytes:
     """
     path = local_path(url)
     if path is None:
-        return _read_object(url)
+        return s3.read_object(url)
     try:
         return path.read_bytes()
     except OSError as error:
@@ -146,7 +117,7 @@ def read(url: str) -> bytes:
 
 
 def read_all(urls: Sequence[str]) -> list[bytes]:
-    """All bytes of many files, in their order, `READERS` of them read at a time.
+    """All bytes of many files, in their order, `s3.READERS` of them read at a time.
 
     Raises:
         StorageError: one is missing or not readable; the others are given up.
@@ -155,12 +126,12 @@ def read_all(urls: Sequence[str]) -> list[bytes]:
 
 
 def in_parallel(do: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """What `do` returns for each item, in order, for `READERS` of them at a time.
+    """What `do` returns for each item, in order, for `s3.READERS` of them at a time.
 
     Raises:
         Exception: what `do` has raised first; what has not begun by then never does.
     """
-    with ThreadPoolExecutor(max(1, min(READERS, len(items))), "storage") as pool:
+    with ThreadPoolExecutor(max(1, min(s3.READERS, len(items))), "storage") as pool:
         return list(pool.map(do, items))
 
 
@@ -172,9 +143,9 @@ def write(url: str, data: bytes) -> None:
     """
     path = local_path(url)
     if path is None:
-        bucket, key = _split(url)
-        with s3_errors("write", url):
-            client().put_object(Bucket=bucket, Key=key, Body=data)
+        bucket, key = s3.split(url)
+        with s3.errors("write", url):
+            s3.client().put_object(Bucket=bucket, Key=key, Body=data)
         return
     try:
         with replacing(path) as partial, partial.open("wb") as file:
@@ -199,8 +170,8 @@ def names(url: str) -> list[str]:
     """
     path = local_path(url)
     if path is None:
-        with s3_errors("list", url):
-            return sorted(_s3_names(url))
+        with s3.errors("list", url):
+            return sorted(s3.names(url))
     try:
         return sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     except FileNotFoundError:
@@ -238,9 +209,9 @@ def version(url: str) -> str:
     path = local_path(url)
     if path is not None:
         return "-".join(map(str, _version(_stat(path))))
-    bucket, key = _split(url)
-    with _s3_errors("read", url):
-        head = _s3().head_object(Bucket=bucket, Key=key)
+    bucket, key = s3.split(url)
+    with s3.errors("read", url):
+        head = s3.client().head_object(Bucket=bucket, Key=key)
     return f"{head.get('ETag', '')} {head['LastModified']}"  # not every server has tags
 
 
@@ -308,7 +279,7 @@ class _RangedFile(Ranged):
         except OSError as error:
             raise StorageError(f"cannot read {self._path}: {error.strerror}") from error
         if version != self.version or not count:
-            raise StorageError(f"cannot read {self._path}: {CHANGED}")
+            raise StorageError(f"cannot read {self._path}: {s3.CHANGED}")
         self.bytes_read += count
         self.requests += 1
         return count
@@ -318,9 +289,9 @@ class _RangedObject(Ranged):
     """An object. A body that breaks off is asked for again from where it broke."""
 
     def __init__(self, url: str) -> None:
-        self._bucket, self._key = _split(url)
-        with s3_errors("read", url):
-            head = client().head_object(Bucket=self._bucket, Key=self._key)
+        self._bucket, self._key = s3.split(url)
+        with s3.errors("read", url):
+            head = s3.client().head_object(Bucket=self._bucket, Key=self._key)
         super().__init__(url, head["ContentLength"], head.get("ETag", ""))
         self.requests = 1
         self._match = {"IfMatch": self.version} if self.version.strip('"') else {}
@@ -330,19 +301,19 @@ class _RangedObject(Ranged):
         while done < len(buffer):
             try:
                 done += self._some(offset + done, buffer[done:])
-            except _BrokenOff as broken:
+            except s3.BrokenOff as broken:
                 done, failures = done + broken.done, failures + 1
-                _wait(self.url, failures, broken)
+                s3.wait(self.url, failures, broken)
 
     def _some(self, offset: int, buffer: memoryview) -> int:
         done = 0
-        with s3_errors("read", self.url):
+        with s3.errors("read", self.url):
             body = self._ask(offset, len(buffer))
             try:
                 while done < len(buffer) and (count := body.readinto(buffer[done:])):
                     done += count
-            except _broken() as error:
-                raise _BrokenOff(str(error), done) from error
+            except s3.broken() as error:
+                raise s3.BrokenOff(str(error), done) from error
             finally:
                 self.bytes_read += done
         return done
@@ -350,11 +321,11 @@ class _RangedObject(Ranged):
     def _ask(self, offset: int, length: int) -> Any:
         last = offset + length - 1
         self.requests += 1
-        answer = client().get_object(
+        answer = s3.client().get_object(
             Bucket=self._bucket, Key=self._key, Range=f"bytes={offset}-{last}", **self._match
         )
         # Not every server knows If-Match.
-        problem = CHANGED if answer.get("ETag", "") != self.version else ""
+        problem = s3.CHANGED if answer.get("ETag", "") != self.version else ""
         if answer.get("ContentRange") != f"bytes {offset}-{last}/{self.size}" or (
             answer["ContentLength"] != length
         ):
@@ -376,15 +347,6 @@ def _version(stat: os.stat_result) -> str:
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_dev}"
 
 
-def _broken() -> tuple[type[Exception], ...]:
-    """What reading a body raises when the connection breaks, stalls, or ends too early."""
-    from botocore import exceptions
-    from urllib3.exceptions import HTTPError
-
-    names = ("IncompleteReadError", "ReadTimeoutError", "ResponseStreamingError")
-    return HTTPError, *(getattr(exceptions, name) for name in names)
-
-
 def check_there(url: str) -> None:
     """Refuse an object that is not there. Of local files the machine that reads them knows more.
 
@@ -392,117 +354,5 @@ def check_there(url: str) -> None:
         StorageError: there is no such object or bucket.
     """
     if local_path(url) is None:
-        bucket, key = _split(url)
-        _ask_if_allowed("read", url, lambda: client().head_object(Bucket=bucket, Key=key))
-
-
-def _ask_if_allowed(doing: str, url: str, ask: Callable[[], object]) -> None:
-    """Ask ahead of the one who will do it, whose role may have rights that ours has not."""
-    from botocore.exceptions import ClientError
-
-    with s3_errors(doing, url):
-        try:
-            ask()
-        except ClientError as error:
-            if error.response["Error"]["Code"] != "403":
-                raise
-
-
-class _BrokenOff(Exception):
-    """A body ended early, after so many bytes of it were `done`."""
-
-    def __init__(self, what: str, done: int = 0) -> None:
-        super().__init__(what)
-        self.done = done
-
-
-def _wait(url: str, failures: int, error: Exception) -> None:
-    """Wait before another try to read a body, or raise if there were enough of them."""
-    if failures == ATTEMPTS:
-        raise StorageError(
-            f"cannot read {url}: the connection broke off {ATTEMPTS} times "
-            f"({error}): check the network, or try again later"
-        ) from error
-    time.sleep(0.05 * 2**failures)
-
-
-def _read_object(url: str, failures: int = 0) -> bytes:
-    bucket, key = _split(url)
-    while True:
-        with s3_errors("read", url):
-            body = client().get_object(Bucket=bucket, Key=key)["Body"]
-            try:
-                data: bytes = body.read()
-                return data
-            except _broken() as error:
-                failures += 1
-                _wait(url, failures, error)
-
-
-def _split(url: str) -> tuple[str, str]:
-    parts = url.removeprefix("s3://").partition("/")
-    if not parts[0]:
-        raise StorageError(f"cannot use {url}: expected s3://bucket/key")
-    return parts[0], parts[2]
-
-
-def _s3_names(url: str) -> Iterator[str]:
-    bucket, key = _split(url)
-    prefix = f"{key.rstrip('/')}/" if key else ""
-    pages = client().get_paginator("list_objects_v2")
-    for page in pages.paginate(Bucket=bucket, Prefix=prefix, Delimiter="/"):
-        yield from (item["Key"].removeprefix(prefix) for item in page.get("Contents", ()))
-        yield from (item["Prefix"].removeprefix(prefix) for item in page.get("CommonPrefixes", ()))
-
-
-def _lacks_bucket(url: str) -> bool:
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        client().head_bucket(Bucket=_split(url)[0])
-    except ClientError as error:
-        return bool(error.response["Error"]["Code"] == "404")
-    except BotoCoreError:
-        pass
-    return False
-
-
-@cache
-def client() -> Any:
-    """boto3's client for S3, for what this module does not do; of this process."""
-    from boto3.session import Session
-    from botocore.config import Config
-
-    # Checksums only where S3 demands them: servers other than AWS often know no trailers.
-    config = Config(
-        max_pool_connections=READERS,  # else those above ten are closed after each request
-        connect_timeout=10,
-        read_timeout=30,
-        retries={"mode": "standard", "total_max_attempts": TRIES},
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    return Session().client("s3", config=config)
-
-
-@contextmanager
-def s3_errors(doing: str, url: str) -> Iterator[None]:
-    """The one place where boto3's errors become ours.
-
-    Raises:
-        StorageError: "cannot <doing> <url>: ..."
-    """
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        if code == "404":  # to a HEAD, whose answer has no body that says what is missing
-            code = "NoSuchBucket" if _lacks_bucket(url) else "NoSuchKey"
-        hint = HINTS.get(code, f"{code}: {error.response.get('Error', {}).get('Message', '')}")
-        more = OR_MISSING if hint == DENIED and doing == "read" else ""
-        raise StorageError(f"cannot {doing} {url}: {hint}{more}") from error
-    except BotoCoreError as error:
-        hint = "check AWS_ENDPOINT_URL, AWS_REGION and the credentials"
-        raise StorageError(f"cannot {doing} {url}: {error} ({hint})") from error
+        bucket, key = s3.split(url)
+        s3.ask_if_allowed("read", url, lambda: s3.client().head_object(Bucket=bucket, Key=key))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lambda_worker import dataset, storage
+from lambda_worker import dataset, s3, storage
 
 if TYPE_CHECKING:
     from s3transfer.manager import TransferManager
@@ -95,8 +95,8 @@ def _files(source: Path, is_dataset: bool) -> dict[str, Path]:
 def _listed(place: str) -> dict[str, int]:
     """Names below a place, and their sizes."""
     bucket, prefix = _split(place)
-    with storage.s3_errors("list", place):
-        pages = storage.client().get_paginator("list_objects_v2")
+    with s3.errors("list", place):
+        pages = s3.client().get_paginator("list_objects_v2")
         return {
             item["Key"].removeprefix(prefix): item["Size"]
             for page in pages.paginate(Bucket=bucket, Prefix=prefix)
@@ -119,7 +119,7 @@ def _abort_unfinished(place: str, names: set[str]) -> None:
     from botocore.exceptions import ClientError
 
     bucket, prefix = _split(place)
-    client = storage.client()
+    client = s3.client()
     try:
         pages = client.get_paginator("list_multipart_uploads")
         for page in pages.paginate(Bucket=bucket, Prefix=prefix):
@@ -131,7 +131,7 @@ def _abort_unfinished(place: str, names: set[str]) -> None:
     except ClientError as error:
         # Who may write need not be allowed to list them; and not every server knows them.
         if error.response["Error"]["Code"] not in ("AccessDenied", "403", "NotImplemented", "501"):
-            with storage.s3_errors("list the unfinished uploads to", place):
+            with s3.errors("list the unfinished uploads to", place):
                 raise
 
 
@@ -161,7 +161,7 @@ class _Sending:
         # threads that wait for that end, too.
         with (
             ThreadPoolExecutor(_FILES, "upload") as pool,
-            TransferManager(storage.client(), config) as manager,
+            TransferManager(s3.client(), config) as manager,
         ):
             waiting = {pool.submit(self._one, name, manager): name for name in self._files}
             try:
@@ -177,7 +177,7 @@ class _Sending:
         path, size = self._files[name], self._sizes[name]
         before, url = path.stat(), f"{self._place}/{name}"
         digest = self._digest(path)
-        with storage.s3_errors("write", url):
+        with s3.errors("write", url):
             if self._there.get(name) == size and self._metadata(name).get("sha256") == digest:
                 self._count(size)
                 return False
@@ -194,7 +194,7 @@ class _Sending:
         return True
 
     def _metadata(self, name: str) -> dict[str, str]:
-        head = storage.client().head_object(Bucket=self._bucket, Key=self._prefix + name)
+        head = s3.client().head_object(Bucket=self._bucket, Key=self._prefix + name)
         found: dict[str, str] = head["Metadata"]
         return found
 

@@ -29,6 +29,7 @@ from fmi_client.protocol import frames
 from lambda_worker import handlers, storage
 from lambda_worker.engine import DEMO_MODEL
 from lambda_worker.model import save_model
+from lambda_worker.s3 import client
 from tests.full.rie import Instance, emulator, instance
 from tests.worker.sparse import sparse_pt
 from tests.worker.worker_data import SMALL, tensors, trained
@@ -341,7 +342,7 @@ def test_a_model_in_s3_is_fetched_once_and_again_when_it_changes(
     bucket: Path, folder: Path, payload: Json
 ) -> None:
     """One rank, without a job."""
-    storage._s3.cache_clear()  # of another test's server
+    client.cache_clear()  # of another test's server
     url = "s3://bucket/models/m.safetensors"
     storage.write(url, DEMO_MODEL.read_bytes())
     own = ("data", "results", "batch_size", "threads")
@@ -354,7 +355,7 @@ def test_a_model_in_s3_is_fetched_once_and_again_when_it_changes(
         other = place.invoke(task)
         said = [line["message"] for line in entries(place, "model: ")]
         kept = list(place.folder.glob("cosmic-model-*"))
-    storage._s3.cache_clear()
+    client.cache_clear()
     assert first["MAE"] == again["MAE"] != other["MAE"], (first, again, other)
     assert [text.partition(":")[0] + text.partition(":")[2][:12] for text in said] == [
         "model loaded into",

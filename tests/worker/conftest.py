@@ -52,9 +52,10 @@ def rendezvous() -> Iterator[str]:
 @pytest.fixture
 def bucket(bucket: Path) -> Iterator[Path]:
     """The same, and no client of an earlier test's environment."""
-    from lambda_worker import storage
 
-    storage.client.cache_clear()
+    from lambda_worker.s3 import client
+
+    client.cache_clear()
     yield bucket
-    storage.client().close()
-    storage.client.cache_clear()
+    client().close()
+    client.cache_clear()

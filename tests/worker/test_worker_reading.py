@@ -20,6 +20,7 @@ from torch.utils.data import TensorDataset
 
 from lambda_worker import dataset, inference, storage
 from lambda_worker.dataset import Shard
+from lambda_worker.s3 import client
 from lambda_worker.shard import Piece, balance
 from lambda_worker.storage import StorageError
 from tests.worker.faulty import Faulty, faulty
@@ -107,10 +108,10 @@ def server(make_pt: MakePt, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with faulty(data) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
-        storage.client.cache_clear()
+        client.cache_clear()
         yield server
-        storage.client().close()
-        storage.client.cache_clear()
+        client().close()
+        client.cache_clear()
 
 
 @pytest.mark.parametrize("faults", [["cut"], ["cut"] * 4, ["slow down"], ["", "cut", "slow down"]])

@@ -13,6 +13,7 @@ import pytest
 
 from lambda_worker import dataset, handlers, storage
 from lambda_worker.model import DEMO_MODEL
+from lambda_worker.s3 import READERS, TRIES, client
 from lambda_worker.storage import StorageError
 from lambda_worker.summary import SummaryError
 from tests.s3 import DENIED, KEYS, SLOW_DOWN, S3Server, Trouble, serve_s3
@@ -29,10 +30,10 @@ def s3(tmp_path: Path, make_pt: MakePt, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.setenv(name, value)
     with serve_s3(tmp_path / "s3") as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-        storage.client.cache_clear()
+        client.cache_clear()
         yield server
-        storage.client().close()
-        storage.client.cache_clear()
+        client().close()
+        client.cache_clear()
 
 
 EVENT = {
@@ -70,14 +71,14 @@ def done(s3: S3Server, tmp_path: Path, ranks: int) -> dict[str, Any]:
 def test_more_files_than_a_page(many: dict[str, Any], s3: S3Server) -> None:
     s3.trouble = lambda method, path: Trouble(delay=0.005)
     result = handlers.summarize(many)
-    assert len(s3.clients) <= storage.READERS + 1  # connections are used again
+    assert len(s3.clients) <= READERS + 1  # connections are used again
     assert [record["rank"] for record in result["records"]] == list(range(1100))
     assert result["summary"]["rows"] == 41
     reads = [path for method, path in s3.requests if path.endswith((".json", ".npz"))]
     assert len(reads) == 2 * 1100 + 3  # each once; and three that are written
     pages = [path for _, path in s3.requests if "list-type" in path]
     assert len(pages) == 2 * 3  # of 1,000 names, twice: what is there, and what has to go
-    assert 1 < s3.busiest <= storage.READERS
+    assert 1 < s3.busiest <= READERS
 
 
 def test_missing_among_many(many: dict[str, Any], tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_strays_are_removed_many_at_a_time(s3: S3Server, tmp_path: Path) -> None
     s3.trouble = lambda method, path: Trouble(delay=0.005)
     handlers.summarize(small)
     assert len([path for method, path in s3.requests if method == "DELETE"]) == 2 * 59
-    assert 1 < s3.busiest <= storage.READERS
+    assert 1 < s3.busiest <= READERS
     left = ["0.json", "0.npz", "combined_data.json", "predictions.npz", "summary.json"]
     assert storage.names("s3://bucket/out/r") == left
 
@@ -231,7 +232,7 @@ def test_rank_that_gives_up_says_why(s3: S3Server, monkeypatch: pytest.MonkeyPat
     s3.requests.clear()
     with pytest.raises(StorageError, match=r"2\.pt: too many requests, even after waiting: use f"):
         handlers.infer(task)
-    assert len([path for _, path in s3.requests if path.endswith("/2.pt")]) == storage.TRIES
+    assert len([path for _, path in s3.requests if path.endswith("/2.pt")]) == TRIES
 
 
 def test_many_readers_on_a_busy_server(s3: S3Server) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lambda_worker import dataset, storage
+from lambda_worker.s3 import client
 from lambda_worker.storage import StorageError
 from tests.worker.worker_data import MakePt
 
@@ -87,7 +88,7 @@ def test_missing_bucket(bucket: Path, read: object) -> None:
 
 def test_wrong_secret(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    storage.client.cache_clear()
+    client.cache_clear()
     with pytest.raises(StorageError, match="cannot write s3://bucket/a: wrong secret key"):
         storage.write("s3://bucket/a", b"")
 
@@ -99,9 +100,9 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    storage.client.cache_clear()
+    client.cache_clear()
     yield
-    storage.client.cache_clear()
+    client.cache_clear()
 
 
 @pytest.mark.usefixtures("no_server")

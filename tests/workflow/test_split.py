@@ -17,8 +17,9 @@ import torch
 from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
-from lambda_worker import dataset, storage
+from lambda_worker import dataset
 from lambda_worker.dataset import DatasetError
+from lambda_worker.s3 import client
 from tests.s3 import Trouble, serve_s3
 from tests.worker.sparse import sparse_pt
 from tests.worker.worker_data import tensors
@@ -281,7 +282,7 @@ def test_from_s3_over_a_bad_connection(source: Path, bucket: Path, tmp_path: Pat
     (bucket / "all.pt").write_bytes(source.read_bytes())
     with pytest.MonkeyPatch.context() as patch, serve_s3(bucket.parent) as server:
         patch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-        storage.client.cache_clear()
+        client.cache_clear()
         troubles = [Trouble(cut=100_000), Trouble(cut=0), Trouble(status=503, code="SlowDown")] * 2
         gets = []
 
@@ -291,8 +292,8 @@ def test_from_s3_over_a_bad_connection(source: Path, bucket: Path, tmp_path: Pat
 
         server.trouble = trouble
         split("s3://bucket/all.pt", tmp_path / "out", Cut(rows=20), ignore)
-        storage.client().close()
-        storage.client.cache_clear()
+        client().close()
+        client.cache_clear()
     assert troubles == []
     assert same([source], tmp_path / "out")
 

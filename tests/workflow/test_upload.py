@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from lambda_worker import storage
 from lambda_worker.dataset import DatasetError
+from lambda_worker.s3 import client
 from lambda_worker.storage import StorageError
 from tests.s3 import DENIED, KEYS, SLOW_DOWN, S3Server, Trouble, serve_s3
 from tests.worker.worker_data import tensors
@@ -37,10 +38,10 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
         monkeypatch.setenv(name, value)
     with serve_s3(tmp_path / "s3") as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-        storage.client.cache_clear()
+        client.cache_clear()
         yield server
-        storage.client().close()
-        storage.client.cache_clear()
+        client().close()
+        client.cache_clear()
 
 
 @pytest.fixture
@@ -183,8 +184,8 @@ def test_stopped_upload(s3: S3Server, tmp_path: Path, number: int) -> None:
 
 
 def test_unfinished_uploads_of_others_stay(s3: S3Server, large: Path, tmp_path: Path) -> None:
-    storage.client().create_multipart_upload(Bucket="bucket", Key="models/other")
-    storage.client().create_multipart_upload(Bucket="bucket", Key=f"models/{large.name}")
+    client().create_multipart_upload(Bucket="bucket", Key="models/other")
+    client().create_multipart_upload(Bucket="bucket", Key=f"models/{large.name}")
     upload(large, "s3://bucket/models", False, ignore)
     (left,) = unfinished(tmp_path)
     assert json.loads((left / "init.json").read_text())["key"] == "models/other"
