@@ -223,7 +223,7 @@ class S3Store:
             hint = _HINTS.get(code, f"{code}: {why}")
             raise RendezvousError(f"cannot {doing} {where}: {hint}") from error
         except BotoCoreError as error:
-            hint = "check AWS_ENDPOINT_URL, AWS_REGION and the credentials"
+            hint = "check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the credentials"
             raise RendezvousError(f"cannot {doing} {where}: {error} ({hint})") from error
 
 
