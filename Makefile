@@ -30,13 +30,14 @@ $(STAMP): pyproject.toml Makefile
 	@touch $@
 
 # Each in an environment of its own: they pin what we and each other use in other versions.
-tools: $(TOOLS)/.ready ## make .tools: SAM, a local AWS, and linters, which test-full uses
+tools: $(TOOLS)/.ready ## make .tools: SAM, AWS's command line, a local AWS, and linters, which test-full uses
 
 $(TOOLS)/.ready: Makefile
 	@echo "Making $(TOOLS) (once; some two minutes)"
 	$(call tool,sam,aws-sam-cli==1.170.0)
 	$(call tool,ministack,ministack==1.5.33 aws-sam-translator docker)
 	$(call tool,checkov,checkov==3.3.30)
+	$(call tool,aws,awscli==1.45.11)
 	-npm install --silent --no-audit --no-fund --prefix $(TOOLS)/node asl-validator@4.0.0
 	@touch $@
 

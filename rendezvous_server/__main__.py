@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -77,7 +78,8 @@ def main(
         Path | None,
         typer.Option(
             envvar=ENV + "SECRET_FILE",
-            help="File with the secret that jobs' tokens are made from (at least 16 bytes).",
+            help="File with the secret that jobs' tokens are made from (at least 16 bytes); or the "
+            "secret itself in RENDEZVOUS_SECRET.",
         ),
     ] = None,
     allow_anonymous: Annotated[
@@ -154,7 +156,7 @@ def main(
     """
     try:
         _configure_logs(log_level)
-        secret = read_secret(secret_file)
+        secret = read_secret(secret_file, os.environ.get(ENV + "SECRET"))
         config = Config(
             host=choose_host(host, secret, allow_anonymous),
             port=port,

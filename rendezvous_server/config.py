@@ -50,21 +50,33 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the text says what to do."""
 
 
-def read_secret(path: Path | None) -> bytes | None:
-    """Read the secret file, without the white space at its end.
+def read_secret(path: Path | None, variable: str | None = None) -> bytes | None:
+    """Read the secret, without the white space at its end.
+
+    Args:
+        path: the secret file, or None.
+        variable: what RENDEZVOUS_SECRET holds, or None. Schedulers of containers (ECS) hand secrets
+            over in variables only; there is no such option, for all users of a machine can read
+            command lines.
 
     Raises:
-        ConfigError: it cannot be read, or is too short to be a secret.
+        ConfigError: both are given, or it cannot be read, or is too short to be a secret.
     """
     if path is None:
-        return None
+        return None if variable is None else _long_enough(variable.encode(), "RENDEZVOUS_SECRET")
+    if variable is not None:
+        raise ConfigError(f"give the secret in RENDEZVOUS_SECRET or in {path}, not in both")
     try:
-        secret = path.read_bytes().rstrip()
+        return _long_enough(path.read_bytes(), str(path))
     except OSError as error:
         raise ConfigError(f"cannot read the secret file {path}: {error.strerror}") from None
+
+
+def _long_enough(content: bytes, source: str) -> bytes:
+    secret = content.rstrip()
     if len(secret) < MIN_SECRET_BYTES:
         raise ConfigError(
-            f"the secret in {path} has {len(secret)} bytes; use at least {MIN_SECRET_BYTES}, "
+            f"the secret in {source} has {len(secret)} bytes; use at least {MIN_SECRET_BYTES}, "
             "for example: openssl rand -hex 32"
         )
     return secret

@@ -235,6 +235,22 @@ def test_where_it_listens_depends_on_who_may_join(tmp_path: Path) -> None:
         config.read_secret(tmp_path / "short")
 
 
+async def test_a_scheduler_may_hand_the_secret_over_in_a_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RENDEZVOUS_SECRET", SECRET.decode())
+    async with server_process() as server:
+        address = f"127.0.0.1:{server.port}"
+        token = fmi_client.make_token(SECRET, job="job", size=1, expires=time.time() + 60)
+        await (await join(address, token=token)).close()
+        with pytest.raises(AuthenticationFailed):
+            await join(address)
+    with pytest.raises(config.ConfigError, match=r"RENDEZVOUS_SECRET or in .*, not in both"):
+        config.read_secret(tmp_path / "secret", SECRET.decode())
+    with pytest.raises(config.ConfigError, match="the secret in RENDEZVOUS_SECRET has 0 bytes"):
+        config.read_secret(None, "")
+
+
 async def test_wrong_and_missing_tokens_are_refused_alike() -> None:
     def token(secret: bytes = SECRET, after: float = 60, size: int = 1) -> str:
         return fmi_client.make_token(secret, job="job", size=size, expires=time.time() + after)
