@@ -110,7 +110,8 @@ def _judge_own(own: Sequence[Failure]) -> Verdict:
     # What no attempt can pass decides, whoever else had bad luck at the same time; and who ran out
     # of time while it waited, waited for somebody.
     first = min(own, key=lambda f: (f.type not in PERMANENT, f.waiting, f.rank))
-    others = _others(len(own) - 1, "an error of their own, too")
+    alike = all(failure.type == first.type for failure in own)
+    others = _others(len(own) - 1, "the same" if alike else "an error of their own, too")
     text = f"rank {first.rank} failed: {first.type}: {first.message}{others}"
     return Verdict(first.type, _line(text), first.rank, first.type not in PERMANENT)
 
@@ -126,7 +127,7 @@ def _judge_blamed(culprit: int, inorder: Sequence[Failure]) -> Verdict:
     else:
         how = "left no word of its own: killed, out of memory, or cut off by its time limit?"
     ranks = "rank" if count == 1 else "ranks"
-    seen = f"noticed by {count} {ranks}, so by rank {noticed.rank}: {noticed.message}"
+    seen = f"noticed by {count} {ranks}: {noticed.message}"
     return Verdict(noticed.type, _line(f"rank {culprit} {how} ({seen})"), culprit)
 
 

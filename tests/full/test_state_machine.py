@@ -218,7 +218,7 @@ def test_a_rank_that_dies_in_every_attempt_fails_the_execution(deployed: Deploye
     done = deployed.run("often-kills-1-in-any")
     assert done["status"] == "FAILED", done
     assert done["error"] == "RankFailed"
-    assert names(done["cause"])[0] == 1
+    assert set(names(done["cause"])) == {1}, "and none that only noticed"
     first, second = deployed.attempts(done)
     for attempt in (first, second):
         assert (attempt["status"], attempt["itemCounts"]["failed"]) == ("FAILED", 4)
@@ -245,7 +245,7 @@ def inputs(deployed: Deployed, attempt: dict[str, Any]) -> list[str]:
 def test_one_attempt_is_one_attempt(deployed: Deployed) -> None:
     done = deployed.run("single-kills-0-in-0", attempts=1)
     assert (done["status"], done["error"]) == ("FAILED", "RankFailed")
-    assert names(done["cause"])[0] == 0
+    assert set(names(done["cause"])) == {0}
     assert len(deployed.attempts(done)) == 1
 
 

@@ -53,11 +53,16 @@ def test_an_error_that_cannot_pass_decides(kind: str) -> None:
     assert "1 other rank: an error of their own" in verdict.cause
 
 
+def test_what_fails_on_all_ranks_alike() -> None:
+    verdict = judge([own(0, "SecretError"), own(1, "SecretError"), own(2, "SecretError")], ())
+    assert "2 other ranks: the same" in verdict.cause
+
+
 def test_a_rank_that_died_is_named_and_not_those_who_noticed() -> None:
     verdict = judge([noticed(0), noticed(1), noticed(2, 1)], ())
     assert (verdict.error, verdict.rank, verdict.can_pass) == ("RankFailed", 3, True)
     assert verdict.cause.startswith("rank 3 left no word of its own: killed, out of memory")
-    assert "noticed by 2 ranks, so by rank 0: " + LOST in verdict.cause
+    assert "noticed by 2 ranks: " + LOST in verdict.cause
 
 
 def test_a_blamed_rank_with_a_word_of_its_own() -> None:
