@@ -100,9 +100,14 @@ def split(url: str) -> tuple[str, str]:
     return parts[0], parts[2]
 
 
-def names(url: str) -> Iterator[str]:
+def folder(url: str) -> tuple[str, str]:
+    """Bucket, and prefix with a slash at its end unless it is empty."""
     bucket, key = split(url)
-    prefix = f"{key.rstrip('/')}/" if key else ""
+    return bucket, f"{key.rstrip('/')}/" if key else ""
+
+
+def names(url: str) -> Iterator[str]:
+    bucket, prefix = folder(url)
     pages = client().get_paginator("list_objects_v2")
     for page in pages.paginate(Bucket=bucket, Prefix=prefix, Delimiter="/"):
         yield from (item["Key"].removeprefix(prefix) for item in page.get("Contents", ()))

@@ -1,10 +1,15 @@
-"""Ranks in processes of their own, with the blocking communicator."""
+"""Ranks, with the blocking communicator, and servers in processes of their own."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fmi_client import sync
@@ -65,3 +70,19 @@ def _result(pipe: Any) -> Any:
         return pipe.recv() if pipe.poll(20) else "silent"
     except EOFError:
         return "died"
+
+
+@contextmanager
+def serve_rendezvous(*options: str) -> Iterator[str]:
+    """host:port of a rendezvous server on free ports, a process of its own."""
+    command = [sys.executable, "-m", "rendezvous_server", "--port", "0", "--admin-port", "0"]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        events = (json.loads(line) for line in server.stderr)
+        port = next(event["port"] for event in events if event["event"] == "listening")
+        # Somebody has to read the log, or the server stops when the pipe is full.
+        reader = threading.Thread(target=lambda: [None for _ in events])
+        reader.start()
+        yield f"127.0.0.1:{port}"
+        server.terminate()
+        reader.join()

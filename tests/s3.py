@@ -126,3 +126,16 @@ def serve_s3(folder: Path) -> Iterator[S3Server]:
         yield s3
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def s3_client(endpoint: str, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let this process's S3 client use a server, and none use the client of another test."""
+    from lambda_worker.s3 import client
+
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
+        patch.setenv(name, value)
+    client.cache_clear()
+    yield
+    client().close()
+    client.cache_clear()

@@ -94,7 +94,7 @@ def _files(source: Path, is_dataset: bool) -> dict[str, Path]:
 
 def _listed(place: str) -> dict[str, int]:
     """Names below a place, and their sizes."""
-    bucket, prefix = _split(place)
+    bucket, prefix = s3.folder(place)
     with s3.errors("list", place):
         pages = s3.client().get_paginator("list_objects_v2")
         return {
@@ -118,7 +118,7 @@ def _abort_unfinished(place: str, names: set[str]) -> None:
     """End uploads to these names that somebody has left half done: their parts are charged for."""
     from botocore.exceptions import ClientError
 
-    bucket, prefix = _split(place)
+    bucket, prefix = s3.folder(place)
     client = s3.client()
     try:
         pages = client.get_paginator("list_multipart_uploads")
@@ -147,7 +147,7 @@ class _Sending:
         progress: Callable[[int, int], None],
     ) -> None:
         self._place, self._files, self._sizes, self._there = place, files, sizes, there
-        self._bucket, self._prefix = _split(place)
+        self._bucket, self._prefix = s3.folder(place)
         self._of, self._done = sum(sizes.values()), 0
         self._tell, self._lock, self._stopped = progress, threading.Lock(), threading.Event()
 
@@ -222,9 +222,3 @@ def _subscriber(count: Callable[[int], None]) -> Any:
             count(bytes_transferred)
 
     return Subscriber()
-
-
-def _split(place: str) -> tuple[str, str]:
-    """Bucket, and prefix with a slash at its end unless it is empty."""
-    bucket, _, prefix = place.removeprefix("s3://").partition("/")
-    return bucket, f"{prefix.rstrip('/')}/" if prefix else ""

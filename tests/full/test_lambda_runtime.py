@@ -7,8 +7,6 @@ import json
 import secrets
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -31,6 +29,7 @@ from lambda_worker.engine import DEMO_MODEL
 from lambda_worker.model import save_model
 from lambda_worker.s3 import client
 from tests.full.rie import Instance, emulator, instance
+from tests.processes import serve_rendezvous
 from tests.worker.sparse import sparse_pt
 from tests.worker.worker_data import SMALL, tensors, trained
 from workflow.local import RunPlan, RunResult, run_job
@@ -65,19 +64,9 @@ def server(folder: Path) -> Iterator[str]:
     """host:port of a rendezvous server that only admits whom its secret admits."""
     (folder / "secret").write_text(SECRET)
     (folder / "secret").chmod(0o600)
-    options = ("--host", "127.0.0.1", "--port", "0", "--admin-port", "0")
-    command = [sys.executable, "-m", "rendezvous_server", *options]
-    with subprocess.Popen(
-        [*command, "--secret-file", str(folder / "secret")], stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        events = (json.loads(line) for line in process.stderr)
-        port = next(event["port"] for event in events if event["event"] == "listening")
-        reader = threading.Thread(target=lambda: [None for _ in events])
-        reader.start()
-        yield f"127.0.0.1:{port}"
-        process.terminate()
-        reader.join()
+    options = ("--host", "127.0.0.1", "--secret-file", str(folder / "secret"))
+    with serve_rendezvous(*options) as server:
+        yield server
 
 
 @dataclass

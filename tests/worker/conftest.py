@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +10,8 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from tests.processes import serve_rendezvous
+from tests.s3 import s3_client
 from tests.worker.worker_data import MakePt, tensors
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -36,26 +34,12 @@ def make_pt(tmp_path: Path) -> MakePt:
 @pytest.fixture(scope="session")
 def rendezvous() -> Iterator[str]:
     """host:port of a rendezvous server, a process of its own."""
-    command = [sys.executable, "-m", "rendezvous_server", "--port", "0", "--admin-port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        events = (json.loads(line) for line in server.stderr)
-        port = next(event["port"] for event in events if event["event"] == "listening")
-        # Somebody has to read the log, or the server stops when the pipe is full.
-        reader = threading.Thread(target=lambda: [None for _ in events])
-        reader.start()
-        yield f"127.0.0.1:{port}"
-        server.terminate()
-        reader.join()
+    with serve_rendezvous() as server:
+        yield server
 
 
 @pytest.fixture
-def bucket(bucket: Path) -> Iterator[Path]:
+def bucket(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The same, and no client of an earlier test's environment."""
-
-    from lambda_worker.s3 import client
-
-    client.cache_clear()
-    yield bucket
-    client().close()
-    client.cache_clear()
+    with s3_client(os.environ["AWS_ENDPOINT_URL"], monkeypatch):
+        yield bucket

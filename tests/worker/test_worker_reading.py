@@ -20,9 +20,9 @@ from torch.utils.data import TensorDataset
 
 from lambda_worker import dataset, inference, storage
 from lambda_worker.dataset import Shard
-from lambda_worker.s3 import client
 from lambda_worker.shard import Piece, balance
 from lambda_worker.storage import StorageError
+from tests.s3 import s3_client
 from tests.worker.faulty import Faulty, faulty
 from tests.worker.sparse import sparse_pt
 from tests.worker.worker_data import MakePt, tensors
@@ -102,16 +102,12 @@ def test_old_object_is_downloaded_and_read_whole(bucket: Path, tmp_path: Path) -
 def server(make_pt: MakePt, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
     """s3://bucket/a.pt, 200 rows, on a server that answers as it is told."""
     data = make_pt("a.pt", 200).read_bytes()
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with faulty(data) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
-        client.cache_clear()
+    with (
+        faulty(data) as server,
+        s3_client(f"http://127.0.0.1:{server.server_address[1]}", monkeypatch),
+    ):
         yield server
-        client().close()
-        client.cache_clear()
 
 
 @pytest.mark.parametrize("faults", [["cut"], ["cut"] * 4, ["slow down"], ["", "cut", "slow down"]])

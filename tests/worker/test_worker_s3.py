@@ -13,10 +13,10 @@ import pytest
 
 from lambda_worker import dataset, handlers, storage
 from lambda_worker.model import DEMO_MODEL
-from lambda_worker.s3 import READERS, TRIES, client
+from lambda_worker.s3 import READERS, TRIES
 from lambda_worker.storage import StorageError
 from lambda_worker.summary import SummaryError
-from tests.s3 import DENIED, KEYS, SLOW_DOWN, S3Server, Trouble, serve_s3
+from tests.s3 import DENIED, SLOW_DOWN, S3Server, Trouble, s3_client, serve_s3
 from tests.worker.worker_data import MakePt
 
 
@@ -26,14 +26,8 @@ def s3(tmp_path: Path, make_pt: MakePt, monkeypatch: pytest.MonkeyPatch) -> Iter
     make_pt("s3/bucket/data/1.pt", 21, seed=1)
     make_pt("s3/bucket/data/2.pt", 20, seed=2)
     (tmp_path / "s3/bucket/m.safetensors").write_bytes(DEMO_MODEL.read_bytes())
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
-    with serve_s3(tmp_path / "s3") as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-        client.cache_clear()
+    with serve_s3(tmp_path / "s3") as server, s3_client(server.endpoint, monkeypatch):
         yield server
-        client().close()
-        client.cache_clear()
 
 
 EVENT = {

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +16,7 @@ from fmi_client.protocol.auth import Token, admission_key
 from lambda_worker import handlers, secret
 from lambda_worker.events import EventError, Payload, RankTask, parse
 from lambda_worker.secret import SecretError, SecretUnavailable
+from tests.processes import serve_rendezvous
 from tests.worker.vault import Vault, vault
 from tests.worker.worker_data import MakePt
 
@@ -163,14 +162,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """host:port of a rendezvous server that admits only whom its secret admits."""
     path = tmp_path_factory.mktemp("server") / "secret"
     path.write_text(f"{SERVER_SECRET}\n")
-    options = ["--host", "127.0.0.1", "--port", "0", "--admin-port", "0"]
-    options += ["--secret-file", str(path)]
-    command = [sys.executable, "-m", "rendezvous_server", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        events = (json.loads(line) for line in server.stderr)
-        yield f"127.0.0.1:{next(e['port'] for e in events if e['event'] == 'listening')}"
-        server.terminate()
+    with serve_rendezvous("--host", "127.0.0.1", "--secret-file", str(path)) as server:
+        yield server
 
 
 @pytest.fixture

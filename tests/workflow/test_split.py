@@ -19,8 +19,7 @@ from typer.testing import CliRunner
 
 from lambda_worker import dataset
 from lambda_worker.dataset import DatasetError
-from lambda_worker.s3 import client
-from tests.s3 import Trouble, serve_s3
+from tests.s3 import Trouble, s3_client, serve_s3
 from tests.worker.sparse import sparse_pt
 from tests.worker.worker_data import tensors
 from workflow import ptwriter
@@ -280,9 +279,11 @@ def test_sources_that_cannot_be(tmp_path: Path) -> None:
 def test_from_s3_over_a_bad_connection(source: Path, bucket: Path, tmp_path: Path) -> None:
     """Answers that break off, and a server that is busy, change nothing."""
     (bucket / "all.pt").write_bytes(source.read_bytes())
-    with pytest.MonkeyPatch.context() as patch, serve_s3(bucket.parent) as server:
-        patch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-        client.cache_clear()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        serve_s3(bucket.parent) as server,
+        s3_client(server.endpoint, patch),
+    ):
         troubles = [Trouble(cut=100_000), Trouble(cut=0), Trouble(status=503, code="SlowDown")] * 2
         gets = []
 
@@ -292,8 +293,6 @@ def test_from_s3_over_a_bad_connection(source: Path, bucket: Path, tmp_path: Pat
 
         server.trouble = trouble
         split("s3://bucket/all.pt", tmp_path / "out", Cut(rows=20), ignore)
-        client().close()
-        client.cache_clear()
     assert troubles == []
     assert same([source], tmp_path / "out")
 

@@ -23,7 +23,7 @@ from lambda_worker import storage
 from lambda_worker.dataset import DatasetError
 from lambda_worker.s3 import client
 from lambda_worker.storage import StorageError
-from tests.s3 import DENIED, KEYS, SLOW_DOWN, S3Server, Trouble, serve_s3
+from tests.s3 import DENIED, SLOW_DOWN, S3Server, Trouble, s3_client, serve_s3
 from tests.worker.worker_data import tensors
 from workflow import upload as uploads
 from workflow.cli import app
@@ -34,14 +34,8 @@ from workflow.upload import UploadError, upload
 def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """A server whose buckets are the folders in `s3`."""
     (tmp_path / "s3" / "bucket").mkdir(parents=True)
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
-    with serve_s3(tmp_path / "s3") as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-        client.cache_clear()
+    with serve_s3(tmp_path / "s3") as server, s3_client(server.endpoint, monkeypatch):
         yield server
-        client().close()
-        client.cache_clear()
 
 
 @pytest.fixture
