@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from lambda_worker.names import Engine, Precision
@@ -17,6 +17,7 @@ __all__ = [
     "RanksProgress",
     "RunPlan",
     "RunResult",
+    "Span",
     "Step",
 ]
 
@@ -96,11 +97,24 @@ Event = Step | RankProgress | RanksProgress
 OnEvent = Callable[[Event], None]
 
 
+class Span(NamedTuple):
+    """What took how long: ``seconds`` from ``start``, in Unix seconds.
+
+    ``rank`` None is the launcher, whose spans are a run's steps; ranks time their own stages.
+    """
+
+    rank: int | None
+    name: str
+    start: float
+    seconds: float
+
+
 @dataclass(frozen=True)
 class RunResult:
     """What a finished run left behind; ``seconds`` is the whole run's wall-clock time.
 
-    ``summary`` and ``records`` are as the `summarize` handler returns them.
+    ``summary`` and ``records`` are as the `summarize` handler returns them; ``spans`` are those of
+    the launcher and of all ranks.
     """
 
     run: str
@@ -110,3 +124,4 @@ class RunResult:
     summary: Json
     records: list[Json]
     seconds: float
+    spans: list[Span] = field(default_factory=list)
