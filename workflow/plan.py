@@ -124,4 +124,4 @@ class RunResult:
     summary: Json
     records: list[Json]
     seconds: float
-    spans: list[Span] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list, kw_only=True)
