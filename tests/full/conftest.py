@@ -1,4 +1,4 @@
-"""The images, built once for all tests that run containers."""
+"""The images, built once for all tests that run containers; the browser of tests/full/browser.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import NamedTuple
 import pytest
 
 from tests.full import containers
+from tests.full.browser import complaints, page, phone
+
+__all__ = ["complaints", "engine", "images", "page", "phone", "play"]
 
 
 class Images(NamedTuple):
