@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lambda_worker.cgroups import groups, number
+
 if TYPE_CHECKING:
     from lambda_worker.engine import Predict
 
@@ -159,35 +161,16 @@ def allowance(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -
 
 
 def _cgroups(root: Path) -> Iterator[int]:
-    """Bytes that each control group of this process leaves, of version 2 or 1."""
-    names = {  # version: folder of the controller, limit, use, what could be dropped of it
-        2: ("", "memory.max", "memory.current", "inactive_file"),
-        1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    """Bytes that each control group of this process leaves."""
+    names = {  # version: limit, use, what could be dropped of it
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
     }
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            number, controllers, path = line.split(":", 2)
-            version = 2 if number == "0" and not controllers else 1
-            if version == 1 and "memory" not in controllers.split(","):
-                continue
-            base, limit, use, cache = names[version]
-            top = root / "sys/fs/cgroup" / base
-            for folder in _upwards(top, path):
-                whole, now = _number(folder / limit), _number(folder / use)
-                if whole is not None and now is not None:
-                    yield whole - now + (_field(folder / "memory.stat", cache) or 0)
-
-
-def _upwards(top: Path, path: str) -> list[Path]:
-    """The group's folder and all above; in a container the path may be the host's, and not here."""
-    folder = top / path.strip("/")
-    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]
-
-
-def _number(path: Path) -> int | None:
-    with suppress(OSError, ValueError):  # "max": no limit here
-        return int(path.read_text())
-    return None
+    for folder, version in groups("memory", root):
+        limit, use, cache = names[version]
+        whole, now = number(folder / limit), number(folder / use)
+        if whole is not None and now is not None:
+            yield whole - now + (_field(folder / "memory.stat", cache) or 0)
 
 
 def _field(path: Path, name: str, unit: int = 1) -> int | None:

@@ -13,7 +13,6 @@ import logging
 import re
 import secrets
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -32,6 +31,7 @@ from lambda_worker.events import (
     parse_rank,
 )
 from lambda_worker.telemetry import observed
+from lambda_worker.timing import Stopwatch, init_seconds, ready
 
 if TYPE_CHECKING:
     from fmi_client.sync import Communicator
@@ -123,17 +123,17 @@ def infer(event: object, context: object = None, progress: Progress = _silent) -
 
 
 def _infer(task: RankTask, deadline: Deadline, progress: Progress) -> dict[str, Any]:
-    started = time.perf_counter()
+    clock = Stopwatch(init_seconds())
     # Join first: whatever fails from here on reaches the other ranks while they wait.
     Watch(deadline, None, progress)("join", 0, 0)
     with (
         _joined(task) as comm,
         tempfile.TemporaryDirectory(prefix="cosmic-", ignore_cleanup_errors=True) as scratch,
     ):
-        joined = time.perf_counter()
+        clock.lap("join" if comm else None)
         watch = Watch(deadline, comm, progress)
         try:
-            return _work(task, comm, Path(scratch), watch, started, joined)
+            return _work(task, comm, Path(scratch), watch, clock)
         finally:
             deadline.disarm()  # what follows is goodbye
 
@@ -325,40 +325,35 @@ def _joined(task: RankTask) -> AbstractContextManager[Communicator | None]:
 
 
 def _work(
-    task: RankTask,
-    comm: Communicator | None,
-    scratch: Path,
-    watch: Watch,
-    started: float,
-    joined: float,
+    task: RankTask, comm: Communicator | None, scratch: Path, watch: Watch, clock: Stopwatch
 ) -> dict[str, Any]:
     watch("load", 0, 0)  # torch first of all, which takes a second or more
     from lambda_worker import inference, metrics, summary
 
     baseline = summary.memory("VmRSS")
     model, predict, rows = _load(task, scratch, watch)
-    loaded = time.perf_counter()
+    clock.lap("load")
     batch_size, calibration = _batch_size(task, comm, predict, len(rows), watch)
+    clock.lap("tune" if calibration else None)
     watch.at("barrier")
     if comm is not None:
         comm.barrier()  # so that the ranks' inference times are of one moment
+        clock.lap("barrier")
     watch.at("infer")
     inferred = inference.run(predict, rows, batch_size, partial(watch, "infer"))
+    clock.lap("infer")
     if warning := inference.judge(inferred, rows.pieces, task.strict):
         log.warning("%s", warning)
     deviation = _deviation(task, model, rows, inferred)
     total = metrics.sums(inferred.z_phot, inferred.z_spec)
     watch("gather", len(rows), len(rows))
+    clock.lap(None)
     if comm is not None:
         total = comm.allreduce(total)
-    times = {
-        "join": joined - started,
-        "load": loaded - joined,
-        "all": time.perf_counter() - started,
-    }
+        clock.lap("allreduce")
     batch = {"batch_size": batch_size, "calibration": calibration}
     stats = comm.stats() if comm else None
-    record = summary.record(task, rows, inferred, deviation, batch, times, baseline, stats)
+    record = summary.record(task, rows, inferred, deviation, batch, clock, baseline, stats)
     _deliver(task, comm, record, summary.table(rows.pieces, inferred), total)
     watch("done", len(rows), len(rows))
     return record
@@ -428,3 +423,6 @@ def _deliver(
         if parts is not None:
             summary.write_merged(folder, task.init_id, parts, total)
     storage.write(f"{folder}/{task.rank}.json", summary.to_json(record))
+
+
+ready()

@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lambda_worker import metrics, storage
+from lambda_worker.cgroups import memory_limit
 from lambda_worker.events import RankTask, RunInfo
 from lambda_worker.shard import Piece
 
 if TYPE_CHECKING:
     from lambda_worker.dataset import Shard
     from lambda_worker.inference import Deviation, Inferred
+    from lambda_worker.timing import Stopwatch
 
 MB = 1e6
 METRIC_NAMES = {"mae": "MAE", "mse": "MSE", "bias": "bias", "nmad": "NMAD", "r2": "R2"}
@@ -48,7 +50,7 @@ def record(
     inferred: Inferred,
     deviation: Deviation | None,
     batch: Mapping[str, Any],
-    times: Mapping[str, float],
+    clock: Stopwatch,
     baseline: float,
     stats: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def record(
     Args:
         deviation: what a lower precision than fp32 costs, or None.
         batch: the batch_size that was used, and the calibration that chose it, or None.
-        times: elapsed seconds: "join", "load", and "all" of this rank's work up to the record.
+        clock: this rank's stages up to the record: "join", "load" and others.
         baseline: resident memory (MB) before loading.
         stats: the communicator's, or None.
     """
@@ -95,15 +97,18 @@ def record(
         "precision": task.precision,
         "precision_max_dz": deviation and deviation.max_dz,
         "precision_rows": deviation.rows if deviation else 0,
-        "wall_time (seconds)": times["all"],
-        "join_time (seconds)": times["join"],
-        "load_time (seconds)": times["load"],
+        "init_time (seconds)": clock.init,
+        "wall_time (seconds)": clock.total,
+        "join_time (seconds)": clock.seconds("join"),
+        "load_time (seconds)": clock.seconds("load"),
         "collective_time (seconds)": stats["collective_seconds"] if stats else 0.0,
         "inference_time (seconds)": wall,
         "read_time (seconds)": inferred.read_seconds,
         "bytes_read": rows.bytes_read,
         "read_requests": rows.requests,
+        "spans": [list(span) for span in clock.spans],
         "peak_memory (MB)": peak,
+        "memory_limit (MB)": memory_limit(),
         **{name: own[key] for key, name in METRIC_NAMES.items()},
         "links": _link_kinds(stats),
         "run": task.run,

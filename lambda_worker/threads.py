@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from math import ceil
 from pathlib import Path
+
+from lambda_worker.cgroups import groups
 
 LAMBDA_MB_PER_CORE = 1769  # docs.aws.amazon.com/lambda/latest/dg/configuration-memory.html, 2026-11
 
@@ -30,26 +32,10 @@ def cores(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> in
 
 def _quotas(root: Path) -> Iterator[float]:
     """Cores' worth of processor time that each control group above this process allows."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            yield from _each(root / "sys/fs/cgroup", path, _version_2)
-        elif "cpu" in controllers.split(","):
-            yield from _each(root / "sys/fs/cgroup" / controllers, path, _version_1)
-
-
-def _each(mount: Path, path: str, read: Callable[[Path], float]) -> Iterator[float]:
-    # In a container the path may be the host's, of which only the root is to be seen here.
-    folder = mount / path.lstrip("/")
-    for place in [folder, *folder.parents]:
+    read = {1: _version_1, 2: _version_2}
+    for folder, version in groups("cpu", root):
         with suppress(OSError, ValueError):
-            yield read(place)
-        if place == mount:
-            return
+            yield read[version](folder)
 
 
 def _version_2(group: Path) -> float:

@@ -10,14 +10,15 @@ import asyncio
 import contextlib
 import json
 import secrets
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from lambda_worker.timing import Stopwatch
 from workflow.aws_calls import AwsError, aws_errors, client
 from workflow.aws_failure import explain
 from workflow.calls import RunFailed
 from workflow.plan import Json, OnEvent, RanksProgress, RunPlan, RunResult, Step, StepName
+from workflow.spans import all_spans
 
 __all__ = ["AwsResult", "Target", "run_on_aws"]
 
@@ -92,6 +93,7 @@ class _Execution:
     aws: Any  # the Step Functions client
     arn: str | None = None
     step: Step = _NOWHERE
+    clock: Stopwatch = field(default_factory=Stopwatch)
     map_run: str | None = None
     map_status: str = ""  # of the newest attempt
     counts: RanksProgress | None = None
@@ -101,7 +103,6 @@ class _Execution:
     blind: bool = False  # these credentials may not see Map Runs
 
     async def run(self) -> AwsResult:
-        began = time.monotonic()
         *_, region, _, _, machine = self.target.state_machine.split(":")[:7]
         self._tell("start", f"start: execution {self.run_name} of {machine} in {region}")
         await self._start()
@@ -111,11 +112,13 @@ class _Execution:
         if end["status"] != "SUCCEEDED":
             raise await asyncio.to_thread(explain, self.aws, end, self.step.name)
         records = await asyncio.to_thread(_records, output := json.loads(end["output"]))
+        self.clock.lap(self.step.name)
         names = ("run", "combined_data", "summary_path", "predictions", "summary")
         return AwsResult(
             **{name: output[name] for name in names},
             records=records,
-            seconds=time.monotonic() - began,
+            seconds=self.clock.total,
+            spans=all_spans(self.clock, records),
             execution_arn=end["executionArn"],
         )
 
@@ -252,7 +255,9 @@ class _Execution:
         return f"{self.plan.world_size} ranks" if self.plan.world_size > 1 else "1 rank"
 
     def _tell(self, name: StepName, text: str) -> None:
-        self.step = Step(name, text)
+        before, self.step = self.step, Step(name, text)
+        if before.name != name and before is not _NOWHERE:
+            self.clock.lap(before.name)
         self.on_event(self.step)
 
     async def _call(self, doing: str, operation: str, **more: Any) -> Json:

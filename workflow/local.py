@@ -21,9 +21,11 @@ from typing import Any
 
 from fmi_client.transport.sockets import parse_endpoint
 from lambda_worker.threads import cores
+from lambda_worker.timing import Stopwatch
 from workflow.calls import Call, RunFailed, start, with_log
 from workflow.plan import Json, OnEvent, RankProgress, RunPlan, RunResult, Step, StepName
 from workflow.processes import ProcessFamily, death_note, read_tail
+from workflow.spans import all_spans
 
 __all__ = ["RunFailed", "run_job"]
 
@@ -59,13 +61,13 @@ class _Job:
     family: ProcessFamily
     env: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     step: str = "start"
+    clock: Stopwatch = field(default_factory=Stopwatch)
     at_work: dict[int, RankProgress] = field(default_factory=dict)
     failures: list[RunFailed] = field(default_factory=list)
     failed: asyncio.Event = field(default_factory=asyncio.Event)
     tasks: list[asyncio.Task[Any]] = field(default_factory=list)
 
     async def run(self) -> RunResult:
-        started = time.monotonic()
         secret = secrets.token_hex(32)
         endpoint = await self._rendezvous(secret) if self.plan.fmi else None
         task = await self._init(endpoint)
@@ -74,9 +76,14 @@ class _Job:
         await self._infer(task)
         self._tell("summarize", "summarize: merging the ranks' records")
         final = await self._call("summarize", task)
-        seconds = time.monotonic() - started
+        self.clock.lap(self.step)
         names = ("combined_data", "summary_path", "predictions", "summary", "records")
-        return RunResult(run=task["run"], seconds=seconds, **{name: final[name] for name in names})
+        return RunResult(
+            run=task["run"],
+            **{name: final[name] for name in names},
+            seconds=self.clock.total,
+            spans=all_spans(self.clock, final["records"]),
+        )
 
     async def stop_watching(self) -> None:
         for task in self.tasks:
@@ -93,6 +100,7 @@ class _Job:
         return f"still running: {', '.join(ranks[:8])}{more}"
 
     def _tell(self, step: StepName, text: str) -> None:
+        self.clock.lap(None if self.step == "start" else self.step)
         self.step = step
         self.on_event(Step(step, text))
 

@@ -1,4 +1,4 @@
-"""The images, built once for all tests that run containers; the browser of tests/full/browser.py."""
+"""The images, built once for all tests that run containers; the browser (browser.py)."""
 
 from __future__ import annotations
 

@@ -44,7 +44,10 @@ async def test_a_phone_is_narrow_and_has_no_mouse(phone: Page, tmp_path: Path) -
         ("<script>throw Error('a defect')</script>", ["error: a defect"]),
         ("<img src=http://cdn.invalid/x.png>", ["asked another host: http://cdn.invalid/x.png"]),
         ("<img src=http://192.0.2.1/x.png>", ["asked another host: http://192.0.2.1/x.png"]),
-        ("<script>new WebSocket('ws://x.invalid')</script>", ["asked another host: ws://x.invalid"]),
+        (
+            "<script>new WebSocket('ws://x.invalid')</script>",
+            ["asked another host: ws://x.invalid"],
+        ),
     ],
 )
 async def test_what_a_page_should_not_do(
