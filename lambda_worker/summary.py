@@ -200,7 +200,8 @@ def _remove_strays(run: RunInfo) -> None:
     strays = []
     for name in storage.names(run.results):
         stray = bool(re.fullmatch(r"\d+\.(json|npz)", name)) and name not in keep
-        if stray or (name == "merged.json" and not run.fmi_enabled) or name == "redshift.png":
+        theirs = name in ("redshift.png", "run.json")  # by whoever started the earlier run
+        if stray or theirs or (name == "merged.json" and not run.fmi_enabled):
             strays.append(f"{run.results}/{name}")
     storage.in_parallel(storage.remove, strays)
 

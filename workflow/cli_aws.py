@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from workflow.cli_base import wrong
 from workflow.cli_data import Size
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from workflow.plan import OnEvent, RunPlan, RunResult
     from workflow.progress import View
 
-__all__ = ["AwsOptions", "Job", "aws_job", "refuse"]
+__all__ = ["AwsOptions", "Job", "aws_job", "note", "refuse"]
 
 _STACK = "cosmic"
 _HEARTBEAT = 5.0  # seconds; news from AWS comes no faster
@@ -62,9 +62,22 @@ def aws_job(plan: RunPlan, size: Size | None, options: AwsOptions) -> Job:
         if options.endpoint_url:  # of all services, the results' S3 too
             os.environ["AWS_ENDPOINT_URL"] = options.endpoint_url
         full, target = _resolve(plan, size or Size.small, options, view)
-        return run_until_signal(run_on_aws(full, target, on_event))
+        result = run_until_signal(run_on_aws(full, target, on_event))
+        note(result, full, "aws", view)
+        return result
 
     return Job(work, ("ranks", _HEARTBEAT))
+
+
+def note(result: RunResult, plan: RunPlan, on: Literal["local", "aws"], view: View) -> None:
+    """Leave run.json beside the results; these are there all the same if it cannot be written."""
+    from lambda_worker.storage import StorageError
+    from workflow.runfile import save
+
+    try:
+        save(result, plan, on)
+    except StorageError as error:
+        view.step(f"no run.json: {error}", ok=False)
 
 
 def _check(plan: RunPlan, size: Size | None, options: AwsOptions) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmi_client.transport.sockets import parse_endpoint
-from workflow.cli_aws import AwsOptions, Job, aws_job, refuse
+from workflow.cli_aws import AwsOptions, Job, aws_job, note, refuse
 from workflow.cli_base import (
     BatchSize,
     Engine,
@@ -205,7 +205,9 @@ def _local_job(plan: RunPlan, size: Size, seed: int) -> Job:
 
         if not plan.data:
             make_once(path, size, seed, view)
-        return run_until_signal(run_job(full, on_event))
+        result = run_until_signal(run_job(full, on_event))
+        note(result, full, "local", view)
+        return result
 
     return Job(work)
 

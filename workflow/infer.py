@@ -7,14 +7,10 @@ rendezvous and without records; numbers about accuracy are those of ``cosmic run
 from __future__ import annotations
 
 import importlib
-import os
-import platform
-import re
 import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,8 +30,8 @@ from lambda_worker.engine import DEMO_MODEL, Predict, open_engine
 from lambda_worker.events import Payload
 from lambda_worker.names import Engine, Precision
 from lambda_worker.shard import Piece
-from lambda_worker.threads import cores
-from workflow import predictions, profiling
+from workflow import environment, predictions, profiling
+from workflow.environment import LIBRARIES
 from workflow.plot import redshift_png
 
 if TYPE_CHECKING:
@@ -47,9 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["LIBRARIES", "InferPlan", "infer"]
 
 Json = dict[str, Any]
-
-LIBRARIES = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino"}
-"""What each engine imports."""
 
 _MB = 1e6
 
@@ -120,7 +113,7 @@ def infer(plan: InferPlan, view: View) -> Json:
         "metrics": numbers,
         **written,
         "profile": profile,
-        "environment": _environment(plan.threads, loaded.engine),
+        "environment": environment.describe(plan.threads, loaded.engine),
     }
 
 
@@ -222,32 +215,3 @@ def _profile(plan: InferPlan, loaded: _Loaded, batch_size: int, view: View) -> J
     view.step(f"profile: {profiling.BATCHES} batches once more, inside torch's profiler")
     predict = open_engine(loaded.model, precision=plan.precision, threads=1)
     return profiling.profile(predict, loaded.shard, batch_size, Path(plan.profile))
-
-
-def _environment(threads: int | None, engine: Engine) -> Json:
-    """Where this ran: processor, memory and versions, as the original reports them, and more."""
-    packages = dict.fromkeys(("cosmic-fmi", "numpy", "torch", LIBRARIES[engine]))
-    return {
-        "cpu": _cpu(),
-        "architecture": platform.machine(),
-        "cores": os.cpu_count(),
-        "cores_usable": len(os.sched_getaffinity(0)),
-        "threads": threads or cores(),
-        "ram_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
-        "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
-    }
-
-
-def _cpu() -> str:
-    with suppress(OSError):
-        if found := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M):
-            return found[1].strip()
-    return platform.processor() or platform.machine()  # what ARM's kernels do not tell
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

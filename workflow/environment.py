@@ -1,0 +1,56 @@
+"""Where something ran, for whoever compares numbers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from lambda_worker.names import Engine
+from lambda_worker.threads import cores
+from workflow.plan import Json
+
+__all__ = ["LIBRARIES", "describe"]
+
+LIBRARIES: dict[Engine, str] = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino"}
+"""The package of each engine."""
+
+
+def describe(threads: int | None = None, engine: Engine = "torch") -> Json:
+    """Tell processor, memory and versions, as the original reports them, and more.
+
+    Args:
+        threads: of the inference; None: all cores that this process may use.
+        engine: whose version is told, beside torch's.
+    Returns:
+        cpu, architecture, cores (of the machine), cores_usable, threads, ram_gb (10^9 bytes),
+        platform and versions; the version of what is not installed is None.
+    """
+    packages = dict.fromkeys(("cosmic-fmi", "numpy", "torch", LIBRARIES[engine]))
+    return {
+        "cpu": _cpu(),
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "cores_usable": len(os.sched_getaffinity(0)),
+        "threads": threads or cores(),
+        "ram_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
+    }
+
+
+def _cpu() -> str:
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M):
+            return found[1].strip()
+    return platform.processor() or platform.machine()  # what ARM's kernels do not tell
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
