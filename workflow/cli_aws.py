@@ -77,7 +77,7 @@ def note(result: RunResult, plan: RunPlan, on: Literal["local", "aws"], view: Vi
     try:
         save(result, plan, on)
     except StorageError as error:
-        view.step(f"no run.json: {error}", ok=False)
+        view.step(f"no run.json: {error}")
 
 
 def _check(plan: RunPlan, size: Size | None, options: AwsOptions) -> None:

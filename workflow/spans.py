@@ -12,9 +12,10 @@ from typing import Any
 from lambda_worker.timing import Stopwatch
 from workflow.plan import Span
 
-__all__ = ["all_spans", "rank_spans"]
+__all__ = ["all_spans", "launcher_spans", "rank_spans"]
 
-_LIMIT = 1e12  # seconds; files may come from strangers
+# Files may come from strangers: seconds that a calendar knows.
+_LATEST, _LONGEST = 1e11, 1e9
 
 
 def all_spans(launcher: Stopwatch, records: Sequence[Mapping[str, Any]]) -> list[Span]:
@@ -25,13 +26,26 @@ def all_spans(launcher: Stopwatch, records: Sequence[Mapping[str, Any]]) -> list
 
 def rank_spans(record: Mapping[str, Any]) -> list[Span]:
     """A rank's stages; none in a record of an older version. What is no span is left out."""
-    given = record.get("spans")
-    spans = given if isinstance(given, list) else []
-    return [Span(record.get("rank"), *span) for span in spans if _is_span(span)]
+    match record:
+        case {"rank": int() as rank, "spans": list() as spans}:
+            return [span for fields in spans if (span := _span(rank, fields))]
+    return []
 
 
-def _is_span(span: object) -> bool:
-    match span:
-        case [str(), int() | float() as start, int() | float() as seconds]:
-            return abs(start) < _LIMIT and 0 <= seconds < _LIMIT  # not so for NaN
-    return False
+def launcher_spans(content: Mapping[str, Any]) -> list[Span]:
+    """The launcher's steps from what stands in ``run.json``. What is no span is left out."""
+    match content:
+        case {"spans": list() as spans}:
+            own = [
+                fields[1:] for fields in spans if isinstance(fields, list) and fields[:1] == [None]
+            ]
+            return [span for fields in own if (span := _span(None, fields))]
+    return []
+
+
+def _span(rank: int | None, fields: object) -> Span | None:
+    match fields:
+        case [str() as name, int() | float() as start, int() | float() as seconds]:
+            if 0 <= start < _LATEST and 0 <= seconds < _LONGEST:  # not so for NaN
+                return Span(rank, name, start, seconds)
+    return None

@@ -200,6 +200,19 @@ def test_warm_ranks_load_nothing_and_predict_the_same(
         assert second["result"]["load_seconds"] < first["result"]["load_seconds"]
 
 
+def test_records_tell_init_limits_and_spans(
+    cold: tuple[list[Any], Json], warm: tuple[list[Any], Json]
+) -> None:
+    for first, second in zip(cold[0], warm[0], strict=True):
+        assert 0.05 < first["init_time (seconds)"] < 60
+        assert second["init_time (seconds)"] == 0
+        assert first["memory_limit (MB)"] == second["memory_limit (MB)"] == 1769 * 2**20 / 1e6
+        for record in (first, second):
+            assert [name for name, _, _ in record["spans"]] == [
+                *("join", "load", "barrier", "infer", "allreduce")
+            ]
+
+
 def test_metrics_of_every_rank(warm: object, functions: Functions) -> None:
     for rank, place in enumerate(functions.ranks):
         first, second = metrics(place)[:2]

@@ -136,6 +136,7 @@ def test_a_run_by_what_the_stack_says(account: Account) -> None:
         *("stack:", "start:", "init:", "infer:", "summarize:", "plot:")
     ]
     usual = {"combined_data.json", "summary.json", "predictions.npz", "redshift.png", "ranks.json"}
+    usual |= {"run.json"}
     assert usual | {f"{rank}.json" for rank in range(4)} <= account.files("good")
     payload = json.loads(account.execution("good")["input"])
     assert payload["server_secret_arn"].startswith("arn:aws:secretsmanager:")

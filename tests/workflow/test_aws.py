@@ -75,6 +75,9 @@ def test_a_run_that_goes_well(aws: FakeAws) -> None:
     ]
     result, events = run()
     assert steps(events) == ["start", "init", "infer", "summarize"]
+    assert [span.name for span in result.spans] == steps(events)  # records of an older version
+    assert {span.rank for span in result.spans} == {None}
+    assert sum(span.seconds for span in result.spans) == pytest.approx(result.seconds, abs=1e-3)
     counts = [event for event in events if isinstance(event, RanksProgress)]
     assert counts == [(4, 0, 0, 4), (1, 3, 0, 4), (0, 4, 0, 4)]
     assert result.summary["rows"] == 40
@@ -140,8 +143,9 @@ def test_another_attempt_is_shown(aws: FakeAws) -> None:
         Frame("RUNNING", (lost, ranks(running=4))),
         Frame("SUCCEEDED", (lost, ranks("SUCCEEDED", succeeded=4)), succeeded("r-1").more),
     ]
-    _, events = run()
+    result, events = run()
     assert steps(events) == ["start", "init", "infer", "blame", "infer", "summarize"]
+    assert [span.name for span in result.spans if span.rank is None] == steps(events)
     texts = [event.text for event in events if isinstance(event, Step)]
     assert texts[2] == "infer: 4 ranks"
     assert texts[4] == "infer: 4 ranks, attempt 2"
@@ -305,6 +309,7 @@ def test_an_outage_is_waited_for(aws: FakeAws, monkeypatch: pytest.MonkeyPatch) 
     assert texts[2].startswith("init: no news, for I cannot follow the execution: AWS throttles")
     assert texts[3] == texts[1]
     assert len([text for text in texts if "no news" in text]) == 1
+    assert [span.name for span in result.spans] == ["start", "init", "infer", "summarize"]
 
 
 def _no_delay(*arguments: object) -> float:

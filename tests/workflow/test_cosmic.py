@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from launched import FAKES, alive, pids, recorded, until
 
+from lambda_worker.threads import cores
 from workflow.demo import data_path
 
 HANG = json.dumps({f"infer {rank}": "hang" for rank in range(4)})
@@ -115,6 +116,34 @@ def test_a_run_ends_with_a_table_and_paths(start: Start, tmp_path: Path) -> None
         "summarize:",
     ]
     assert recorded(tmp_path, "results/fake-run/init.json")["fmi_enabled"] is True
+
+
+def test_what_the_launcher_knows_stays_with_the_results(start: Start, tmp_path: Path) -> None:
+    words = ("--world-size", "3", "--batch-size", "auto", "--json")
+    code, out, err = finish(start("run", "--data", "fake://{}", *words))
+    assert code == 0, err
+    answer, told = json.loads(out), recorded(tmp_path, "results/fake-run/run.json")
+    assert (told["format"], told["run"], told["on"]) == (1, "fake-run", "local")
+    assert told["seconds"] == answer["seconds"]
+    assert told["spans"] == [span for span in answer["spans"] if span[0] is None]
+    assert [span[1] for span in told["spans"]] == ["server", "init", "infer", "summarize"]
+    assert len(answer["spans"]) == 4 + 3
+    plan = told["plan"]
+    assert (plan["data"], plan["world_size"], plan["batch_size"]) == ("fake://{}", 3, "auto")
+    assert (plan["engine"], plan["precision"], plan["fmi"]) == ("torch", "fp32", True)
+    assert not [name for name in plan if name in ("worker", "server")]
+    assert told["environment"]["threads"] == max(1, cores() // 3)
+    assert told["environment"]["versions"].keys() >= {"python", "torch"}
+
+
+def test_a_run_file_that_cannot_be_written_does_not_cost_the_results(
+    start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "results/fake-run/run.json").mkdir(parents=True)
+    code, out, err = finish(start("run", "--data", "fake://{}", "--no-fmi", "--json"))
+    assert code == 0
+    assert json.loads(out)["summary"]["rows"] == 40
+    assert "no run.json: " in err
 
 
 def test_json_is_all_there_is_on_stdout(start: Start) -> None:

@@ -116,6 +116,15 @@ def test_json_has_the_execution_too(aws: FakeAws, start: Start) -> None:
     assert answer["plot"] is None
 
 
+def test_what_the_launcher_knows_goes_to_the_bucket(aws: FakeAws, start: Start) -> None:
+    code, _, err = finish(start("--on", "aws", *NAMED))
+    assert code == 0, err
+    told = json.loads(aws.objects["bucket/results/r-1/run.json"])
+    assert (told["run"], told["on"], told["plan"]["data"]) == ("r-1", "aws", PLACES[1])
+    assert [name for _, name, _, _ in told["spans"]] == ["start", "init", "infer", "summarize"]
+    assert told["environment"] is None  # this machine's is not the ranks'
+
+
 def test_the_stack_says_what_is_not_given(aws: FakeAws, start: Start) -> None:
     aws.outputs = {
         "StateMachineArn": MACHINE,

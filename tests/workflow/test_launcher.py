@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from launched import alive, pids, recorded, until
 
 from workflow import calls, local
 from workflow.local import RunFailed, run_job
-from workflow.plan import Event, RankProgress, RunPlan, Step
+from workflow.plan import Event, RankProgress, RunPlan, Span, Step
 from workflow.processes import ProcessFamily
 
 Plan = Callable[..., RunPlan]
@@ -44,6 +45,21 @@ async def test_success_tells_every_step_and_rank(plan: Plan, tmp_path: Path) -> 
     assert recorded(tmp_path, "fake-run/combined_data.json") == result.records
     assert result.run == "fake-run"
     assert_nothing_left(tmp_path, processes=4)
+
+
+async def test_the_result_has_a_span_of_every_step_and_of_every_rank(plan: Plan) -> None:
+    before = time.time()
+    result = await run_job(plan(world_size=2), lambda event: None)
+    own = [span for span in result.spans if span.rank is None]
+    assert [span.name for span in own] == ["init", "infer", "summarize"]
+    assert before - 0.05 < own[0].start
+    for span, after in pairwise(own):
+        assert span.seconds > 0
+        assert span.start + span.seconds == pytest.approx(after.start, abs=1e-6)
+    assert sum(span.seconds for span in own) == pytest.approx(result.seconds, abs=0.2)
+    assert [span for span in result.spans if span.rank is not None] == [
+        Span(rank, "infer", 1.8e9, 0.5) for rank in range(2)
+    ]
 
 
 async def test_init_gets_the_plan(plan: Plan, tmp_path: Path) -> None:
