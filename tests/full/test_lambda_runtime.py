@@ -206,7 +206,7 @@ def test_records_tell_init_limits_and_spans(
     for first, second in zip(cold[0], warm[0], strict=True):
         assert 0.05 < first["init_time (seconds)"] < 60
         assert second["init_time (seconds)"] == 0
-        assert first["memory_limit (MB)"] == second["memory_limit (MB)"] == 1769 * 2**20 / 1e6
+        assert first["memory_limit (MB)"] == second["memory_limit (MB)"] == 2048 * 2**20 / 1e6
         for record in (first, second):
             assert [name for name, _, _ in record["spans"]] == [
                 *("join", "load", "barrier", "infer", "allreduce")

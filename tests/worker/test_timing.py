@@ -183,3 +183,13 @@ def test_spans_are_the_records_times(make_pt: MakePt, tmp_path: Path, rendezvous
     assert moments[-1][1] < after + 0.05
     for (_, end), (start, _) in pairwise(moments):
         assert end <= start + slack
+
+
+def test_what_is_done_between_two_stages_is_in_neither(
+    make_pt: MakePt, tmp_path: Path, rendezvous: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lambda_worker.inference.judge", lambda *arguments: time.sleep(0.5))
+    own = record(make_pt, tmp_path, rendezvous_endpoint=rendezvous)
+    (_, start, seconds), (_, after, _) = own["spans"][-2:]
+    assert after - (start + seconds) > 0.49
+    assert own["wall_time (seconds)"] > 0.49 + sum(seconds for _, _, seconds in own["spans"])

@@ -333,6 +333,7 @@ def test_without_the_right_to_see_ranks_the_run_is_followed(aws: FakeAws, operat
     assert len(aws.asked(operation)) == 1
     told = [event.text for event in events if isinstance(event, Step) and operation in event.text]
     assert len(told) == 1
+    assert [span.name for span in result.spans] == ["start", "init", "infer"]
 
 
 def test_looks_become_rarer_while_nothing_happens(

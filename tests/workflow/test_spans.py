@@ -33,12 +33,14 @@ def make_run(*spans: Span, **fields: Any) -> Run:
 
 
 def of_rank(rank: int, start: float, seed: int = 0) -> list[Span]:
-    """Stages without a gap, as a record has them."""
+    """Stages without a gap, as a record has them: each moment is rounded by itself."""
     chance = random.Random(seed)
-    spans = []
+    spans, zero = [], 1000 + chance.random()
+    last = zero
     for name in STAGES:
-        spans.append(Span(rank, name, start, seconds := chance.random()))
-        start += seconds
+        now = last + chance.random()
+        spans.append(Span(rank, name, start + last - zero, now - last))
+        last = now
     return spans
 
 
@@ -170,6 +172,7 @@ def test_a_thread_for_the_launcher_and_each_rank() -> None:
 def test_a_thousand_ranks() -> None:
     spans = [span for rank in range(1000) for span in of_rank(rank, NOW + rank / 997, rank)]
     ranks = tuple(Rank(rank=rank, rows=rank) for rank in range(1000))
+    random.Random(0).shuffle(spans)
     by_thread = checked(make_run(*OWN, *spans, ranks=ranks))
     assert [len(events) for events in by_thread.values()] == [4] + [6] * 1000
     assert by_thread[1000][0]["args"] == {"rank": 999, "rows": 999}
@@ -178,7 +181,7 @@ def test_a_thousand_ranks() -> None:
 def test_nothing_is_lost_by_rounding() -> None:
     """Spans that follow each other at every fraction of a microsecond."""
     for seed in range(200):
-        events = checked(make_run(*of_rank(0, NOW + seed / 7e6, seed)))[0]
+        (events,) = checked(make_run(*of_rank(0, NOW + seed / 7e6, seed))).values()
         for span, event in zip(of_rank(0, NOW, seed), events, strict=True):
             assert event["dur"] == pytest.approx(span.seconds * 1e6, abs=2)
 
@@ -208,7 +211,7 @@ def test_clocks_that_are_wrong_for_certain_are_told_and_not_corrected() -> None:
     note, behind, ahead = chrome_trace(run)["otherData"]["clocks"]
     assert "by its own clock" in note
     assert behind == "rank 1: at least 40.000 s behind"
-    late = spans[-1].start + spans[-1].seconds - (NOW + 8.25)
+    late = spans[-1].start + spans[-1].seconds - (OWN[-1].start + OWN[-1].seconds)
     assert ahead == f"rank 2: at least {late:.3f} s ahead"
     by_thread = checked(run)
     assert by_thread[2][0]["ts"] == 0
