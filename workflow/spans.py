@@ -12,10 +12,9 @@ from typing import Any
 from lambda_worker.timing import Stopwatch
 from workflow.plan import Span
 
-__all__ = ["all_spans", "launcher_spans", "rank_spans"]
+__all__ = ["all_spans", "rank_spans", "usable"]
 
-# Files may come from strangers: seconds that a calendar knows.
-_LATEST, _LONGEST = 1e11, 1e9
+_LATEST, _LONGEST = 1e11, 1e9  # seconds: the year 5138, 31 years
 
 
 def all_spans(launcher: Stopwatch, records: Sequence[Mapping[str, Any]]) -> list[Span]:
@@ -27,25 +26,19 @@ def all_spans(launcher: Stopwatch, records: Sequence[Mapping[str, Any]]) -> list
 def rank_spans(record: Mapping[str, Any]) -> list[Span]:
     """A rank's stages; none in a record of an older version. What is no span is left out."""
     match record:
-        case {"rank": int() as rank, "spans": list() as spans}:
-            return [span for fields in spans if (span := _span(rank, fields))]
+        case {"rank": int() as rank, "spans": list() as listed}:
+            spans = [Span(rank, *fields) for fields in listed if _is_span(fields)]
+            return [span for span in spans if usable(span)]
     return []
 
 
-def launcher_spans(content: Mapping[str, Any]) -> list[Span]:
-    """The launcher's steps from what stands in ``run.json``. What is no span is left out."""
-    match content:
-        case {"spans": list() as spans}:
-            own = [
-                fields[1:] for fields in spans if isinstance(fields, list) and fields[:1] == [None]
-            ]
-            return [span for fields in own if (span := _span(None, fields))]
-    return []
+def usable(span: Span) -> bool:
+    """Whether a calendar knows its times: files may come from strangers."""
+    return 0 <= span.start < _LATEST and 0 <= span.seconds < _LONGEST  # not so for NaN
 
 
-def _span(rank: int | None, fields: object) -> Span | None:
+def _is_span(fields: object) -> bool:
     match fields:
-        case [str() as name, int() | float() as start, int() | float() as seconds]:
-            if 0 <= start < _LATEST and 0 <= seconds < _LONGEST:  # not so for NaN
-                return Span(rank, name, start, seconds)
-    return None
+        case [str(), int() | float(), int() | float()]:
+            return True
+    return False

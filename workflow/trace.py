@@ -7,12 +7,13 @@ for the launcher and one for each rank; on these a complete event ("X") for each
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from workflow.plan import Json, Span
 from workflow.results import Rank, Run
+from workflow.spans import usable
 
 __all__ = ["chrome_trace"]
 
@@ -35,9 +36,10 @@ def chrome_trace(run: Run) -> Json:
     Args:
         run: without spans, as of an older version, the trace has no events but the run's name.
     """
-    zero = min((span.start for span in run.spans), default=0.0)
+    all_spans = [span for span in run.spans if usable(span)]
+    zero = min((span.start for span in all_spans), default=0.0)
     events = [_meta("process_name", 0, name=f"{run.source} {run.name}")]
-    tracks, ranks = _tracks(run.spans), {record.rank: record for record in run.ranks}
+    tracks, ranks = _tracks(all_spans), {record.rank: record for record in run.ranks}
     names = _thread_names(rank for rank, _ in tracks)
     for tid, ((rank, spans), name) in enumerate(zip(tracks, names, strict=True)):
         events.append(_meta("thread_name", tid, name=name))
@@ -46,7 +48,7 @@ def chrome_trace(run: Run) -> Json:
     return {
         "traceEvents": events,
         "displayTimeUnit": "ms",
-        "otherData": {"run": run.name, "on": run.on, **_started(run, zero), **_clocks(run)},
+        "otherData": {"run": run.name, "on": run.on, **_times(run.on, all_spans)},
     }
 
 
@@ -105,22 +107,27 @@ def _args(rank: int | None, ranks: Mapping[int | None, Rank]) -> Json:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _started(run: Run, zero: float) -> Json:
-    return {"started": datetime.fromtimestamp(zero, UTC).isoformat()} if run.spans else {}
+def _times(on: str, spans: Sequence[Span]) -> Json:
+    """When the trace begins, and what is to be known of clocks."""
+    if not spans:
+        return {}
+    started = datetime.fromtimestamp(min(span.start for span in spans), UTC).isoformat()
+    # On this machine all have one clock.
+    return {"started": started} | ({"clocks": [_CLOCKS, *_wrong(spans)]} if on != "local" else {})
 
 
-def _clocks(run: Run) -> Json:
-    """What is to be known of clocks: no rank works before the launcher starts, or after its end."""
-    if run.on == "local":
-        return {}  # all have one clock
-    own = [span for span in run.spans if span.rank is None]
+def _wrong(spans: Sequence[Span]) -> Iterator[str]:
+    """Clocks that are wrong: no rank works before the launcher starts, or after its end."""
+    own = [span for span in spans if span.rank is None]
+    if not own:
+        return
+    first, last = min(span.start for span in own), max(map(_end, own))
     behind: dict[int | None, float] = defaultdict(float)
     ahead: dict[int | None, float] = defaultdict(float)
-    if own:
-        first, last = min(span.start for span in own), max(map(_end, own))
-        for span in run.spans:
-            behind[span.rank] = max(behind[span.rank], first - span.start)
-            ahead[span.rank] = max(ahead[span.rank], _end(span) - last)
-    wrong = [f"rank {r}: at least {s:.3f} s behind" for r, s in behind.items() if s > 0]
-    wrong += [f"rank {r}: at least {s:.3f} s ahead" for r, s in ahead.items() if s > 0]
-    return {"clocks": [_CLOCKS, *wrong]}
+    for span in spans:
+        behind[span.rank] = max(behind[span.rank], first - span.start)
+        ahead[span.rank] = max(ahead[span.rank], _end(span) - last)
+    for seconds, word in ((behind, "behind"), (ahead, "ahead")):
+        for rank, most in seconds.items():
+            if most > 0:
+                yield f"rank {rank}: at least {most:.3f} s {word}"

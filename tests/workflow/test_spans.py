@@ -14,7 +14,7 @@ import pytest
 from lambda_worker.timing import Stopwatch
 from workflow.plan import Span
 from workflow.results import Rank, Run
-from workflow.spans import all_spans, launcher_spans, rank_spans
+from workflow.spans import all_spans, rank_spans
 from workflow.trace import chrome_trace
 
 NOW = 1_795_745_689.3487027
@@ -90,12 +90,6 @@ def test_what_is_no_span_is_left_out(wrong: dict[str, object]) -> None:
 def test_the_others_of_a_record_with_a_wrong_span_are_read() -> None:
     both = record(3, [["join", NOW, -1], ["load", NOW, 1]])
     assert rank_spans(both) == [Span(3, "load", NOW, 1)]
-
-
-def test_the_launchers_spans_of_a_file() -> None:
-    spans = [[None, "init", NOW, 1], [2, "load", NOW, 1], [None, "infer"], "x", [], None]
-    assert launcher_spans({"spans": spans}) == [Span(None, "init", NOW, 1)]
-    assert launcher_spans({"spans": 3}) == launcher_spans({}) == []
 
 
 # -- the trace -----------------------------------------------------------------------------------
@@ -198,6 +192,12 @@ def test_a_run_without_spans() -> None:
     run = make_run()
     assert checked(run) == {}
     assert chrome_trace(run)["otherData"] == {"run": "a", "on": "local"}
+
+
+def test_times_that_no_calendar_knows_are_left_out() -> None:
+    odd = [Span(0, "join", *times) for times in ((1e300, 1), (NOW, 1e300), (math.nan, 1), (-1, 1))]
+    events = checked(make_run(*odd, Span(0, "load", NOW, 1), on="aws"))[0]
+    assert [(event["name"], event["ts"]) for event in events] == [("load", 0)]
 
 
 def test_empty_spans_are_kept() -> None:
