@@ -15,6 +15,7 @@ goodbye even before: a loop of jobs under one name does not depend on who is fas
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
@@ -50,6 +51,12 @@ TICKET_SECONDS = 120.0
 
 SERVER = -1
 """The `by` of an abort that no rank asked for."""
+
+LOST_KEPT = 16
+"""Lost ranks of a job of which is kept when and why: the first is the cause of the others."""
+
+ENDED_KEPT = 50
+"""Jobs that are kept for looking at after their end; as many of those that ended well."""
 
 
 class RelayFull(RendezvousError):
@@ -92,6 +99,9 @@ class Member:
     connection: Hashable
     reach: dict[Version, Reach]
     """By version of IP; where it has both, the one that it came by is first."""
+    address: Address
+    """Where it came from, as we see it."""
+    joined: float
 
 
 @dataclass(slots=True, eq=False)
@@ -112,6 +122,8 @@ class Job:
     name: str
     size: int
     epoch: int
+    began: float
+    """When its first rank came."""
     expires: float
     members: dict[int, Member] = field(default_factory=dict)
     running: bool = False
@@ -122,6 +134,38 @@ class Job:
     relay_bytes: int = 0
     relay_pairs: int = 0
     """Pairs with a leg on the server now."""
+    ready: float = 0.0
+    """When its last rank came, if it is running."""
+    links: int = 0
+    """Pairs told to punch."""
+    relayed: int = 0
+    """Of these, pairs that met on the server."""
+    came: bytearray = field(default_factory=bytearray)
+    """Ranks that went away again before all were there, as a bitmap."""
+    left: int = 0
+    lost_count: int = 0
+    """Ranks lost while the job ran."""
+    lost: dict[int, tuple[float, str]] = field(default_factory=dict)
+    """When and why ranks were lost that did not come back; `LOST_KEPT` of them."""
+    aborted: JobAborted | None = None
+    """What a rank or the server said when it ended the job for everybody."""
+    ended: float = 0.0
+
+    @property
+    def well(self) -> bool:
+        """Whether nothing went wrong (so far)."""
+        return self.running and not self.lost_count and self.aborted is None
+
+    def lose(self, rank: int, now: float, why: str) -> None:
+        self.lost_count += self.running
+        if len(self.lost) < LOST_KEPT:
+            self.lost[rank] = now, why
+
+    def note(self, rank: int) -> None:
+        """Remember that a rank was here before the job was complete."""
+        if not self.came:
+            self.came = bytearray((self.size + 7) // 8)
+        self.came[rank // 8] |= 1 << rank % 8
 
 
 Outbox = list[tuple[Member, Message]]
@@ -159,6 +203,9 @@ class Registry:
         self._tickets: dict[bytes, RelayPair] = {}
         self.jobs: dict[Job, None] = {}  # a set, in the order of their beginning
         self._by_name: dict[str, Job] = {}
+        # Those that ended well must not push out the one that somebody looks for.
+        self.ended_well: deque[Job] = deque(maxlen=ENDED_KEPT)
+        self.ended_badly: deque[Job] = deque(maxlen=ENDED_KEPT)
         self.ranks = 0
         self.draining = False
         self.punches = 0
@@ -181,11 +228,13 @@ class Registry:
         if hello.rank in job.members:
             raise RankTaken(f"rank {hello.rank} of job {job.name!r} is here already")
         reach = _reach(observed, hello.candidates[:MAX_CANDIDATES])
-        member = Member(job, hello.rank, connection, reach)
+        member = Member(job, hello.rank, connection, reach, observed, now)
         job.members[hello.rank] = member
         self.ranks += 1
+        if job.lost:
+            job.lost.pop(hello.rank, None)
         if len(job.members) == job.size:
-            job.running = True
+            job.running, job.ready = True, now
             outbox += [(each, {"t": "ready"}) for each in job.members.values()]
         return member, outbox
 
@@ -196,12 +245,12 @@ class Registry:
             job = None  # the next job of that name: this rank is the first to come back
         if job is not None and hello.epoch > job.epoch:
             reason = f"job {job.name!r} was started again with epoch {hello.epoch}"
-            outbox = self._end(job, "superseded", reason)
+            outbox = self._end(job, "superseded", reason, now)
             job = None
         if job is None:
             if len(self.jobs) >= self._max_jobs:
                 raise RendezvousError(f"the server holds {self._max_jobs} jobs already")
-            job = Job(hello.job, hello.size, hello.epoch, now + self._ttl)
+            job = Job(hello.job, hello.size, hello.epoch, now, now + self._ttl)
             self._by_name[hello.job] = job
             self.jobs[job] = None
             return job, outbox
@@ -216,34 +265,45 @@ class Registry:
         return job, outbox
 
     # -------------------------------------------------------------------- leaving
-    def leave(self, member: Member, *, clean: bool, why: str) -> Outbox:
+    def leave(self, member: Member, *, clean: bool, why: str, now: float) -> Outbox:
         """A rank's connection ended, after "leave" (`clean`) or without."""
         job = member.job
         if job.members.get(member.rank) is not member:
             return []  # the job has ended already
         del job.members[member.rank]
         self.ranks -= 1
-        if not job.members:
-            self._forget(job)
-            return []
+        job.left += clean
+        if not clean:
+            job.lose(member.rank, now, why)
         if not job.running:
+            job.note(member.rank)
+        if not job.members:
+            self._forget(job, now)
+        if not job.running or not job.members:
             return []
         message = {"t": "gone", "rank": member.rank, "clean": clean, "why": why}
         job.gone[member.rank] = message
         return [(each, message) for each in job.members.values()]
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: Job, now: float) -> None:
         self.jobs.pop(job, None)
         if self._by_name.get(job.name) is job:
             del self._by_name[job.name]
+        job.ended = now
+        job.gone, job.wanted = {}, set()  # what is kept of it must be small
+        (self.ended_well if job.well else self.ended_badly).append(job)
 
-    def _end(self, job: Job, kind: str, reason: str) -> Outbox:
+    def _end(self, job: Job, kind: str, reason: str, now: float) -> Outbox:
         """End a job for all its ranks; their connections are the caller's to close."""
+        job.aborted = job.aborted or JobAborted(SERVER, kind, reason)
         message = abort_message("aborted", JobAborted(SERVER, kind, reason))
         outbox = [(member, message) for member in job.members.values()]
         self.ranks -= len(job.members)
+        if not job.running:
+            for rank in job.members:
+                job.note(rank)
         job.members.clear()
-        self._forget(job)
+        self._forget(job, now)
         return outbox
 
     def expire(self, now: float) -> Outbox:
@@ -255,7 +315,10 @@ class Registry:
             pair
             for job in late
             for pair in self._end(
-                job, "expired", f"job {job.name!r} was ended by the server after {self._ttl:.0f} s"
+                job,
+                "expired",
+                f"job {job.name!r} was ended by the server after {self._ttl:.0f} s",
+                now,
             )
         ]
 
@@ -283,7 +346,9 @@ class Registry:
             case "link":
                 return self._link(member, frames.field(message, "peer", int), now)
             case "abort":
-                aborted = abort_message("aborted", read_abort(message, member.rank))
+                said = read_abort(message, member.rank)
+                member.job.aborted = member.job.aborted or said
+                aborted = abort_message("aborted", said)
                 return [(other, aborted) for other in _others(member)]
             case "who":
                 return [(member, self._missing(member.job))]
@@ -301,6 +366,7 @@ class Registry:
             return [(other, {"t": "want", "peer": member.rank})]
         job.wanted.discard((peer, member.rank))
         self.punches += 1
+        job.links += 1
         return self._introduce(member, other, now)
 
     def _introduce(self, one: Member, other: Member, now: float) -> Outbox:
@@ -342,6 +408,10 @@ class Registry:
         pair.legs += 1
         return pair
 
+    def met(self, pair: RelayPair) -> None:
+        """Both legs are here."""
+        pair.job.relayed += 1
+
     def release(self, pair: RelayPair) -> None:
         """A leg ended."""
         pair.legs -= 1
@@ -353,13 +423,13 @@ class Registry:
         job.relay_bytes += size
         return job.relay_bytes <= self._relay_bytes
 
-    def end_relayed(self, job: Job) -> Outbox:
+    def end_relayed(self, job: Job, now: float) -> Outbox:
         """End a job that relays too much: without its links it could only hang."""
         reason = (
             f"job {job.name!r} has relayed its limit of {self._relay_bytes} bytes; "
             "see the server's --relay-bytes"
         )
-        return self._end(job, "relay", reason)
+        return self._end(job, "relay", reason, now)
 
     def _missing(self, job: Job) -> Message:
         absent = set(range(job.size)) - job.members.keys()

@@ -21,13 +21,18 @@ class Traffic:
 
     Args:
         may_pass: told how many bytes of a job are to be passed on; whether they may be.
+        met: told of each pair whose legs are both here.
         release: told of each leg that ends.
     """
 
     def __init__(
-        self, may_pass: Callable[[Job, int], bool], release: Callable[[RelayPair], None]
+        self,
+        may_pass: Callable[[Job, int], bool],
+        met: Callable[[RelayPair], None],
+        release: Callable[[RelayPair], None],
     ) -> None:
         self.may_pass = may_pass
+        self.met = met
         self.release = release
         self.legs: set[Leg] = set()
         self.pairs = 0
@@ -54,7 +59,7 @@ class Leg(asyncio.BufferedProtocol):
         traffic.legs.add(self)
         self._peer: Leg | None = None
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
-        self._passed = 0
+        self.passed = 0
         loop = asyncio.get_running_loop()
         self._patience: asyncio.TimerHandle | None = loop.call_later(
             TICKET_SECONDS, transport.abort
@@ -73,6 +78,7 @@ class Leg(asyncio.BufferedProtocol):
             leg._transport.write(RELAY_GO)
             leg._transport.resume_reading()
         self._traffic.pairs += 1
+        self._traffic.met(self.pair)
         log.info("relaying", job=self.pair.job.name, ranks=self.pair.ranks)
 
     @property
@@ -85,7 +91,7 @@ class Leg(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._peer is not None and self._traffic.may_pass(self.pair.job, nbytes):
-            self._passed += nbytes
+            self.passed += nbytes
             self._traffic.bytes += nbytes
             self._peer._transport.write(self._buffer[:nbytes])
 
@@ -113,6 +119,6 @@ class Leg(asyncio.BufferedProtocol):
                 "relay ended",
                 job=self.pair.job.name,
                 ranks=self.pair.ranks,
-                bytes=self._passed + self._peer._passed,
+                bytes=self.passed + self._peer.passed,
             )
         self._peer._transport.close()  # after what is still to be written

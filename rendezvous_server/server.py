@@ -68,7 +68,7 @@ class Server:
             relay_bytes=config.relay_bytes,
             relay_pairs=config.relay_pairs,
         )
-        self.relayed = Traffic(self._may_relay, self.registry.release)
+        self.relayed = Traffic(self._may_relay, self.registry.met, self.registry.release)
         self.legacy = Legacy(config.legacy, config.job_ttl)
         # Where only this machine can reach the port, no secret means no need for one.
         anonymous = config.allow_anonymous or config.secret is None
@@ -109,7 +109,7 @@ class Server:
             return True
         self.counters.relay_limits += 1
         log.warning("relay limit", job=job.name, bytes=self.config.relay_bytes)
-        self._end(self.registry.end_relayed(job))
+        self._end(self.registry.end_relayed(job, time.time()))
         self.relayed.cut(job)
         return False
 
@@ -350,7 +350,7 @@ class Connection(asyncio.Protocol):
         if member is None:
             return
         why = "left" if self._clean else str(exc or "its connection to the server closed")
-        outbox = self._server.registry.leave(member, clean=self._clean, why=why)
+        outbox = self._server.registry.leave(member, clean=self._clean, why=why, now=time.time())
         self._server.deliver(outbox)
         if not self._server.registry.ranks:
             self._server.emptied.set()

@@ -60,7 +60,7 @@ def test_who_is_missing(registry: Registry) -> None:
 def test_a_lost_waiter_frees_its_place(registry: Registry) -> None:
     member, _ = join(registry, 0)
     join(registry, 1)
-    assert registry.leave(member, clean=False, why="died") == []
+    assert registry.leave(member, clean=False, why="died", now=NOW) == []
     join(registry, 0)
     assert said(join(registry, 2)[1]) == [
         ("job/1", "ready"),
@@ -77,7 +77,7 @@ def test_a_taken_rank_another_size_and_a_running_job_are_refused(registry: Regis
         join(registry, 1, size=4)
     join(registry, 1)
     last, _ = join(registry, 2)
-    registry.leave(last, clean=False, why="died")
+    registry.leave(last, clean=False, why="died", now=NOW)
     with pytest.raises(JobFull, match="runs already"):
         join(registry, 2)
 
@@ -85,17 +85,17 @@ def test_a_taken_rank_another_size_and_a_running_job_are_refused(registry: Regis
 def test_lost_and_left_ranks_of_a_running_job_are_announced(
     registry: Registry, members: list[Member]
 ) -> None:
-    outbox = registry.leave(members[1], clean=False, why="reset")
+    outbox = registry.leave(members[1], clean=False, why="reset", now=NOW)
     assert said(outbox) == [("job/0", "gone"), ("job/2", "gone")]
     assert outbox[0][1] == {"t": "gone", "rank": 1, "clean": False, "why": "reset"}
-    assert registry.leave(members[2], clean=True, why="left")[0][1]["clean"] is True
+    assert registry.leave(members[2], clean=True, why="left", now=NOW)[0][1]["clean"] is True
 
 
 def test_a_name_is_free_again_when_the_last_rank_left(
     registry: Registry, members: list[Member]
 ) -> None:
     for member in members:
-        registry.leave(member, clean=True, why="left")
+        registry.leave(member, clean=True, why="left", now=NOW)
     assert registry.ranks == 0
     assert registry.jobs == {}
     join(registry, 0, size=1)
@@ -104,7 +104,7 @@ def test_a_name_is_free_again_when_the_last_rank_left(
 def test_a_rank_that_left_may_come_back_for_the_next_job_of_that_name(
     registry: Registry, members: list[Member]
 ) -> None:
-    registry.leave(members[1], clean=True, why="left")
+    registry.leave(members[1], clean=True, why="left", now=NOW)
     again, outbox = join(registry, 1)
     assert outbox == []
     assert again.job is not members[0].job
@@ -112,8 +112,8 @@ def test_a_rank_that_left_may_come_back_for_the_next_job_of_that_name(
         join(registry, 1)
     # The old job goes on, and ends without touching the new one.
     assert said(registry.request(members[0], {"t": "link", "peer": 2}, NOW)) == [("job/2", "want")]
-    registry.leave(members[0], clean=True, why="left")
-    registry.leave(members[2], clean=True, why="left")
+    registry.leave(members[0], clean=True, why="left", now=NOW)
+    registry.leave(members[2], clean=True, why="left", now=NOW)
     join(registry, 0)
     assert [text for _, text in said(join(registry, 2)[1])] == ["ready"] * 3
 
@@ -235,7 +235,7 @@ def test_tickets_are_good_once_and_not_for_ever(registry: Registry, members: lis
 def test_a_link_with_who_has_gone_is_answered_with_that(
     registry: Registry, members: list[Member]
 ) -> None:
-    registry.leave(members[1], clean=True, why="left")
+    registry.leave(members[1], clean=True, why="left", now=NOW)
     assert said(registry.request(members[0], {"t": "link", "peer": 1}, NOW)) == [("job/0", "gone")]
 
 
@@ -274,7 +274,7 @@ def test_a_new_epoch_ends_the_old_one_and_refuses_its_stragglers(
     with pytest.raises(RendezvousError, match="is at epoch 1"):
         join(registry, 1, epoch=0)
     # The old connections end afterwards, and touch nothing of the new job.
-    assert registry.leave(members[0], clean=False, why="") == []
+    assert registry.leave(members[0], clean=False, why="", now=NOW) == []
     assert member.job.members == {0: member}
 
 
@@ -339,7 +339,7 @@ def test_a_job_relays_so_many_bytes() -> None:
     assert registry.may_relay(zero.job, 400)
     assert not registry.may_relay(zero.job, 1)
     ticket, _ = tickets(registry, zero, one)
-    outbox = registry.end_relayed(zero.job)
+    outbox = registry.end_relayed(zero.job, NOW)
     assert [member for member, _ in outbox] == [zero, one, two]
     assert "limit of 1000 bytes" in outbox[0][1]["reason"]
     assert not registry.jobs
