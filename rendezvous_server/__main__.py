@@ -20,6 +20,7 @@ from rendezvous_server.config import (
     Config,
     ConfigError,
     choose_host,
+    read_admin_token,
     read_networks,
     read_secret,
 )
@@ -70,8 +71,17 @@ def main(
             envvar=ENV + "ADMIN_PORT",
             min=-1,
             max=65535,
-            help="Port for /livez, /readyz, /metrics and /address; 0: any, -1: none.  "
-            "[default: 10001, if it is free]",
+            help="Port for the live page, /livez, /readyz, /metrics and /address; 0: any, -1: none."
+            "  [default: 10001, if it is free]",
+        ),
+    ] = None,
+    admin_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=ENV + "ADMIN_TOKEN_FILE",
+            help="File with the token (at least 16 bytes) that admits to the live page; or the "
+            "token itself in RENDEZVOUS_ADMIN_TOKEN.  [default: none: the page is there on "
+            "loopback only]",
         ),
     ] = None,
     secret_file: Annotated[
@@ -165,6 +175,9 @@ def main(
             allow_anonymous=allow_anonymous,
             job_ttl=job_ttl,
             admin_required=admin_port is not None,
+            admin_token=read_admin_token(
+                admin_token_file, os.environ.get(ENV + "ADMIN_TOKEN"), secret
+            ),
             relay=not no_relay,
             relay_bytes=relay_bytes,
             relay_pairs=relay_pairs,

@@ -1,4 +1,4 @@
-"""HTTP for operators: /livez, /readyz, /metrics, and /address for who asks."""
+"""HTTP for operators: /livez, /readyz, /metrics, the live page, and /address for who asks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from rendezvous_server.access import Access
+from rendezvous_server.config import is_loopback
 from rendezvous_server.listen import listen
+from rendezvous_server.live import Pages
 from rendezvous_server.server import Server
 
 
@@ -42,8 +45,8 @@ class _Metrics:
             yield GaugeMetricFamily(f"rendezvous_{name}", text, value=value)
 
 
-def make_app(server: Server) -> web.Application:
-    """Return the application that answers for `server`."""
+def make_app(server: Server, host: str) -> web.Application:
+    """Return the application that answers for `server` at `host`."""
     collectors = CollectorRegistry()
     collectors.register(_Metrics(server))
 
@@ -68,13 +71,16 @@ def make_app(server: Server) -> web.Application:
             raise web.HTTPServiceUnavailable  # it has gone
         return web.json_response({"address": peer[0], "port": peer[1]})
 
+    pages = Pages(server, Access(server.config.admin_token, is_loopback(host)))
     app = web.Application()
+    app.on_shutdown.append(pages.close)
     app.add_routes(
         [
             web.get("/livez", live),
             web.get("/readyz", ready),
             web.get("/metrics", metrics),
             web.get("/address", address),
+            *pages.routes(),
         ]
     )
     return app
@@ -82,7 +88,7 @@ def make_app(server: Server) -> web.Application:
 
 async def start(server: Server, host: str, port: int) -> tuple[web.AppRunner, int]:
     """Serve HTTP; returns what to clean up, and the port."""
-    runner = web.AppRunner(make_app(server), access_log=None)
+    runner = web.AppRunner(make_app(server, host), access_log=None)
     await runner.setup()
     for sock in listen(host, port):
         await web.SockSite(runner, sock).start()

@@ -20,8 +20,9 @@ class Config:
 
     Attributes:
         host, port: where ranks connect; host "::" is everywhere, port 0 takes a free one.
-        admin_port: where /livez, /readyz, /metrics and /address are; negative: nowhere.
+        admin_port: where the page, /livez, /readyz, /metrics and /address are; negative: nowhere.
         admin_required: False: where that port is taken, do without it.
+        admin_token: what admits to the page where others than this machine can reach it.
         secret: what tokens are made with; None: tokens cannot be checked.
         allow_anonymous: whether ranks without a token may join.
         relay: whether ranks that cannot be linked directly may meet here.
@@ -39,6 +40,7 @@ class Config:
     allow_anonymous: bool
     job_ttl: float
     admin_required: bool = True
+    admin_token: bytes | None = None
     relay: bool = True
     relay_bytes: int = RELAY_BYTES
     relay_pairs: int = RELAY_PAIRS
@@ -50,22 +52,24 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the text says what to do."""
 
 
-def read_secret(path: Path | None, variable: str | None = None) -> bytes | None:
-    """Read the secret, without the white space at its end.
+def read_secret(
+    path: Path | None, variable: str | None = None, name: str = "RENDEZVOUS_SECRET"
+) -> bytes | None:
+    """Read a secret, without the white space at its end.
 
     Args:
         path: the secret file, or None.
-        variable: what RENDEZVOUS_SECRET holds, or None. Schedulers of containers (ECS) hand secrets
-            over in variables only; there is no such option, for all users of a machine can read
-            command lines.
+        variable: what the variable `name` holds, or None. Schedulers of containers (ECS) hand
+            secrets over in variables only; there is no such option, for all users of a machine can
+            read command lines.
 
     Raises:
         ConfigError: both are given, or it cannot be read, or is too short to be a secret.
     """
     if path is None:
-        return None if variable is None else _long_enough(variable.encode(), "RENDEZVOUS_SECRET")
+        return None if variable is None else _long_enough(variable.encode(), name)
     if variable is not None:
-        raise ConfigError(f"give the secret in RENDEZVOUS_SECRET or in {path}, not in both")
+        raise ConfigError(f"give the secret in {name} or in {path}, not in both")
     try:
         return _long_enough(path.read_bytes(), str(path))
     except OSError as error:
@@ -80,6 +84,21 @@ def _long_enough(content: bytes, source: str) -> bytes:
             "for example: openssl rand -hex 32"
         )
     return secret
+
+
+def read_admin_token(path: Path | None, variable: str | None, secret: bytes | None) -> bytes | None:
+    """Read what admits to the page; see `read_secret`.
+
+    Raises:
+        ConfigError: it cannot be read, is too short, or is the jobs' secret.
+    """
+    token = read_secret(path, variable, "RENDEZVOUS_ADMIN_TOKEN")
+    if token is not None and token == secret:
+        raise ConfigError(
+            "the admin token must not be the secret that jobs' tokens are made from: it goes over "
+            "the wire; make another one, for example: openssl rand -hex 32"
+        )
+    return token
 
 
 def read_networks(texts: Iterable[str]) -> tuple[IPv4Network, ...]:
@@ -103,7 +122,7 @@ def choose_host(host: str | None, secret: bytes | None, allow_anonymous: bool) -
     protected = secret is not None or allow_anonymous
     if host is None:
         return EVERYWHERE if protected else "127.0.0.1"
-    if not protected and not _is_loopback(host):
+    if not protected and not is_loopback(host):
         raise ConfigError(
             f"without a secret the server serves loopback only, not {host}; give --secret-file, "
             "or --allow-anonymous to let anybody who reaches the port start jobs"
@@ -111,7 +130,8 @@ def choose_host(host: str | None, secret: bytes | None, allow_anonymous: bool) -
     return host
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
     if host == "localhost":
         return True
     try:

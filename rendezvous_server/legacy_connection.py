@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ipaddress import IPv4Network
 from typing import cast
 
@@ -31,13 +31,20 @@ class Legacy:
     Args:
         networks: whom to serve at all.
         ttl: seconds that a client may wait for its peer.
+        on_refusal: told whom we refuse, and why.
     """
 
-    def __init__(self, networks: Iterable[IPv4Network], ttl: float) -> None:
+    def __init__(
+        self,
+        networks: Iterable[IPv4Network],
+        ttl: float,
+        on_refusal: Callable[[Address, str], None] = lambda address, why: None,
+    ) -> None:
         self._networks = tuple(networks)
         self.pool = Pool(ttl)
         self.open: set[LegacyConnection] = set()
         self.refused = 0
+        self.on_refusal = on_refusal
 
     def serves(self, host: str) -> bool:
         address = ipv4(host)
@@ -121,6 +128,7 @@ class LegacyConnection(asyncio.Protocol):
 
     def _refuse(self, why: str) -> None:
         self._legacy.refused += 1
+        self._legacy.on_refusal(self._address, why)
         log.info("refused", address=format_address(self._address), why=why)
         self._leave()
         self.write(refusal(self._reader.version), last=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import structlog
 
@@ -37,6 +37,14 @@ class Traffic:
         self.legs: set[Leg] = set()
         self.pairs = 0
         self.bytes = 0
+
+    def now(self) -> Iterator[tuple[RelayPair, int]]:
+        """Pairs that have met here, each with the bytes passed on between them."""
+        seen: set[RelayPair] = set()
+        for leg in self.legs:
+            if leg.meets and leg.pair not in seen:
+                seen.add(leg.pair)
+                yield leg.pair, leg.passed_between
 
     def cut(self, job: Job) -> None:
         """End all legs of a job."""
@@ -82,6 +90,16 @@ class Leg(asyncio.BufferedProtocol):
         log.info("relaying", job=self.pair.job.name, ranks=self.pair.ranks)
 
     @property
+    def meets(self) -> bool:
+        """Whether its peer is here, or was."""
+        return self._peer is not None
+
+    @property
+    def passed_between(self) -> int:
+        """Bytes passed on, both ways."""
+        return self.passed + (self._peer.passed if self._peer is not None else 0)
+
+    @property
     def waiting(self) -> bool:
         """Whether it is here, alone."""
         return self._peer is None and not self._transport.is_closing()
@@ -119,6 +137,6 @@ class Leg(asyncio.BufferedProtocol):
                 "relay ended",
                 job=self.pair.job.name,
                 ranks=self.pair.ranks,
-                bytes=self.passed + self._peer.passed,
+                bytes=self.passed_between,
             )
         self._peer._transport.close()  # after what is still to be written

@@ -29,6 +29,7 @@ from rendezvous_server.listen import listen
 from rendezvous_server.proxy import split_header
 from rendezvous_server.registry import Job, Member, Outbox, Registry, RelayFull
 from rendezvous_server.relay import Leg, Traffic
+from rendezvous_server.status import Refusals
 
 log = structlog.get_logger()
 
@@ -69,11 +70,17 @@ class Server:
             relay_pairs=config.relay_pairs,
         )
         self.relayed = Traffic(self._may_relay, self.registry.met, self.registry.release)
-        self.legacy = Legacy(config.legacy, config.job_ttl)
+        self.refusals = Refusals()
+        self.legacy = Legacy(
+            config.legacy,
+            config.job_ttl,
+            lambda address, why: self.refusals.add(time.time(), address, "Legacy", why),
+        )
         # Where only this machine can reach the port, no secret means no need for one.
         anonymous = config.allow_anonymous or config.secret is None
         self.admission = Admission(config.secret, anonymous)
         self.counters = Counters()
+        self.started = time.time()
         self.open: set[Connection] = set()
         self.emptied = asyncio.Event()
         """Set whenever the last rank has gone; for draining."""
@@ -301,6 +308,9 @@ class Connection(asyncio.Protocol):
         """Answer once, and close. A stranger who speaks no version 3 gets no answer."""
         assert self._side is not None
         self._server.counters.refused += 1
+        self._server.refusals.add(
+            time.time(), self._side.observed, type(error).__name__, error.message
+        )
         log.info("refused", address=format_address(self._side.observed), why=error.message)
         self._flush()
         if self._side.greeted:

@@ -1,0 +1,259 @@
+"""What an operator may know of a server: one snapshot, bounded however much there is. No I/O.
+
+Times are Unix seconds by the server's clock, and `now` is in the snapshot, so that ages are right
+whatever the reader's clock says. A snapshot is made of plain values: it is what /status answers.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from fmi_client.protocol.addresses import Address, format_address
+from fmi_client.protocol.rendezvous import unpack_ranks
+from rendezvous_server.registry import SERVER, Job, Registry
+
+Snapshot = dict[str, Any]
+
+JOBS_SHOWN = 50
+ENDED_SHOWN = 30
+RANGES_SHOWN = 20
+RANKS_SHOWN = 500
+"""Of a job that was asked for by its name."""
+PAIRS_SHOWN = 100
+TEXT_SHOWN = 300
+"""Characters of what ranks said; the rest is in the server's log."""
+
+REFUSALS_KEPT = 200
+LATELY_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Which jobs are asked for: those whose name holds `text`, or is it (`exact`)."""
+
+    text: str = ""
+    exact: bool = False
+
+    def takes(self, job: Job) -> bool:
+        return job.name == self.text if self.exact else self.text in job.name
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A connection that was turned away."""
+
+    at: float
+    address: str
+    kind: str
+    why: str
+
+
+class Refusals:
+    """The latest connections that were turned away; a flood of them takes no more memory."""
+
+    def __init__(self) -> None:
+        self._kept: deque[Refusal] = deque(maxlen=REFUSALS_KEPT)
+
+    def add(self, at: float, address: Address, kind: str, why: str) -> None:
+        self._kept.append(Refusal(at, format_address(address), kind, why[:TEXT_SHOWN]))
+
+    def lately(self, now: float) -> list[Snapshot]:
+        """By kind, the most frequent first; of each the latest one."""
+        recent = [each for each in self._kept if now - each.at <= LATELY_SECONDS]
+        latest = {each.kind: each for each in recent}
+        counts = Counter(each.kind for each in recent)
+        return [
+            {"kind": kind, "count": count, "at": _time(latest[kind].at)}
+            | {"address": latest[kind].address, "why": latest[kind].why}
+            for kind, count in counts.most_common()
+        ]
+
+    def overflows(self, now: float) -> bool:
+        """Whether there were more lately than are kept."""
+        kept = self._kept
+        return len(kept) == REFUSALS_KEPT and now - kept[0].at <= LATELY_SECONDS
+
+
+def take(
+    registry: Registry,
+    facts: Mapping[str, Any],
+    refusals: Refusals,
+    now: float,
+    query: Query = Query(),  # noqa: B008 (it is frozen)
+    pairs: Iterable[Snapshot] = (),
+) -> Snapshot:
+    """Make a snapshot.
+
+    Args:
+        facts: what the caller knows of the server: version, totals, limits.
+        pairs: what is on the relay now, for a job that is asked for by its name.
+
+    Returns:
+        format, now, server, counts, matching, jobs (those in trouble for longest first), ended
+        (the latest first) and refusals; see docs/live.md.
+    """
+    found = [job for job in registry.jobs if query.takes(job)]
+    shown = heapq.nsmallest(JOBS_SHOWN, found, key=_urgency)
+    jobs = [_job(job, now) for job in shown]
+    if query.exact:
+        for entry, job in zip(jobs, shown, strict=True):
+            entry |= _details(job, pairs)
+    return {
+        "format": 1,
+        "now": _time(now),
+        "server": dict(facts) | {"draining": registry.draining},
+        "counts": _counts(registry),
+        "query": {"text": query.text, "exact": query.exact},
+        "matching": len(found),
+        "jobs": jobs,
+        "ended": [_ended(job) for job in _latest_ended(registry, query)],
+        "refusals": refusals.lately(now),
+        "refusals_overflow": refusals.overflows(now),
+    }
+
+
+def _counts(registry: Registry) -> dict[str, int]:
+    running = sum(job.running for job in registry.jobs)
+    troubled = sum(1 for job in registry.jobs if job.running and not job.well)
+    total = len(registry.jobs)
+    return {
+        "jobs": total,
+        "waiting": total - running,
+        "running": running,
+        "troubled": troubled,
+        "ranks": registry.ranks,
+    }
+
+
+def _urgency(job: Job) -> tuple[bool, float]:
+    """Jobs in trouble first, for longest first: one that waits is, from its first rank on."""
+    if job.running and job.lost:
+        return False, min(at for at, _ in job.lost.values())
+    return job.well, job.began
+
+
+def _latest_ended(registry: Registry, query: Query) -> list[Job]:
+    ended = [job for job in registry.ended_badly if query.takes(job)]
+    ended += [job for job in registry.ended_well if query.takes(job)]
+    return sorted(ended, key=lambda job: -job.ended)[:ENDED_SHOWN]
+
+
+def _job(job: Job, now: float) -> Snapshot:
+    entry = _common(job) | {
+        "state": "RUNNING" if job.running else "WAITING",
+        "ready": _time(job.ready) if job.running else None,
+        "expires": _time(job.expires),
+        "here": len(job.members),
+        "relay_pairs": job.relay_pairs,
+    }
+    missing = [] if job.running else list(_gaps(sorted(job.members), job.size))
+    entry["missing"] = _text(missing)
+    last = next(reversed(job.members.values()), None)
+    if last is not None:
+        entry["latest"] = _rank(last.rank, last.joined, last.address)
+    return entry
+
+
+def _common(job: Job) -> Snapshot:
+    said = job.aborted
+    return {
+        "name": job.name,
+        "size": job.size,
+        "epoch": job.epoch,
+        "began": _time(job.began),
+        "left": job.left,
+        "lost_count": job.lost_count,
+        "lost": [
+            {"rank": rank, "at": _time(at), "why": why[:TEXT_SHOWN]}
+            for rank, (at, why) in job.lost.items()
+        ],
+        "said": None
+        if said is None
+        else {
+            "by": None if said.by == SERVER else said.by,
+            "kind": said.kind[:TEXT_SHOWN],
+            "about": _text(list(_ranges(sorted(set(said.ranks))))),
+            "operation": said.op and said.op[:TEXT_SHOWN],
+            "reason": said.reason[:TEXT_SHOWN],
+        },
+        "links": job.links,
+        "links_relayed": job.relayed,
+        "relay_bytes": job.relay_bytes,
+    }
+
+
+def _ended(job: Job) -> Snapshot:
+    came = job.size if job.running else sum(byte.bit_count() for byte in job.came)
+    never = [] if job.running else list(_gaps(unpack_ranks(bytes(job.came)), job.size))
+    return _common(job) | {
+        "state": "ENDED",
+        "well": job.well,
+        "complete": job.running,
+        "ready": _time(job.ready) if job.running else None,
+        "ended": _time(job.ended),
+        "came": came,
+        "never_came": _text(never),
+    }
+
+
+def _details(job: Job, pairs: Iterable[Snapshot]) -> Snapshot:
+    """More of a job that was asked for: its ranks one by one."""
+    ranks = heapq.nsmallest(RANKS_SHOWN, job.members)
+    gone = sorted(rank for rank, message in job.gone.items() if message["clean"])
+    return {
+        "ranks": [_rank(r, job.members[r].joined, job.members[r].address) for r in ranks],
+        "left_ranks": _text(list(_ranges(gone))),
+        "relaying": list(islice((p for p in pairs if p["job"] == job.name), PAIRS_SHOWN)),
+    }
+
+
+def _rank(rank: int, joined: float, address: Address) -> Snapshot:
+    return {"rank": rank, "joined": _time(joined), "address": format_address(address)}
+
+
+def _time(seconds: float) -> float:
+    return round(seconds, 1)
+
+
+# ---------------------------------------------------------------------- ranges of ranks
+Range = tuple[int, int]
+
+
+def _gaps(present: list[int], size: int) -> Iterator[Range]:
+    """Ranges of ranks below `size` that are not among `present`, which is sorted: this takes as
+    long as there are ranks here, however many are claimed to come."""
+    expected = 0
+    for rank in present:
+        if rank > expected:
+            yield expected, rank - 1
+        expected = rank + 1
+    if expected < size:
+        yield expected, size - 1
+
+
+def _ranges(ranks: Iterable[int]) -> Iterator[Range]:
+    """Ranges that sorted `ranks` form."""
+    first = last = None
+    for rank in ranks:
+        if first is None or last is None or rank > last + 1:
+            if first is not None and last is not None:
+                yield first, last
+            first = rank
+        last = rank
+    if first is not None and last is not None:
+        yield first, last
+
+
+def _text(ranges: list[Range]) -> str:
+    """Return "3, 17-19", of many ranges the first ones and how many ranks are in the others."""
+    texts = [
+        f"{a}" if a == b else f"{a}, {b}" if b == a + 1 else f"{a}\N{EN DASH}{b}" for a, b in ranges
+    ]
+    shown = ", ".join(texts[:RANGES_SHOWN])
+    more = sum(b - a + 1 for a, b in ranges[RANGES_SHOWN:])
+    return f"{shown} and {more:,} more" if more else shown
