@@ -25,6 +25,9 @@ a { color: var(--link); }
 form { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
 input, button { font: inherit; color: inherit; background: var(--card); padding: .3rem .6rem;
   border: 1px solid var(--line); border-radius: .3rem; max-width: 100%; }
+input { width: 11rem; }
+.login input { width: 100%; }
+main { display: flex; flex-direction: column; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .5rem 1.5rem;
   margin: 1rem 0 0; }
 dl div { display: block; }
@@ -54,6 +57,7 @@ body.stale main { opacity: .6; }
 .login { max-width: 24rem; margin: 15vh auto 0; }
 @media (max-width: 40rem) {
   dl { grid-template-columns: 1fr 1fr; }
+  .server { order: 1; }  /* what is wrong comes first where there is no room for both */
   .wide table, .wide tbody, .wide tr, .wide td, .wide caption { display: block; }
   .wide thead { display: none; }
   .wide tr { padding: .4rem 0; border-bottom: 1px solid var(--line); }
@@ -151,7 +155,8 @@ function connect() {
 function watch() {
   const silent = heard === null ? 0 : (performance.now() - heard) / 1000;
   if (silent > patient && !why) { why = "Connection lost"; connect(); }
-  if (why) say(heard === null ? why : `${why}; this was ${duration(silent)} ago. Trying again.`, true);
+  const age = heard === null ? "" : `; this was ${duration(silent)} ago. Trying again.`;
+  if (why) say(why + age, true);
 }
 
 setInterval(() => { tick(); watch(); }, 1000);

@@ -18,6 +18,7 @@ from rendezvous_server.assets import SCRIPT, STYLE
 from rendezvous_server.status import JOBS_SHOWN, LATELY_SECONDS, RANKS_SHOWN, Snapshot
 
 Tree = str | list[Any]
+Rows = list[list[Tree]]
 
 REFUSED = {
     "AuthenticationFailed": "no token, or a wrong or expired one",
@@ -29,6 +30,10 @@ REFUSED = {
     "RelayFull": "no room on the relay",
     "Legacy": "a TCPunch client",
 }
+DRAINING: Tree = [
+    *("p", {"class": "alert"}, ["span", {"class": "badge"}, "DRAINING"]),
+    " The server is shutting down: nobody new may join.",
+]
 UNKNOWABLE = (
     "The server brings pairs of ranks together and then sees only what it relays. Whether the "
     "other pairs met directly, and how many bytes went that way, it does not know."
@@ -76,7 +81,7 @@ def title(snapshot: Snapshot) -> str:
     counts = snapshot["counts"]
     parts = [f"{counts['waiting']:,} waiting"] if counts["waiting"] else []
     parts += [f"{counts['troubled']:,} in trouble"] if counts["troubled"] else []
-    return ", ".join(parts or ["all well"]) + " – rendezvous server"
+    return ", ".join(parts or ["all well"]) + " \N{EN DASH} rendezvous server"
 
 
 def to_html(tree: Tree, now: float) -> str:
@@ -99,6 +104,7 @@ def main(snapshot: Snapshot) -> Tree:
     return [
         "main",
         {},
+        *([DRAINING] if snapshot["server"]["draining"] else []),
         *([] if exact else [_server(snapshot)]),
         _jobs(snapshot),
         *_ended_jobs(snapshot),
@@ -127,14 +133,8 @@ def _server(snapshot: Snapshot) -> Tree:
     if server["legacy"]:
         legacy = f"{server['legacy_waiting']:,} wait, {server['legacy_pairs']:,} pairs met"
         facts.append(("TCPunch clients", legacy))
-    parts: list[Tree] = []
-    if server["draining"]:
-        parts.append(["p", {"class": "alert"}, _badge("DRAINING"), _DRAINING])
     rows = [["div", {}, ["dt", {}, name], ["dd", {}, value]] for name, value in facts]
-    return ["section", {"aria-label": "Server"}, *parts, ["dl", {}, *rows]]
-
-
-_DRAINING = " The server is shutting down: nobody new may join."
+    return ["section", {"aria-label": "Server", "class": "server"}, ["dl", {}, *rows]]
 
 
 # ------------------------------------------------------------------------------- the jobs
@@ -208,15 +208,16 @@ def _says(job: Snapshot) -> list[Tree]:
     """What is the matter, in one sentence."""
     here = f"{job['here']:,} of {job['size']:,} ranks here"
     if job["state"] == "WAITING":
-        whom = f" for {_ranks(job['missing'])}"
-        return [f"{here}, waiting since ", _since(job["began"]), ["strong", {}, whom]]
+        whom = f"for {_ranks(job['missing'])}"
+        return [f"{here}, waiting ", _since(job["began"]), " ", ["strong", {}, whom]]
     parts = [f"{job['left']:,} left"] if job["left"] else []
     parts += [f"{job['lost_count']:,} lost"] if job["lost_count"] else []
-    return [", ".join([here, *parts]) + "; running since ", _since(job["ready"])]
+    return [", ".join([here, *parts]) + "; running for ", _since(job["ready"])]
 
 
 def _ranks(text: str) -> str:
-    return f"rank {text}" if text.isdigit() else f"ranks {text}"
+    many = text.replace("-", "\N{EN DASH}")
+    return f"rank {text}" if text.isdigit() else f"ranks {many}"
 
 
 def _lost(job: Snapshot) -> list[Tree]:
@@ -247,13 +248,21 @@ def _more(job: Snapshot, limit: int) -> list[Tree]:
         parts += [f"last came rank {latest['rank']}, ", _since(latest["joined"])]
         parts += [f" ago, from {latest['address']} · "]
     if job["state"] == "RUNNING":
-        parts += [_links(job, limit), f", {job['relay_pairs']:,} on the relay now · "]
+        parts += [_links(job, limit), " · "]
     return [*parts, "the server ends it in ", ["time", {"data-until": job["expires"]}]]
 
 
 def _links(job: Snapshot, limit: int) -> str:
-    links = f"{job['links']:,} pairs introduced, {job['links_relayed']:,} of these relayed"
-    return f"{links} ({_bytes(job['relay_bytes'])} of at most {_bytes(limit)})"
+    links = f"{_count(job['links'], 'pair')} introduced"
+    if not job["links_relayed"]:
+        return f"{links}, none relayed"
+    now = f" ({job['relay_pairs']:,} now)" if job.get("relay_pairs") else ""
+    passed = f"{_bytes(job['relay_bytes'])} of at most {_bytes(limit)}"
+    return f"{links}, {job['links_relayed']:,} of these relayed{now}: {passed}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def _details(job: Snapshot) -> list[Tree]:
@@ -264,7 +273,7 @@ def _details(job: Snapshot) -> list[Tree]:
     if job["left_ranks"]:
         parts.append(["p", {}, f"Left: {_ranks(job['left_ranks'])}"])
     if job["relaying"]:
-        rows = [[_pair(p["ranks"]), _bytes(p["bytes"])] for p in job["relaying"]]
+        rows: Rows = [[_pair(p["ranks"]), _bytes(p["bytes"])] for p in job["relaying"]]
         parts.append(_table("On the relay now", ["ranks", "passed on"], rows))
     ranks = [[str(r["rank"]), _since(r["joined"]), r["address"]] for r in job["ranks"]]
     parts.append(_table("Ranks here", ["rank", "here for", "from"], ranks))
@@ -277,9 +286,9 @@ def _pair(ranks: list[int]) -> str:
     return " and ".join(map(str, ranks))
 
 
-def _table(caption: str, names: list[str], rows: list[list[Tree]]) -> Tree:
-    head = ["tr", {}, *(["th", {"scope": "col"}, name] for name in names)]
-    body = [["tr", {}, *(["td", {}, cell] for cell in row)] for row in rows]
+def _table(caption: str, names: list[str], rows: Rows) -> Tree:
+    head: Tree = ["tr", {}, *(["th", {"scope": "col"}, name] for name in names)]
+    body: list[Tree] = [["tr", {}, *(["td", {}, cell] for cell in row)] for row in rows]
     return [
         *("table", {}, ["caption", {}, caption]),
         *(["thead", {}, head], ["tbody", {}, *body]),
@@ -311,7 +320,7 @@ def _ended(job: Snapshot, limit: int) -> Tree:
         [
             "p",
             {"class": "more"},
-            f"{job['size']:,} ranks, {what} {duration(took)} · {_links(job, limit)}",
+            f"{_count(job['size'], 'rank')}, {what} {duration(took)} · {_links(job, limit)}",
         ],
     ]
 
@@ -331,13 +340,17 @@ def _refusals(snapshot: Snapshot) -> list[Tree]:
     if not snapshot["refusals"]:
         return []
     rows = [
-        [REFUSED.get(r["kind"], r["kind"]), f"{r['count']:,}", _since(r["at"])]
-        + [r["address"], shown(r["why"])]
+        [
+            REFUSED.get(r["kind"], r["kind"]),
+            _count(r["count"], "time"),
+            ["span", {}, "latest ", _since(r["at"]), " ago"],
+            *(f"from {r['address']}", shown(r["why"])),
+        ]
         for r in snapshot["refusals"]
     ]
     least = "at least, " if snapshot["refusals_overflow"] else ""
-    caption = f"Refused connections ({least}in the last {duration(LATELY_SECONDS)})"
-    names = ["reason", "how many", "latest, ago", "from", "what it was told"]
+    caption = f"Refused connections ({least}in the last {LATELY_SECONDS / 60:.0f} minutes)"
+    names = ["because of", "how often", "when", "whom", "what it was told"]
     table = _table(caption, names, rows)
     return [["section", {"aria-label": "Refused", "class": "wide"}, table]]
 

@@ -84,7 +84,7 @@ def take(
     facts: Mapping[str, Any],
     refusals: Refusals,
     now: float,
-    query: Query = Query(),  # noqa: B008 (it is frozen)
+    query: Query = Query(),
     pairs: Iterable[Snapshot] = (),
 ) -> Snapshot:
     """Make a snapshot.
@@ -251,9 +251,7 @@ def _ranges(ranks: Iterable[int]) -> Iterator[Range]:
 
 def _text(ranges: list[Range]) -> str:
     """Return "3, 17-19", of many ranges the first ones and how many ranks are in the others."""
-    texts = [
-        f"{a}" if a == b else f"{a}, {b}" if b == a + 1 else f"{a}\N{EN DASH}{b}" for a, b in ranges
-    ]
+    texts = [f"{a}" if a == b else f"{a}, {b}" if b == a + 1 else f"{a}-{b}" for a, b in ranges]
     shown = ", ".join(texts[:RANGES_SHOWN])
     more = sum(b - a + 1 for a, b in ranges[RANGES_SHOWN:])
     return f"{shown} and {more:,} more" if more else shown
