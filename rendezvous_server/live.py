@@ -15,6 +15,7 @@ from hashlib import sha256
 from importlib import metadata
 from typing import Any
 
+import structlog
 from aiohttp import web
 
 from rendezvous_server import page
@@ -22,6 +23,8 @@ from rendezvous_server.access import COOKIE, SESSION_SECONDS, Access, TooManyTri
 from rendezvous_server.assets import SCRIPT, STYLE
 from rendezvous_server.server import Server
 from rendezvous_server.status import Query, Snapshot, take
+
+log = structlog.get_logger()
 
 PERIOD = 1.0
 """A snapshot is made at most this often, whoever looks on."""
@@ -96,6 +99,7 @@ class Viewer:
         self.body: str | None = None
         self.told = -math.inf
         self.next: bytes | None = None
+        self.ended = False
         self.woken = asyncio.Event()
 
     def offer(self, view: View, now: float) -> None:
@@ -142,6 +146,16 @@ class Live:
             self._task = asyncio.create_task(self._tell())
 
     async def _tell(self) -> None:
+        try:
+            await self._tell_all()
+        except Exception:
+            log.exception("live page")
+        for viewer in self.viewers:
+            viewer.ended = True  # it comes back, if it is still there
+            viewer.woken.set()
+        self._views.clear()
+
+    async def _tell_all(self) -> None:
         while self.viewers and not self.closed:
             for viewer in list(self.viewers):
                 if viewer.gone():
@@ -150,7 +164,6 @@ class Live:
                     viewer.offer(self.look(viewer.query), time.monotonic())
                 await asyncio.sleep(0)  # ranks are served between the queries
             await asyncio.sleep(PERIOD)
-        self._views.clear()
 
     async def follow(self, viewer: Viewer, response: web.StreamResponse) -> None:
         """Write to a viewer what is latest, for as long as it takes it."""
@@ -159,7 +172,7 @@ class Live:
             while True:
                 await viewer.woken.wait()
                 viewer.woken.clear()
-                if viewer.gone() or self.closed:
+                if viewer.ended or viewer.gone() or self.closed:
                     return
                 data, viewer.next = viewer.next, None
                 if data is not None:
@@ -210,7 +223,7 @@ def _facts(server: Server) -> dict[str, Any]:
 def _relaying(server: Server) -> Iterator[Snapshot]:
     """Pairs on the relay now."""
     for pair, passed in server.relayed.now():
-        yield {"job": pair.job.name, "ranks": list(pair.ranks), "bytes": passed}
+        yield {"job": pair.job.name, "ranks": sorted(pair.ranks), "bytes": passed}
 
 
 class Pages:

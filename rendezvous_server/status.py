@@ -10,7 +10,6 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from fmi_client.protocol.addresses import Address, format_address
@@ -204,11 +203,12 @@ def _ended(job: Job) -> Snapshot:
 def _details(job: Job, pairs: Iterable[Snapshot]) -> Snapshot:
     """More of a job that was asked for: its ranks one by one."""
     ranks = heapq.nsmallest(RANKS_SHOWN, job.members)
+    relaying = sorted((p for p in pairs if p["job"] == job.name), key=lambda p: p["ranks"])
     gone = sorted(rank for rank, message in job.gone.items() if message["clean"])
     return {
         "ranks": [_rank(r, job.members[r].joined, job.members[r].address) for r in ranks],
         "left_ranks": _text(list(_ranges(gone))),
-        "relaying": list(islice((p for p in pairs if p["job"] == job.name), PAIRS_SHOWN)),
+        "relaying": relaying[:PAIRS_SHOWN],
     }
 
 
