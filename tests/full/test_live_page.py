@@ -169,7 +169,7 @@ async def test_a_server_that_restarts_is_lost_and_found(page: Page, complaints: 
         await sees(page, "^Live$", "#line")
     await sees(page, r"Connection lost; this was \d+ s ago\. Trying again\.", "#line")
     async with (
-        server_process("--admin-port", str(admin)) as server,
+        server_for(page, arguments=("--admin-port", str(admin))) as server,
         waiting(f"127.0.0.1:{server.port}", "after", {0}, 2),
     ):
         await sees(page, "^Live$", "#line")
