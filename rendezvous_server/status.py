@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from fmi_client.protocol.addresses import Address, format_address
-from fmi_client.protocol.rendezvous import unpack_ranks
+from fmi_client.protocol.rendezvous import JobAborted
 from rendezvous_server.registry import SERVER, Job, Registry
 
 Snapshot = dict[str, Any]
@@ -150,8 +151,10 @@ def _job(job: Job, now: float) -> Snapshot:
         "here": len(job.members),
         "relay_pairs": job.relay_pairs,
     }
-    missing = [] if job.running else list(_gaps(sorted(job.members), job.size))
-    entry["missing"] = _text(missing)
+    entry["missing"] = ""
+    if not job.running:
+        absent = job.size - len(job.members)
+        entry["missing"] = _text(_gaps(sorted(job.members), job.size), absent)
     last = next(reversed(job.members.values()), None)
     if last is not None:
         entry["latest"] = _rank(last.rank, last.joined, last.address)
@@ -159,7 +162,6 @@ def _job(job: Job, now: float) -> Snapshot:
 
 
 def _common(job: Job) -> Snapshot:
-    said = job.aborted
     return {
         "name": job.name,
         "size": job.size,
@@ -171,24 +173,27 @@ def _common(job: Job) -> Snapshot:
             {"rank": rank, "at": _time(at), "why": why[:TEXT_SHOWN]}
             for rank, (at, why) in job.lost.items()
         ],
-        "said": None
-        if said is None
-        else {
-            "by": None if said.by == SERVER else said.by,
-            "kind": said.kind[:TEXT_SHOWN],
-            "about": _text(list(_ranges(sorted(set(said.ranks))))),
-            "operation": said.op and said.op[:TEXT_SHOWN],
-            "reason": said.reason[:TEXT_SHOWN],
-        },
+        "said": _said(job.aborted) if job.aborted is not None else None,
         "links": job.links,
         "links_relayed": job.relayed,
         "relay_bytes": job.relay_bytes,
     }
 
 
+def _said(said: JobAborted) -> Snapshot:
+    about = sorted(set(said.ranks))
+    return {
+        "by": None if said.by == SERVER else said.by,
+        "kind": said.kind[:TEXT_SHOWN],
+        "about": _text(_ranges(about), len(about)),
+        "operation": said.op and said.op[:TEXT_SHOWN],
+        "reason": said.reason[:TEXT_SHOWN],
+    }
+
+
 def _ended(job: Job) -> Snapshot:
-    came = job.size if job.running else sum(byte.bit_count() for byte in job.came)
-    never = [] if job.running else list(_gaps(unpack_ranks(bytes(job.came)), job.size))
+    came = job.size if job.running else int.from_bytes(job.came).bit_count()
+    never = "" if job.running else _text(_absent(job.came, job.size), job.size - came)
     return _common(job) | {
         "state": "ENDED",
         "well": job.well,
@@ -196,7 +201,7 @@ def _ended(job: Job) -> Snapshot:
         "ready": _time(job.ready) if job.running else None,
         "ended": _time(job.ended),
         "came": came,
-        "never_came": _text(never),
+        "never_came": never,
     }
 
 
@@ -207,7 +212,7 @@ def _details(job: Job, pairs: Iterable[Snapshot]) -> Snapshot:
     gone = sorted(rank for rank, message in job.gone.items() if message["clean"])
     return {
         "ranks": [_rank(r, job.members[r].joined, job.members[r].address) for r in ranks],
-        "left_ranks": _text(list(_ranges(gone))),
+        "left_ranks": _text(_ranges(gone), len(gone)),
         "relaying": relaying[:PAIRS_SHOWN],
     }
 
@@ -221,12 +226,12 @@ def _time(seconds: float) -> float:
 
 
 # ---------------------------------------------------------------------- ranges of ranks
+# These are asked for a few ranges only, and then take no longer than for a few.
 Range = tuple[int, int]
 
 
-def _gaps(present: list[int], size: int) -> Iterator[Range]:
-    """Ranges of ranks below `size` that are not among `present`, which is sorted: this takes as
-    long as there are ranks here, however many are claimed to come."""
+def _gaps(present: Iterable[int], size: int) -> Iterator[Range]:
+    """Ranges of ranks below `size` that are not among `present`, which is sorted."""
     expected = 0
     for rank in present:
         if rank > expected:
@@ -236,22 +241,29 @@ def _gaps(present: list[int], size: int) -> Iterator[Range]:
         yield expected, size - 1
 
 
-def _ranges(ranks: Iterable[int]) -> Iterator[Range]:
+def _ranges(ranks: Sequence[int]) -> Iterator[Range]:
     """Ranges that sorted `ranks` form."""
-    first = last = None
-    for rank in ranks:
-        if first is None or last is None or rank > last + 1:
-            if first is not None and last is not None:
-                yield first, last
-            first = rank
-        last = rank
-    if first is not None and last is not None:
-        yield first, last
+    start = 0
+    for end in range(1, len(ranks) + 1):
+        if end == len(ranks) or ranks[end] != ranks[end - 1] + 1:
+            yield ranks[start], ranks[end - 1]
+            start = end
 
 
-def _text(ranges: list[Range]) -> str:
-    """Return "3, 17-19", of many ranges the first ones and how many ranks are in the others."""
-    texts = [f"{a}" if a == b else f"{a}, {b}" if b == a + 1 else f"{a}-{b}" for a, b in ranges]
-    shown = ", ".join(texts[:RANGES_SHOWN])
-    more = sum(b - a + 1 for a, b in ranges[RANGES_SHOWN:])
-    return f"{shown} and {more:,} more" if more else shown
+def _absent(bitmap: bytes | bytearray, size: int) -> Iterator[Range]:
+    """Ranges of ranks below `size` that are not in a bitmap: without looking at each."""
+    rest = ~int.from_bytes(bitmap, "little") & ((1 << size) - 1)
+    while rest:
+        first = (rest & -rest).bit_length() - 1
+        run = rest >> first
+        end = first + (~run & (run + 1)).bit_length() - 1
+        yield first, end - 1
+        rest = rest >> end << end
+
+
+def _text(ranges: Iterator[Range], total: int) -> str:
+    """Return "3, 17-19"; of many ranges the first, and how many of `total` are in the others."""
+    shown = list(islice(ranges, RANGES_SHOWN))
+    more = total - sum(b - a + 1 for a, b in shown)
+    texts = [f"{a}" if a == b else f"{a}, {b}" if b == a + 1 else f"{a}-{b}" for a, b in shown]
+    return ", ".join(texts) + (f" and {more:,} more" if more else "")

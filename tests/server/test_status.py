@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmi_client.errors import RendezvousError
+from fmi_client.protocol.rendezvous import pack_ranks
 from rendezvous_server import page, status
 from rendezvous_server.registry import ENDED_KEPT, LOST_KEPT, Member, Registry
 from rendezvous_server.status import Query, Refusals, take
@@ -169,6 +170,22 @@ def test_jobs_that_the_server_ended_say_so() -> None:
     said = json.dumps(page.main(look(registry, 61.0)))
     assert "1 of 2 ranks came, rank 1 never did" in said
     assert "the server ended it: job 'slow' was ended by the server after 60 s" in said
+
+
+@given(st.integers(1, 70), st.sets(st.integers(0, 69)))
+def test_ranks_are_told_as_ranges(size: int, some: set[int]) -> None:
+    """The ways to find them agree; the first ranges say how many are left out."""
+    here = sorted(rank for rank in some if rank < size)
+    absent = sorted(set(range(size)) - set(here))
+    ways = (
+        list(status._gaps(here, size)),
+        list(status._absent(pack_ranks(here, size), size)),
+        list(status._ranges(absent)),
+    )
+    assert ways[0] == ways[1] == ways[2]
+    text, _, more = status._text(iter(ways[0]), len(absent)).partition(" and ")
+    assert read(text) == set(absent[: len(read(text))])
+    assert len(read(text)) + int(more.removesuffix(" more") or 0) == len(absent)
 
 
 def test_refusals_are_bounded_and_forgotten() -> None:
