@@ -52,7 +52,7 @@ caption { text-align: left; font-weight: bold; padding-bottom: .25rem; }
 th, td { text-align: left; padding: .2rem .75rem .2rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; font-variant-numeric: tabular-nums; }
 th { color: var(--dim); font-weight: normal; font-size: .8125rem; }
-time { font-variant-numeric: tabular-nums; }
+time { font-variant-numeric: tabular-nums; white-space: nowrap; }
 body.stale main { opacity: .6; }
 .login { max-width: 24rem; margin: 15vh auto 0; }
 @media (max-width: 40rem) {

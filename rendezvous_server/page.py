@@ -332,7 +332,7 @@ def _fate(job: Snapshot) -> str:
             return f"{came}, but were never here together"
         return f"{came}, {_ranks(job['never_came'])} never did"
     if job["lost_count"]:
-        return f"{job['lost_count']:,} of {job['size']:,} ranks were lost"
+        return f"{job['lost_count']:,} of {job['size']:,} ranks lost"
     return "all ranks left" if job["well"] else "it was ended"
 
 

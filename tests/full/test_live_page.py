@@ -118,7 +118,7 @@ async def test_it_follows_a_job_from_its_first_rank_to_its_end(page: Page) -> No
                     await sees(page, "2 of 3 ranks here, 1 lost")
                     await sees(page, r"rank 2 lost \d+ s ago: its connection", ".lost li")
         await sees(page, "FAILED run")
-        await sees(page, r"\d of 3 ranks were lost, \d+ s ago")
+        await sees(page, r"\d of 3 ranks lost, \d+ s ago")
         assert await page.evaluate("window.loaded") == "once"
 
 

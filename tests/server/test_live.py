@@ -132,7 +132,7 @@ async def test_lost_ranks_are_shown_with_why_and_the_job_after_its_end() -> None
         await until(lambda: not there.server.registry.jobs)
         snapshot = await there.status()
         assert [each["well"] for each in snapshot["ended"]] == [False]
-        assert "1 of 3 ranks were lost" in words(live.page.main(snapshot))
+        assert "1 of 3 ranks lost" in words(live.page.main(snapshot))
 
 
 async def test_a_job_that_was_never_complete_can_be_looked_at_after_its_end() -> None:
