@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 from aiohttp import web
 
+from fmi_client.protocol.rendezvous import MAX_JOB_NAME
 from rendezvous_server import page
 from rendezvous_server.access import COOKIE, SESSION_SECONDS, Access, TooManyTries
 from rendezvous_server.assets import SCRIPT, STYLE
@@ -35,6 +36,7 @@ WRITE_SECONDS = 10.0
 """A viewer that takes nothing for so long is cut off."""
 SEND_BUFFER = 128 * 1024
 MAX_VIEWERS = 32
+MAX_VIEWS = 2 * MAX_VIEWERS
 MAX_FORM_BYTES = 4096
 
 SET_A_TOKEN = (
@@ -139,6 +141,8 @@ class Live:
     def _forget_old(self, now: float) -> None:
         for query in [q for q, view in self._views.items() if now - view.made > 2 * PERIOD]:
             del self._views[query]
+        while len(self._views) >= MAX_VIEWS:
+            del self._views[next(iter(self._views))]
 
     def join(self, viewer: Viewer) -> None:
         self.viewers.add(viewer)
@@ -238,7 +242,7 @@ class Pages:
         return [
             web.get("/", self._guarded(self._page)),
             web.get("/status", self._guarded(self._status)),
-            web.get("/events", self._guarded(self._events)),
+            web.get("/events", self._guarded(self._events), allow_head=False),
             web.post("/login", self._login),
         ]
 
@@ -292,7 +296,10 @@ class Pages:
             return _text(403, SET_A_TOKEN) if self._access.closed else _to_page()
         if (request.content_length or MAX_FORM_BYTES + 1) > MAX_FORM_BYTES:
             return _text(413, "That is not the form of this page.\n")
-        token = (await request.post()).get("token")
+        try:
+            token = (await request.post()).get("token")
+        except (ValueError, LookupError):  # bytes that are no text, in whatever they say it is
+            return _text(400, "That is not the form of this page.\n")
         refusal = self._check(str(token), lambda status, said: _html(status, page.form(said)))
         if refusal is not None:
             return refusal
@@ -344,10 +351,13 @@ def _bound(sock: Any) -> None:
 
 
 def _query(request: web.Request) -> Query:
-    job = request.query.get("job")
-    if job:
-        return Query(job[:256], exact=True)
-    return Query(request.query.get("q", "")[:256])
+    job, part = (_plain(request.query.get(name, "")) for name in ("job", "q"))
+    return Query(job, exact=True) if job else Query(part)
+
+
+def _plain(text: str) -> str:
+    """No longer than a job's name, and without what is no text."""
+    return text[:MAX_JOB_NAME].encode(errors="replace").decode()
 
 
 def _to_page() -> web.Response:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from aiohttp import ClientResponse, ClientSession, web
+from yarl import URL
 
 import fmi_client
 from fmi_client.errors import CollectiveTimeout, FmiError, JoinTimeout
@@ -32,6 +33,7 @@ from tests.support import logged, serving, until
 TOKEN = b"token-of-an-operator"
 BEARER = {"Authorization": f"Bearer {TOKEN.decode()}"}
 GUARDED = ("/", "/status", "/events")
+SMALL = (socket.SOL_SOCKET, socket.SO_SNDBUF, live.SEND_BUFFER)
 
 
 @dataclass
@@ -306,8 +308,11 @@ async def test_a_browser_signs_in_with_a_form() -> None:
             ) as answer:
                 pass
         assert (answer.status, int(answer.headers["Retry-After"]) > 0) == (429, True)
-        async with there.session.post(url, data=b"token=" + b"x" * 10_000) as answer:
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        async with there.session.post(url, data=b"token=" + b"x" * 10_000, headers=form) as answer:
             assert answer.status == 413
+        async with there.session.post(url, data=b"token=\xff", headers=form) as answer:
+            assert answer.status == 400
 
 
 @pytest.mark.parametrize(
@@ -461,6 +466,8 @@ async def test_a_viewer_that_stalls_costs_little_and_is_cut_off(
 ) -> None:
     monkeypatch.setattr(live, "PERIOD", 0.005)
     monkeypatch.setattr(live, "WRITE_SECONDS", 0.5)
+    # The system's own patience, which ends later, is not what is tested.
+    monkeypatch.setattr(live, "_bound", lambda sock: sock.setsockopt(*SMALL))
     async with watched() as there:
         big, asked = "x" * 100_000, 0
         monkeypatch.setattr(live.page, "main", lambda _: ["main", {}, big + str(time.monotonic())])
@@ -529,6 +536,22 @@ async def test_jobs_are_found_by_name() -> None:
             await rank.close()
         ended = await there.status("?q=beta")
         assert [job["name"] for job in ended["ended"]] == ["beta"]
+
+
+async def test_queries_of_all_kinds_are_answered_and_not_kept() -> None:
+    async with watched() as there:
+        for number in range(3 * live.MAX_VIEWS):
+            async with there.get(f"/status?q={number}") as answer:
+                assert answer.status == 200
+        assert len(there.live._views) <= live.MAX_VIEWS
+        for query in ("%ff", "%ed%a0%80", "%00", "a" * 5000, "%3C%2Fscript%3E", "&&=", "%"):
+            for name in ("q", "job"):
+                for path in ("/", "/status"):
+                    url = URL(f"http://127.0.0.1:{there.port}{path}?{name}={query}", encoded=True)
+                    async with there.session.get(url) as answer:
+                        assert answer.status == 200
+        async with there.session.head(f"http://127.0.0.1:{there.port}/events") as answer:
+            assert answer.status == 405
 
 
 async def test_refusals_of_tcpunch_clients_are_told_too() -> None:
