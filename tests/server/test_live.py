@@ -28,7 +28,7 @@ from rendezvous_server.server import Server
 from rendezvous_server.status import Query
 from tests.server.test_registry import HELLO
 from tests.server.test_server import server_process
-from tests.support import logged, serving, until
+from tests.support import serving, until
 
 TOKEN = b"token-of-an-operator"
 BEARER = {"Authorization": f"Bearer {TOKEN.decode()}"}
@@ -207,7 +207,9 @@ async def test_refused_connections_are_told_by_reason() -> None:
         for _ in range(3):
             with pytest.raises(FmiError):
                 await there.join("run", 1, 5)
-        reader, writer = await asyncio.open_connection("127.0.0.1", int(there.address[-5:]))
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", int(there.address.partition(":")[2])
+        )
         writer.write(b"GET /secret HTTP/1.1\r\n\r\n")
         assert await reader.read() == b""
         writer.close()
@@ -556,7 +558,12 @@ async def test_queries_of_all_kinds_are_answered_and_not_kept() -> None:
 
 async def test_refusals_of_tcpunch_clients_are_told_too() -> None:
     async with watched(legacy=config.read_networks(["127.0.0.1"])) as there:
-        with logged():
-            there.server.legacy.on_refusal(("127.0.0.1", 1), "bytes after the name")
+        host, _, port = there.address.partition(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"a name")
+        await until(lambda: len(there.server.legacy.pool) == 1)
+        writer.write(b"and more")
+        await until(lambda: there.server.legacy.refused == 1)
+        writer.close()
         (refusal,) = (await there.status())["refusals"]
         assert (refusal["kind"], refusal["why"]) == ("Legacy", "bytes after the name")
