@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from workflow.plan import Span
 
-__all__ = ["Finding", "Rank", "Results", "Run", "read"]
+__all__ = ["Finding", "Rank", "Results", "ResultsError", "Run", "read"]
 
 Source = Literal["cosmic run", "cosmic infer", "original", "original, one process"]
 Status = Literal["ok", "failed", "incomplete"]
@@ -105,6 +105,22 @@ class Results:
     findings: tuple[Finding, ...]
 
 
+class ResultsError(ValueError):
+    """A path cannot be read at all; the text says what to do."""
+
+
 def read(paths: Sequence[str]) -> Results:
-    """Read files and folders of results."""
-    raise NotImplementedError
+    """Read files and folders of results: ours, and the original project's (docs/results.md).
+
+    What a file holds raises nothing: if it is damaged, too large or of no known form, a finding
+    says so. What is given twice is read once.
+
+    Args:
+        paths: of this machine. A folder is read with all that is below it.
+
+    Raises:
+        ResultsError: a path does not exist, or is not of this machine.
+    """
+    from workflow.results_read import gather
+
+    return gather(paths)
