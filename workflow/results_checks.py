@@ -149,11 +149,13 @@ def _gap(run: Run) -> int:
 
 
 def _lost(run: Run, lost: int, planned: int | None) -> str:
-    of = f" of {planned}" if planned else ""
-    return (
-        f"{len(run.ranks)}{of} records; at least {lost} partitions between the first and the last "
-        "have none: sums are of the others."
-    )
+    count = len(run.ranks)
+    if planned:
+        return (
+            f"{count} records, where the path's size makes {planned} partitions; also between "
+            f"those that are here {lost} lack. Sums are of the {count}."
+        )
+    return f"{count} records; {lost} partitions between them lack. Sums are of the {count}."
 
 
 def _less(run: Run, place: Label | None) -> str | None:

@@ -181,17 +181,18 @@ def _sum(values: Sequence[Any]) -> Any:
 
 
 def totals(path: Path, records: Sequence[Mapping[str, Any]]) -> Read:
-    """Read total.json: one process that reports after each gigabyte what it took so far.
+    """Read total.json: one process that tells after each gigabyte what it took so far.
 
-    Its time is elapsed time (perf_counter); "sample_persec" is a list of one.
+    Its time is elapsed time (perf_counter), its "sample_persec" a list of one. The last state is
+    that of the whole run.
     """
     fields = [Fields(record) for record in records]
-    runs = [_total(path, f) for f in fields]
-    texts = [f"{len(runs)} states of one process, each from its start on: not runs of their own."]
-    if {f.word("device") for f in fields} == {"cuda"}:
-        texts.append("It ran on a GPU.")
-    note = Finding(plain(path), "one process", " ".join(texts))
-    return Read(runs, [note, *_odd(runs[0], fields)])
+    run = _total(path, max(fields, key=lambda f: f.amount("GB_processed") or 0.0))
+    found = _odd(run, fields)
+    if len(fields) > 1:
+        text = f"{len(fields):,} states of one process, from its start on: the last is shown."
+        found.insert(0, Finding(run.place, "one process", text))
+    return Read([run], found)
 
 
 def _total(path: Path, f: Fields) -> Run:
@@ -215,7 +216,7 @@ def _total(path: Path, f: Fields) -> Run:
     return Run(
         place=plain(path),
         source="original, one process",
-        name=f"{plain(path.parent.name)}/{plain(path.stem)} {gb:g}GB" if gb else plain(path.stem),
+        name=f"{plain(path.parent.name)}/{plain(path.stem)}",
         data=(f"{gb:g}GB" if gb else "unknown") + ("" if device == "cpu" else f", {device}"),
         data_gb=gb,
         world_size=1,

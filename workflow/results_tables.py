@@ -79,14 +79,18 @@ class Tables:
         Raises:
             Unreadable: see `results_files.table`.
         """
-        rows = table(path)
+        # "data (GB)" in one table is "data(GB)" in another.
+        rows = [
+            {re.sub(r"\s*\(", " (", name): value for name, value in row.items()}
+            for row in table(path)
+        ]
         head = set(rows[0]) if rows else set()
         if head & _OTHER or ("result_stats" in path.name and "total_bits" not in head):
             why = "A table of other machines, or made by hand: known, and not used."
             self.findings.append(Finding(plain(path), "not used", why))
         elif "inference_duration (s)" in head and "total_bits" not in head:
             self._add_log(plain(path), rows)
-        elif "duration" in head and "partition(MB)" in head:
+        elif "duration" in head and "partition (MB)" in head:
             self._add_totals(plain(path), rows)
         elif "total_bits" in head:
             adjusted = "inference_duration (s)" in head
@@ -111,7 +115,7 @@ class Tables:
 
     def _add_totals(self, place: str, rows: Sequence[Mapping[str, str]]) -> None:
         for row in rows:
-            found = _row_key({"partition (MB)": row.get("partition(MB)", ""), **row})
+            found = _row_key(row)
             if found:
                 self.totals.setdefault(found, Timing(place, _clock(row.get("duration", "")), None))
 
@@ -208,15 +212,15 @@ class Tables:
                 checked[place] = checked.get(place, 0) + 1
                 if differing := _differing(row, by_key[k]):
                     groups.setdefault(place, []).append(f"{by_key[k].name}: {differing}")
-        return [
-            Finding(
-                place,
-                "conflict",
+        found = []
+        for place, names in groups.items():
+            named = "; ".join(names[:_SHOWN]) + ("; …" if len(names) > _SHOWN else "")
+            text = (
                 f"{len(names)} of {checked[place]} rows differ from what their records give, "
-                f"which is used: {'; '.join(names[:_SHOWN])}{'; …' if len(names) > _SHOWN else ''}.",
+                f"which is used: {named}."
             )
-            for place, names in groups.items()
-        ]
+            found.append(Finding(place, "conflict", text))
+        return found
 
 
 def _place_key(each: Original) -> Key | None:
