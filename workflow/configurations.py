@@ -191,7 +191,7 @@ def _key(run: Run) -> _Key:
 def _order(key: _Key) -> tuple[object, ...]:
     """Sorted by what a reader looks for; unknown sizes first."""
     source, on, data, world_size, batch_size, engine, precision = key
-    numbers = [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", data)]
+    numbers = [int(digits) for digits in re.findall(r"\d{1,15}", data)]
     words = re.sub(r"\d+", "", data)
     return (
         source,

@@ -78,9 +78,9 @@ def run_folder(folder: Path) -> Read | None:
 def _records(folder: Path, told: list[Finding]) -> list[Mapping[str, Any]]:
     """The records of all ranks together, or where the run came to no end, each one's own."""
     whole = folder / "combined_data.json"
-    if whole.is_file():
+    if _own(whole):
         return _list(whole, told)
-    numbered = [p for p in folder.glob("*.json") if re.fullmatch(r"\d{1,6}", p.stem)]
+    numbered = [p for p in folder.glob("*.json") if re.fullmatch(r"\d{1,6}", p.stem) and _own(p)]
     found = []
     for path in sorted(numbered, key=lambda p: int(p.stem)):
         found += _list(path, told)
@@ -102,7 +102,7 @@ def _list(path: Path, told: list[Finding]) -> list[Mapping[str, Any]]:
 
 
 def _object(path: Path, told: list[Finding]) -> Mapping[str, Any]:
-    if not path.is_file():
+    if not _own(path):
         return {}
     try:
         content = load(path)
@@ -113,6 +113,11 @@ def _object(path: Path, told: list[Finding]) -> Mapping[str, Any]:
         return content
     told.append(Finding(plain(path), "not readable", "It holds something else than an object."))
     return {}
+
+
+def _own(path: Path) -> bool:
+    """Whether it is a file of the folder: a link may lead anywhere."""
+    return path.is_file() and not path.is_symlink()
 
 
 def _run(
@@ -320,7 +325,8 @@ def sweep(folder: Path) -> Read:
 def _attempt(path: Path, f: Fields, manifest: Fields) -> tuple[Run, list[Finding]]:
     report = f.content.get("report")
     failed = f.word("status") != "ok"
-    beside = run_folder(path.with_suffix("")) if path.with_suffix("").is_dir() else None
+    folder = path.with_suffix("")
+    beside = run_folder(folder) if folder.is_dir() and not folder.is_symlink() else None
     if isinstance(report, Mapping) and not failed:
         read = infer_report(plain(path), report, f.amount("seconds"))
     elif beside and beside.runs:
