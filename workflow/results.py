@@ -1,6 +1,7 @@
 """What has been measured: runs of ours and of the original project, in one form.
 
-Names end in their unit: _s seconds, _mb megabytes (10^6 bytes), _gb gigabytes (10^9), _usd dollars.
+Names end in their unit: _s seconds, _mb megabytes (10^6 bytes), _gb gigabytes (10^9), _usd dollars;
+but partition_mb and data_gb are as the original's paths say, which means 2^20 and 2^30 bytes.
 A value that a file does not tell is None: nothing is guessed, nothing stands for something else.
 """
 
@@ -62,9 +63,11 @@ class Run:
         name: the run's; for the original's, its result path.
         on: "local" or "aws".
         data: what was predicted, short: "small", "25MB partitions, 12.6GB", "mine.pt".
-        world_size: ranks planned; `ranks` are those that left a record.
+        world_size: ranks planned; `ranks` are those that left a record. The original's files do
+            not tell the plan: it is as many as records, unless a log or a gap shows that some lack.
         repeat: 1 for the first run of a configuration.
-        total_s: wall-clock time of all, from the start of init to the end of summarize.
+        total_s: wall-clock time of the whole run, as its launcher saw it; for the original's, of
+            the state machine's execution.
         inference_s: wall-clock time of the inference of all ranks together: the slowest rank's
             loop; for the original's, the Map state's duration, if its log tells that.
         metrics: mae, mse, bias, nmad, r2, those that are known.
