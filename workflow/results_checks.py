@@ -39,11 +39,8 @@ def trimmed_mean(values: Sequence[float]) -> float | None:
     """Return the mean without outliers, as the original publishes it for CPU time."""
     if not values:
         return None
-    if len(values) < 2:
-        return values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    margin = _FENCE * (high - low)
-    return statistics.fmean([v for v in values if low - margin <= v <= high + margin])
+    low, high = fences(values) or (-math.inf, math.inf)
+    return statistics.fmean([value for value in values if low <= value <= high])
 
 
 def original(run: Run, place: Label | None, planned: int | None) -> tuple[Run, list[Finding]]:
@@ -134,18 +131,17 @@ def _numbers(run: Run) -> list[int] | None:
 def _gap(run: Run) -> int:
     """How many partitions lack between those that are there: 0 if these may be all.
 
-    The original takes the first N partitions, in the order of S3's list, which is that of texts;
-    its first version took them in that of numbers. Only what is neither has a gap.
+    The original takes the first N partitions in the order of S3's list, which is that of texts; its
+    first version took 1 to N, which has no gap in that order either.
     """
     numbers = _numbers(run)
     if numbers is None:
         return 0
     last, count = max(numbers), len(numbers)
-    if last == count or last > 100 * count + 100:  # the latter: names of another kind
+    if last > 100 * count + 100:  # numbers of another kind
         return 0
-    ordered = sorted(map(str, numbers))
-    before = sum(1 for name in map(str, range(1, last + 1)) if name <= ordered[-1])
-    return before - count
+    end = max(map(str, numbers))
+    return sum(str(number) <= end for number in range(1, last + 1)) - count
 
 
 def _lost(run: Run, lost: int, planned: int | None) -> str:

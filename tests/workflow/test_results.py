@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.workflow.result_files import kinds, of_kind, our_record, our_run, put
-from workflow.configurations import row, summarise
+from workflow.configurations import COLUMNS, row, summarise
 from workflow.plan import Span
 from workflow.results import Results, ResultsError, read
 from workflow.results_ours import short_data
@@ -161,6 +161,13 @@ def test_a_run_that_failed(tmp_path: Path) -> None:
     assert (run.world_size, len(run.ranks)) == (3, 1)
 
 
+def test_a_run_that_went_well_at_a_later_attempt(tmp_path: Path) -> None:
+    folder = our_run(tmp_path / "r", [our_record(0, 1)])
+    put(folder / "failed" / "0" / "0.json", {"rank": 0, "type": "Boom", "blamed": None})
+    (run,) = read([str(folder)]).runs
+    assert (run.status, run.error) == ("ok", None)
+
+
 def test_a_run_that_came_to_no_end(tmp_path: Path) -> None:
     put(tmp_path / "0.json", our_record(0, 1))
     (run,) = read([str(tmp_path)]).runs
@@ -172,9 +179,7 @@ def test_a_summary_alone(tmp_path: Path) -> None:
     results = read([str(put(tmp_path / "r-summary.json", content))])
     (run,) = results.runs
     assert (run.rows, run.world_size, run.inference_s, run.data) == (7, 2, 2.0, "mine")
-    assert kinds(results) == ["ranks missing", "records missing"] or kinds(results) == [
-        "records missing"
-    ]
+    assert kinds(results) == ["records missing"]
 
 
 @pytest.mark.parametrize(
@@ -253,6 +258,31 @@ def test_a_run_whose_files_are_gone_is_named(tmp_path: Path) -> None:
     run = next(run for run in results.runs if run.name == "w1-b32-small-r1")
     assert (run.status, run.total_s, run.ranks) == ("ok", 9.0, ())
     assert "own files are not here" in of_kind(results, "records missing").text
+
+
+def test_the_sweeps_environment_is_that_of_runs_that_tell_none(tmp_path: Path) -> None:
+    folder = _sweep(tmp_path / "s")
+    (folder / "runs" / "w1-b32-small-r1" / "run.json").unlink()
+    environments = [run.environment for run in read([str(folder)]).runs]
+    assert environments == [{"cores": 2}, {"cpu": "EPYC"}, {"cores": 2}]
+
+
+def test_links_within_a_sweep_are_not_followed(tmp_path: Path) -> None:
+    folder = _sweep(tmp_path / "s")
+    outside = our_run(tmp_path / "outside", [our_record(0, 1, 77.0)])
+    run = folder / "runs" / "w1-b32-small-r1"
+    (run / "combined_data.json").unlink()
+    (run / "combined_data.json").symlink_to(outside / "combined_data.json")
+    shutil.rmtree(folder / "runs" / "w2-b32-small-r1")
+    (folder / "runs" / "w2-b32-small-r1").symlink_to(outside)
+    inference = [run.inference_s for run in read([str(folder)]).runs]
+    assert 77.0 not in inference
+
+
+def test_what_a_report_has_written_is_no_result(tmp_path: Path) -> None:
+    for name in ("results.csv", "configurations.csv"):
+        put(tmp_path / "report" / name, ",".join(COLUMNS) + "\n" + "," * len(COLUMNS) + "\n")
+    assert read([str(tmp_path)]) == Results((), ())
 
 
 def test_a_sweep_of_one_process(tmp_path: Path) -> None:
