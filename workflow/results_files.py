@@ -6,6 +6,7 @@ Nothing here raises for what stands in a file but `Unreadable`, whose text says 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import stat
@@ -37,7 +38,8 @@ class Unreadable(ValueError):
 def plain(value: object, longest: int = LONGEST) -> str:
     """Return a text for one line of a terminal: no control characters, not too long."""
     shown = str(value)[: longest + 1]
-    shown = "".join(c if c.isprintable() else "?" for c in shown)
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else "?" for c in shown)
     return shown if len(shown) <= longest else shown[:longest] + "…"
 
 
@@ -90,10 +92,10 @@ def table(path: Path) -> list[dict[str, str]]:
         Unreadable: as `text`, or it is not CSV.
     """
     content = text(path)
-    if content.count(",") > MOST_VALUES:
+    if content.count(",") + content.count("\n") > MOST_VALUES:
         raise Unreadable(f"more than {MOST_VALUES:,} values")
     try:
-        lines = list(csv.reader(content.splitlines(), strict=True))
+        lines = list(csv.reader(io.StringIO(content), strict=True))
     except csv.Error as error:
         raise Unreadable(f"not CSV: {error}") from None
     head = [name.strip() for name in lines[0]] if lines else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -98,6 +99,24 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
 def test_too_many_values_are_not_read(tmp_path: Path) -> None:
     put(tmp_path / "combined_data.json", "[" + "[]," * 1_500_000 + "[]]")
     assert kinds(read([str(tmp_path)])) == ["not readable"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", "\n" * 3_000_000), ("a.csv", "," * 3_000_000), ("a.json", "[" * 3_000_000)],
+)
+def test_more_values_than_memory_is_for_are_not_read(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    assert "2,000,000" in read([str(put(tmp_path / name, content))]).findings[0].text
+
+
+def test_a_log_takes_no_time_without_end(tmp_path: Path) -> None:
+    lines = ["received: {" * 200_000, "received: {" + "-" * 3000 + "1: 2}", "received: {} " * 300]
+    put(tmp_path / "log.txt", "\n".join(lines * 3))
+    began = time.perf_counter()
+    read([str(tmp_path)])
+    assert time.perf_counter() - began < 10  # 0.05 s on a machine of its own
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
