@@ -148,10 +148,10 @@ def _lost(run: Run, lost: int, planned: int | None) -> str:
     count = len(run.ranks)
     if planned:
         return (
-            f"{count} records, where the path's size makes {planned} partitions; also between "
-            f"those that are here {lost} lack. Sums are of the {count}."
+            f"{count} of {planned} partitions have a record ({planned} by the path's size; there "
+            f"are gaps between those that are here). Sums are of the {count}."
         )
-    return f"{count} records; {lost} partitions between them lack. Sums are of the {count}."
+    return f"{count} records, and {lost} partitions between them lack. Sums are of the {count}."
 
 
 def _less(run: Run, place: Label | None) -> str | None:
@@ -200,9 +200,8 @@ def outliers(run: Run, name: str, what: str) -> list[Finding]:
     more = ", …" if len(beyond) > _NAMED else ""
     dropped = "; the original's means leave them out" if run.source == "original" else ""
     text = (
-        f"{len(beyond)} of {len(timed)} ranks are beyond {max(limits[0], 0):.2f} to "
-        f"{limits[1]:.2f} s of {what} (1.5 interquartile ranges): {named}{more}. They count "
-        f"here{dropped}."
+        f"Beyond {max(limits[0], 0):.2f} to {limits[1]:.2f} s of {what} (1.5 interquartile ranges) "
+        f"lie {len(beyond)} of {len(timed)} ranks: {named}{more}. They count here{dropped}."
     )
     return [Finding(run.place, "outliers", text)]
 

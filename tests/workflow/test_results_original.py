@@ -110,9 +110,8 @@ def test_incomplete_runs_are_named(real: Results) -> None:
     assert [run.status for run in (first, second, third)] == ["incomplete", "incomplete", "ok"]
     assert [run.world_size for run in (first, second, third)] == [130, 130, 130]
     texts = {f.place: f.text for f in real.findings if f.kind == "ranks missing"}
-    assert "122 records" in texts[first.place]
-    assert "130 partitions" in texts[first.place]
-    assert "8 lack" in texts[first.place]
+    assert texts[first.place].startswith("122 of 130 partitions have a record")
+    assert texts[second.place].startswith("8 of 130 partitions have a record")
 
 
 def test_fewer_partitions_than_the_name_says_are_less_data_and_no_lost_ranks(real: Results) -> None:
@@ -126,7 +125,8 @@ def test_fewer_partitions_than_the_name_says_are_less_data_and_no_lost_ranks(rea
 def test_outliers_are_named_and_kept(real: Results) -> None:
     run = _run(real, "100MB/1GB/1")
     (text,) = [f.text for f in real.findings if f.place == run.place and f.kind == "outliers"]
-    assert text.startswith("1 of 11 ranks are beyond 21.73 to 26.50 s")  # numpy.percentile's
+    assert text.startswith("Beyond 21.73 to 26.50 s of CPU time")  # numpy.percentile's
+    assert "1 of 11 ranks" in text
     assert "100MB/100.pt 87.04 s" in text
     assert len(run.ranks) == 11
 
@@ -332,6 +332,14 @@ def test_gaps(tmp_path: Path, numbers: list[int], lost: bool) -> None:
     results = read([str(put(tmp_path / "combined_data.json", records))])
     assert (results.runs[0].status == "incomplete") is lost
     assert ("ranks missing" in kinds(results)) is lost
+
+
+def test_a_gap_where_the_path_says_no_size(tmp_path: Path) -> None:
+    records = [original_record(f"p/{n}.pt", cpu=5 + n / 1000) for n in (2, 3, 5)]
+    records = [{**record, "result_path": "mine"} for record in records]
+    results = read([str(put(tmp_path / "combined_data.json", records))])
+    assert "2 partitions between them lack" in of_kind(results, "ranks missing").text
+    assert results.runs[0].world_size is None
 
 
 def test_the_log_of_a_function_tells_the_world_size(tmp_path: Path) -> None:
