@@ -105,10 +105,12 @@ def row(run: Run) -> dict[str, Value]:
     run's. ``rank_p50_s``, ``rank_p95_s`` and ``rank_max_s`` are the median, 95th percentile and
     slowest of the ranks' inference loops; ``straggler_ratio`` is the slowest over the median.
     ``init_s``, ``join_s``, ``load_s`` and ``collective_s`` are those of the rank that took longest
-    for it. Rates: ``…_wall_clock`` is all rows (bits) over ``inference_s``; ``…_sum_of_ranks`` adds
-    up the ranks' own rates, which the original has per CPU time, and is None if a rank has none.
+    for it. Rates: ``…_wall_clock`` is all rows (bits) over ``inference_s``, and None unless all ranks
+    are there; ``…_sum_of_ranks`` adds up the ranks' own rates, which the original has per CPU time,
+    and is None if a rank has none.
     """
     loops = _known(run.ranks, "inference_s")
+    clock = run.inference_s if run.status == "ok" else None
     return {
         "run": run.name,
         "source": run.source,
@@ -139,9 +141,9 @@ def row(run: Run) -> dict[str, Value]:
         "rank_cpu_p50_s": _percentile(_known(run.ranks, "cpu_s"), 50),
         "peak_memory_mb": _most(run.ranks, "peak_memory_mb"),
         "memory_limit_mb": min(_known(run.ranks, "memory_limit_mb"), default=None),
-        "rows_per_s_wall_clock": _ratio(run.rows, run.inference_s),
+        "rows_per_s_wall_clock": _ratio(run.rows, clock),
         "rows_per_s_sum_of_ranks": _sum(run.ranks, "rows_per_s"),
-        "bits_per_s_wall_clock": _ratio(run.bits, run.inference_s),
+        "bits_per_s_wall_clock": _ratio(run.bits, clock),
         "bits_per_s_sum_of_ranks": _sum(run.ranks, "bits_per_s"),
         **{name: run.metrics.get(name) for name in METRICS},
         "place": run.place,

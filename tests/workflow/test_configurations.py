@@ -62,6 +62,13 @@ def test_a_sum_of_ranks_is_of_all_ranks_or_none() -> None:
     assert found["rows_per_s_sum_of_ranks"] is None
 
 
+@pytest.mark.parametrize("status", ["failed", "incomplete"])
+def test_some_ranks_rows_in_the_time_of_all_are_no_rate(status: str) -> None:
+    found = row(_run(4.0, rows=60, bits=600.0, status=status, ranks=(Rank(rows_per_s=10.0),)))
+    assert (found["rows_per_s_wall_clock"], found["bits_per_s_wall_clock"]) == (None, None)
+    assert (found["rows_per_s_sum_of_ranks"], found["rows"]) == (10.0, 60)
+
+
 def test_no_time_gives_no_rate() -> None:
     assert row(_run(0.0, rows=10))["rows_per_s_wall_clock"] is None
 
