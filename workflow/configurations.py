@@ -105,7 +105,7 @@ def row(run: Run) -> dict[str, Value]:
     run's. ``rank_p50_s``, ``rank_p95_s`` and ``rank_max_s`` are the median, 95th percentile and
     slowest of the ranks' inference loops; ``straggler_ratio`` is the slowest over the median.
     ``init_s``, ``join_s``, ``load_s`` and ``collective_s`` are those of the rank that took longest
-    for it. Rates: ``…_wall_clock`` is all rows (bits) over ``inference_s``, and None unless all ranks
+    for it. Rates: ``…_wall_clock`` is all rows (bits) over ``inference_s``, None unless all ranks
     are there; ``…_sum_of_ranks`` adds up the ranks' own rates, which the original has per CPU time,
     and is None if a rank has none.
     """
