@@ -38,6 +38,7 @@ _UNITS = {
     "s3_reads": "request",
     "s3_storage": "GB-month",
     "logs": "GB",
+    "metrics": "metric-month",
     "secrets": "secret-month",
     "secret_reads": "request",
     "registry": "GB-month",
@@ -98,6 +99,7 @@ class Prices(BaseModel):
     s3_reads: Price
     s3_storage: Price
     logs: Price
+    metrics: Price
     secrets: Price
     secret_reads: Price
     registry: Price
