@@ -28,6 +28,7 @@ __all__ = [
     "of_hour",
     "of_run",
     "of_usage",
+    "threads",
 ]
 
 Architecture = Literal["x86", "arm"]
@@ -252,17 +253,26 @@ def _size(run: Run) -> tuple[int, tuple[str, ...]] | None:
         text = "10,240 MB, as the original's log says that its functions were configured"
         return MOST_MB, (text,)
     limits = [rank.memory_limit_mb for rank in run.ranks if rank.memory_limit_mb]
-    if run.on == "aws" and limits:
-        return round(max(limits)), ()
-    threads = int(run.environment.get("threads") or 1)
+    if run.on == "aws":  # where the environment is that of the machine that has started the run
+        return (round(max(limits) * 1e6 / 2**20), ()) if limits else None
+    count = threads(run)
     peaks = [rank.peak_memory_mb for rank in run.ranks if rank.peak_memory_mb is not None]
     least = math.ceil(max(peaks, default=0.0) * 1e6 / 2**20)
     if least > MOST_MB:
         return None
-    size = min(max(threads * LAMBDA_MB_PER_CORE, least, LEAST_MB), MOST_MB)
-    cores = f"{threads} thread{'s' if threads > 1 else ''}"
+    size = min(max(count * LAMBDA_MB_PER_CORE, least, LEAST_MB), MOST_MB)
+    cores = f"{count} thread{'s' if count > 1 else ''}"
     text = f"{size:,} MB, the least that has {cores} at 1,769 MB each and holds the peak memory"
     return size, (text,)
+
+
+def threads(run: Run) -> int:
+    """Of each rank of a run on this kind of machine; 1 if its environment does not tell."""
+    told = run.environment.get
+    most = int(told("threads") or 1)
+    if run.source != "cosmic run":
+        return most
+    return min(most, max(1, int(told("cores_usable") or 1) // (run.world_size or 1)))
 
 
 def _missing(run: Run, steps: Sequence[float]) -> list[str]:

@@ -59,7 +59,7 @@ class Price(BaseModel):
         region: of AWS, say "us-east-1".
         date: of the copy that it was read in; "undated" if that does not say.
         source: which copy that is.
-        quality: AWS's own page (a copy of it), somebody else's, or from memory.
+        quality: a page of AWS's, its price list as others have copied it, others' own text, or memory.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,7 +70,7 @@ class Price(BaseModel):
     region: Annotated[str, Field(min_length=1)]
     date: datetime.date | Literal["undated"]
     source: Annotated[str, Field(min_length=1)]
-    quality: Literal["AWS", "third party", "memory"]
+    quality: Literal["AWS", "price list", "third party", "memory"]
 
     @property
     def each(self) -> float:

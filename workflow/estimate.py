@@ -1,0 +1,302 @@
+"""How long a run would take at so many ranks of so much memory, what that costs, and what is best.
+
+A model, of measured speeds: docs/cost.md says what is in it and what is not. Memory is in Lambda's
+MB of 2^20 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, NamedTuple
+
+from lambda_worker.threads import LAMBDA_MB_PER_CORE
+from workflow import cost
+
+if TYPE_CHECKING:
+    from workflow.results import Rank, Run
+
+__all__ = [
+    "ENGINES",
+    "Frontier",
+    "NotMeasured",
+    "Point",
+    "Speed",
+    "Unfit",
+    "estimate",
+    "frontier",
+    "measured",
+]
+
+LIMIT_S = 900.0  # that AWS lets an invocation take
+LEAST_MB = 512  # what deploy/template.yaml allows; a rank had 301 to 321 MB of its own
+MEMORY = (512, 768, 1024, 1280, 1536, 1769, 2048, 2560, 3072, 3538, 4096, 5307, 7076, 8845, 10_240)
+WORLD = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)  # times the powers of ten
+
+
+class Unfit(ValueError):
+    """No function can do it so; the text says why, and what to change."""
+
+
+class NotMeasured(ValueError):
+    """Results that tell no speed; the text says what is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What a rank does in its time, and what that is known from.
+
+    Attributes:
+        rows_per_s: predicted by one thread with a core (vCPU) to itself.
+        second_thread: how many times that on two threads with a core each: 1 to 2.
+        start_s: from the start of the process until it can predict: imports, loading the model. By
+            one core.
+        wait_s: joining, and waiting in collectives.
+        step_s: init and summarize, their start included. By one core.
+        peak_mb: the least memory that holds a rank.
+        notes: one sentence each, for people: what was measured, and where.
+    """
+
+    rows_per_s: float
+    second_thread: float
+    start_s: float
+    wait_s: float = 0.0
+    step_s: tuple[float, float] = (0.4, 0.4)
+    peak_mb: int = LEAST_MB
+    notes: tuple[str, ...] = ()
+
+    def speedup(self, cores: float) -> float:
+        """How many times one core's work ``cores`` do, by Amdahl's law through `second_thread`."""
+        if cores <= 1:
+            return cores
+        parallel = 2 * (1 - 1 / min(max(self.second_thread, 1.0), 2.0))
+        return 1 / (1 - parallel + parallel / cores)
+
+
+class Point(NamedTuple):
+    """One choice, and what comes of it.
+
+    Attributes:
+        seconds: wall-clock time of the whole run, without what AWS needs to start things.
+        rank_s: what is billed of each rank.
+    """
+
+    world_size: int
+    memory_mb: int
+    cores: float
+    seconds: float
+    rank_s: float
+    cost: cost.Cost
+
+    @property
+    def usd(self) -> float:
+        """Of the whole run."""
+        return self.cost.total_usd
+
+
+class Frontier(NamedTuple):
+    """Choices that no other beats in both time and cost, the cheapest first, the fastest last.
+
+    Attributes:
+        knee: that with the least time × cost: before it a per cent of time costs less than one of
+            money, beyond it more.
+    """
+
+    points: tuple[Point, ...]
+    knee: Point
+
+    @property
+    def cheapest(self) -> Point:
+        """The first."""
+        return self.points[0]
+
+    @property
+    def fastest(self) -> Point:
+        """The last."""
+        return self.points[-1]
+
+
+def _documented(engine: str, one: float, two: float, start_s: float) -> Speed:
+    notes = (
+        f"speed: {one:,.0f} rows/s on one core, {two:,.0f} on two, {engine}, fp32, the published "
+        "model's size,",
+        "  measured on 2 cores of an AMD EPYC (docs/performance.md) and not on Lambda: measure "
+        "yours, and give --from",
+    )
+    return Speed(rows_per_s=one, second_thread=two / one, start_s=start_s, notes=notes)
+
+
+# Medians of docs/performance.md, which a test compares: images/s at batches of 128 on 1 × 1 and
+# 1 × 2, and the cold start.  # noqa: RUF003
+ENGINES = {
+    "torch": _documented("torch", 335, 552, 1.98),
+    "onnx": _documented("onnx", 369, 643, 0.62),
+    "openvino": _documented("openvino", 364, 519, 1.22),
+}
+
+
+def estimate(
+    rows: int,
+    world_size: int,
+    memory_mb: int,
+    speed: Speed,
+    prices: cost.Prices,
+    architecture: cost.Architecture = "x86",
+) -> Point:
+    """Say what a run of ``rows`` takes.
+
+    Raises:
+        Unfit: a function cannot have so much memory, a rank needs more, or longer than 900 s.
+    """
+    if rows < 1 or world_size < 1:
+        raise Unfit("a run has at least one row and one rank")
+    if not cost.LEAST_MB <= memory_mb <= cost.MOST_MB:
+        raise Unfit(f"{memory_mb:,} MB: a function has {cost.LEAST_MB} to {cost.MOST_MB:,}")
+    if memory_mb < speed.peak_mb:
+        raise Unfit(f"{memory_mb:,} MB: a rank needs {speed.peak_mb:,}")
+    cores = memory_mb / LAMBDA_MB_PER_CORE
+    whole = min(cores, 1.0)
+    work = math.ceil(rows / world_size) / (speed.rows_per_s * speed.speedup(cores))
+    rank_s = speed.start_s / whole + speed.wait_s + work
+    if rank_s > LIMIT_S:
+        text = f"{world_size:,} ranks of {memory_mb:,} MB would take {rank_s:,.0f} s each"
+        raise Unfit(f"{text}, and Lambda ends them after {LIMIT_S:.0f}: more ranks, or more memory")
+    steps = [seconds / whole for seconds in speed.step_s]
+    usage = cost.job(
+        rows=rows,
+        rank_s=[rank_s] * world_size,
+        step_s=steps,
+        run_s=sum(steps) + rank_s,
+        memory_mb=memory_mb,
+        architecture=architecture,
+    )
+    return Point(
+        world_size, memory_mb, cores, sum(steps) + rank_s, rank_s, cost.of_usage(usage, prices)
+    )
+
+
+def frontier(
+    rows: int,
+    speed: Speed,
+    prices: cost.Prices,
+    architecture: cost.Architecture = "x86",
+    *,
+    world_sizes: Iterable[int],
+    memory: Iterable[int] = MEMORY,
+) -> Frontier:
+    """Try all pairs, and keep those that no other beats in both time and cost.
+
+    Raises:
+        Unfit: no pair can do it; the text is that of the largest.
+    """
+    points, refused = [], None
+    sizes = sorted({max(mb, speed.peak_mb) for mb in memory if max(mb, speed.peak_mb) <= cost.MOST_MB})
+    for world_size in sorted(set(world_sizes)):
+        for mb in sizes:
+            try:
+                points.append(estimate(rows, world_size, mb, speed, prices, architecture))
+            except Unfit as error:
+                refused = error
+    if not points:
+        raise refused or Unfit(f"a rank needs {speed.peak_mb:,} MB, more than a function can have")
+    best = _undominated(points)
+    return Frontier(best, min(best, key=lambda point: point.seconds * point.usd))
+
+
+def _undominated(points: Sequence[Point]) -> tuple[Point, ...]:
+    """In the order of cost; of equals in cost the fastest only."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.usd, point.seconds)):
+        if not best or point.seconds < best[-1].seconds:
+            best.append(point)
+    return tuple(best)
+
+
+def world_sizes(most: int, rows: int) -> list[int]:
+    """Return 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, … up to ``most``, but not more than rows."""
+    most = min(most, rows)
+    steps = {math.floor(10**power * step) for power in range(6) for step in WORLD}
+    return sorted({size for size in steps if size <= most} | {most})
+
+
+def measured(runs: Iterable[Run]) -> Speed:
+    """Take the speed from runs of ours that ended well.
+
+    Of several engines, precisions and batch sizes, those of the fastest count.
+
+    Raises:
+        NotMeasured: there is none that tells how long its rows took.
+    """
+    every = list(runs)
+    groups: dict[tuple[str | None, str | None, int | None], list[Run]] = {}
+    for run in every:
+        if run.status == "ok" and run.source in ("cosmic run", "cosmic infer") and _rates(run):
+            groups.setdefault((run.engine, run.precision, run.batch_size), []).append(run)
+    if not groups:
+        raise NotMeasured(_why_not(every))
+    speeds = [_speed(group) for group in groups.values()]
+    return max(speeds, key=lambda speed: speed.rows_per_s)
+
+
+def _why_not(runs: Sequence[Run]) -> str:
+    if not runs:
+        return "no runs in there"
+    if all(run.status != "ok" for run in runs):
+        return f"none of its {len(runs):,} runs ended well, so there is no speed to take from it"
+    if all(run.source.startswith("original") for run in runs):
+        return "the original's records have CPU time by a profiler, and no elapsed time of a rank"
+    return "none of its runs tells both its ranks' rows and their seconds"
+
+
+def _speed(group: Sequence[Run]) -> Speed:
+    default = ENGINES.get(group[0].engine or "torch", ENGINES["torch"])
+    ranks = [rank for run in group for rank in run.ranks]
+    rates = [rate for run in group for rate in _rates(run)]
+    peaks = [rank.peak_memory_mb for rank in ranks if rank.peak_memory_mb is not None]
+    peak = math.ceil(max(peaks) * 1e6 / 2**20) if peaks else LEAST_MB
+    start, wait = _sums(ranks, "init_s", "load_s"), _sums(ranks, "join_s", "collective_s")
+    steps = [_steps(run, name) for run in group for name in cost.STEPS]
+    return Speed(
+        rows_per_s=median(rates),
+        second_thread=default.second_thread,
+        start_s=median(start) if start else default.start_s,
+        wait_s=median(wait) if wait else 0.0,
+        peak_mb=max(peak, cost.LEAST_MB),
+        notes=_notes(group, median(rates), len(rates), default),
+    )
+
+
+def _sums(ranks: Iterable[Rank], *names: str) -> list[float]:
+    """Of each rank that tells any of these, their sum."""
+    told = [[getattr(rank, name) for name in names] for rank in ranks]
+    return [sum(v for v in values if v is not None) for values in told if any(v is not None for v in values)]
+
+
+def _rates(run: Run) -> list[float]:
+    """Rows per second that one core did, of each rank that tells."""
+    cores = _cores(run)
+    if cores is None:
+        return []
+    if not _crowded(run):
+        share = ENGINES.get(run.engine or "torch", ENGINES["torch"]).speedup(cores)
+        told = [(rank.rows, (rank.inference_s or 0.0) * share) for rank in run.ranks]
+    else:
+        told = [(rank.rows, rank.cpu_s or 0.0) for rank in run.ranks]
+    return [rows / seconds for rows, seconds in told if rows and seconds > 0]
+
+
+def _cores(run: Run) -> float | None:
+    """That each rank had for itself, if all was well; None: unknown."""
+    if run.on != "aws":
+        return float(cost.threads(run))
+    limits = [rank.memory_limit_mb for rank in run.ranks if rank.memory_limit_mb]
+    return max(limits) * 1e6 / 2**20 / LAMBDA_MB_PER_CORE if limits else None
+
+
+def _crowded(run: Run) -> bool:
+    """Whether its ranks had to share cores, so that only their CPU time tells their speed."""
+    usable = run.environment.get("cores_usable")
+    ranks = len(run.ranks) * cost.threads(run)
+    return run.on != "aws" and usable is not None and ranks > int(usable)
