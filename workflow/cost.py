@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from lambda_worker.threads import LAMBDA_MB_PER_CORE
@@ -23,6 +23,7 @@ __all__ = [
     "Prices",
     "PricesError",
     "Usage",
+    "as_job",
     "gb_seconds",
     "load_prices",
     "of_hour",
@@ -48,6 +49,8 @@ METRICS = 8
 # Requests to S3 and bytes of log are small change; docs/cost.md says how they were counted.
 RUN_READS, RUN_WRITES, RANK_READS, READ_BYTES, ROW_BYTES = 10, 6, 8, 8 * 2**20, 20_520
 LOG_BYTES = 5_000
+# Connections that one NLCU covers: new ones each second, and open ones.
+NEW_PER_UNIT, OPEN_PER_UNIT = 800, 100_000
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Usage:
         log_bytes: what goes into CloudWatch's logs.
         metrics: names and dimensions of CloudWatch's that are sent, for one hour.
         secret_reads: calls of Secrets Manager.
+        load_balancer_units: NLCU-hours of the load balancer.
     """
 
     rank_s: Sequence[float]
@@ -99,6 +103,7 @@ class Usage:
     log_bytes: float = 0
     metrics: int = 0
     secret_reads: int = 0
+    load_balancer_units: float = 0
 
 
 def of_usage(usage: Usage, prices: Prices, assumptions: tuple[str, ...] = ()) -> Cost:
@@ -116,6 +121,7 @@ def of_usage(usage: Usage, prices: Prices, assumptions: tuple[str, ...] = ()) ->
         "CloudWatch, logs": usage.log_bytes / 2**30 * prices.logs.each,
         "CloudWatch, metrics": usage.metrics * prices.metrics.each / HOURS_PER_MONTH,
         "Secrets Manager, reads": usage.secret_reads * prices.secret_reads.each,
+        "load balancer, units": usage.load_balancer_units * prices.load_balancer_units.each,
     }
     if usage.run_s is not None:
         hourly = of_hour(prices, usage.architecture).total_usd
@@ -139,12 +145,17 @@ def _billed(seconds: float) -> float:
 
 
 def of_hour(
-    prices: Prices, architecture: Architecture = "x86", *, exposure: Exposure = "LoadBalancer"
+    prices: Prices,
+    architecture: Architecture = "x86",
+    *,
+    exposure: Exposure = "LoadBalancer",
+    rows: int = 0,
 ) -> Cost:
     """What stands there for an hour, whether anything runs or not: as deploy/template.yaml has it.
 
     Args:
         exposure: the template's parameter; a load balancer has an address in each of two zones.
+        rows: of data that the bucket keeps.
     """
     vcpu, memory = _server(prices, architecture)
     items = {"Fargate, server": SERVER_VCPU * vcpu.each + SERVER_GB * memory.each}
@@ -154,6 +165,7 @@ def of_hour(
         addresses += ZONES
     items["public IPv4 addresses"] = addresses * prices.public_ipv4.each
     items["Secrets Manager, secrets"] = SECRETS * prices.secrets.each / HOURS_PER_MONTH
+    items["S3, the data"] = rows * ROW_BYTES / 2**30 * prices.s3_storage.each / HOURS_PER_MONTH
     return Cost(items)
 
 
@@ -174,7 +186,8 @@ def of_run(
         architecture: whose price per GB and second.
 
     Returns:
-        None where no seconds of its ranks are known, or no function has the memory they took.
+        None where the seconds of its ranks or the size of its functions are not known, or no
+        function has the memory that a rank took.
     """
     seconds, told = _rank_seconds(run)
     size = (memory_mb, ()) if memory_mb is not None else _size(run)
@@ -188,45 +201,31 @@ def of_run(
         memory_mb=memory,
         architecture=architecture,
         run_s=run.total_s if _is_job(run) else None,
-        **(_counts(len(seconds), run.rows or 0) if _is_job(run) else {"invocations": len(seconds)}),
+        invocations=len(seconds),
     )
-    return of_usage(usage, prices, (*told, *why, *_missing(run, steps)))
+    usage = as_job(usage, run.rows or 0) if _is_job(run) else usage
+    return of_usage(usage, prices, (*told, *why, *_missing(run, len(seconds), steps)))
 
 
-def job(
-    *,
-    rows: int,
-    rank_s: Sequence[float],
-    step_s: Sequence[float],
-    run_s: float,
-    memory_mb: int,
-    architecture: Architecture = "x86",
-    storage_mb: int = FREE_STORAGE_MB,
-) -> Usage:
-    """What a run of our state machine takes, one rank for each of ``rank_s``."""
-    return Usage(
-        rank_s=rank_s,
-        step_s=step_s,
-        memory_mb=memory_mb,
-        run_s=run_s,
-        architecture=architecture,
-        storage_mb=storage_mb,
-        **_counts(len(rank_s), rows),
+def as_job(usage: Usage, rows: int) -> Usage:
+    """The same, with what a run of our state machine counts up for so many ranks and rows."""
+    ranks = len(usage.rank_s)
+    return replace(
+        usage,
+        invocations=ranks + len(STEPS),
+        transitions=RUN_TRANSITIONS + ranks * RANK_TRANSITIONS,
+        reads=RUN_READS + ranks * (RANK_READS + math.ceil(rows / ranks * ROW_BYTES / READ_BYTES)),
+        writes=RUN_WRITES + ranks,
+        log_bytes=(ranks + len(STEPS)) * LOG_BYTES,
+        metrics=METRICS,
+        secret_reads=ranks * SECRETS,
+        load_balancer_units=_units(ranks, usage.run_s or 0.0),
     )
 
 
-def _counts(ranks: int, rows: int) -> dict[str, int]:
-    """What a run of so many ranks counts up, apart from time."""
-    return {
-        "invocations": ranks + len(STEPS),
-        "transitions": RUN_TRANSITIONS + ranks * RANK_TRANSITIONS,
-        "reads": RUN_READS
-        + ranks * (RANK_READS + math.ceil(rows / ranks * ROW_BYTES / READ_BYTES)),
-        "writes": RUN_WRITES + ranks,
-        "log_bytes": (ranks + len(STEPS)) * LOG_BYTES,
-        "metrics": METRICS,
-        "secret_reads": ranks * SECRETS,
-    }
+def _units(ranks: int, run_s: float) -> float:
+    """NLCU-hours of one connection for each rank: by new or by open ones, whichever is more."""
+    return max(ranks / 3600 / NEW_PER_UNIT, ranks * run_s / 3600 / OPEN_PER_UNIT)
 
 
 def _is_job(run: Run) -> bool:
@@ -236,15 +235,20 @@ def _is_job(run: Run) -> bool:
 
 def _rank_seconds(run: Run) -> tuple[list[float], list[str]]:
     """Seconds that would be billed of each rank, and what they are."""
-    if elapsed := [_elapsed(rank) for rank in run.ranks if rank.wall_s is not None]:
-        return elapsed, ["time of a rank: its elapsed time, with the start of its process if new"]
+    elapsed = [_elapsed(rank) for rank in run.ranks]
+    if known := [seconds for seconds in elapsed if seconds is not None]:
+        return known, ["time of a rank: its elapsed time, with the start of its process if told"]
     if cpu := [rank.cpu_s for rank in run.ranks if rank.cpu_s is not None]:
         return cpu, ["time of a rank: CPU time, since no other is known; AWS bills elapsed time"]
     return [], []
 
 
-def _elapsed(rank: Rank) -> float:
-    return (rank.wall_s or 0.0) + (rank.init_s or 0.0)
+def _elapsed(rank: Rank) -> float | None:
+    """From the start of the process to the record; of one process: loading and inference."""
+    handler = rank.wall_s
+    if handler is None and rank.inference_s is not None:
+        handler = (rank.load_s or 0.0) + rank.inference_s
+    return None if handler is None else handler + (rank.init_s or 0.0)
 
 
 def _size(run: Run) -> tuple[int, tuple[str, ...]] | None:
@@ -275,9 +279,9 @@ def threads(run: Run) -> int:
     return min(most, max(1, int(told("cores_usable") or 1) // (run.world_size or 1)))
 
 
-def _missing(run: Run, steps: Sequence[float]) -> list[str]:
-    """What the costs leave out, for want of knowledge."""
-    lost = (run.world_size or 0) - len(run.ranks)
+def _missing(run: Run, ranks: int, steps: Sequence[float]) -> list[str]:
+    """What the costs leave out, for want of knowledge; they are those of so many ranks."""
+    lost = (run.world_size or 0) - ranks
     texts = (
         [f"{lost} of {run.world_size} ranks left no record, and are not in it"] if lost > 0 else []
     )

@@ -7,8 +7,8 @@ MB of 2^20 bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +16,7 @@ from lambda_worker.threads import LAMBDA_MB_PER_CORE
 from workflow import cost
 
 if TYPE_CHECKING:
-    from workflow.results import Rank, Run
+    from workflow.results import Run
 
 __all__ = [
     "ENGINES",
@@ -27,7 +27,9 @@ __all__ = [
     "Unfit",
     "estimate",
     "frontier",
+    "given",
     "measured",
+    "world_sizes",
 ]
 
 LIMIT_S = 900.0  # that AWS lets an invocation take
@@ -100,8 +102,8 @@ class Frontier(NamedTuple):
     """Choices that no other beats in both time and cost, the cheapest first, the fastest last.
 
     Attributes:
-        knee: that with the least time × cost: before it a per cent of time costs less than one of
-            money, beyond it more.
+        knee: that with the least product of time and cost: up to it a per cent of time costs less
+            than a per cent of money, beyond it more.
     """
 
     points: tuple[Point, ...]
@@ -119,22 +121,30 @@ class Frontier(NamedTuple):
 
 
 def _documented(engine: str, one: float, two: float, start_s: float) -> Speed:
-    notes = (
-        f"speed: {one:,.0f} rows/s on one core, {two:,.0f} on two, {engine}, fp32, the published "
-        "model's size,",
-        "  measured on 2 cores of an AMD EPYC (docs/performance.md) and not on Lambda: measure "
-        "yours, and give --from",
+    note = (
+        f"speed: {one:,.0f} rows/s on one core, {two:,.0f} on two, {engine}, fp32, a model of the "
+        "published size, measured on an AMD EPYC (docs/performance.md) and not on Lambda; measure "
+        "your own, and give it by --from or --rows-per-second"
     )
-    return Speed(rows_per_s=one, second_thread=two / one, start_s=start_s, notes=notes)
+    return Speed(rows_per_s=one, second_thread=two / one, start_s=start_s, notes=(note,))
 
 
-# Medians of docs/performance.md, which a test compares: images/s at batches of 128 on 1 × 1 and
-# 1 × 2, and the cold start.  # noqa: RUF003
+# Medians of docs/performance.md, which a test compares: images/s at batches of 128 of one process
+# with one thread and with two, and the cold start.
 ENGINES = {
     "torch": _documented("torch", 335, 552, 1.98),
     "onnx": _documented("onnx", 369, 643, 0.62),
     "openvino": _documented("openvino", 364, 519, 1.22),
 }
+
+
+def given(engine: Speed, rows_per_s: float) -> Speed:
+    """An engine's speed with another rate of one core, which somebody has measured."""
+    notes = (
+        f"speed: {rows_per_s:,.6g} rows/s on one core, as given",
+        "start of a rank, further cores: as in docs/performance.md for the engine, not on Lambda",
+    )
+    return replace(engine, rows_per_s=rows_per_s, notes=notes)
 
 
 def estimate(
@@ -145,7 +155,7 @@ def estimate(
     prices: cost.Prices,
     architecture: cost.Architecture = "x86",
 ) -> Point:
-    """Say what a run of ``rows`` takes.
+    """Say what a run of ``rows`` takes and costs.
 
     Raises:
         Unfit: a function cannot have so much memory, a rank needs more, or longer than 900 s.
@@ -164,17 +174,15 @@ def estimate(
         text = f"{world_size:,} ranks of {memory_mb:,} MB would take {rank_s:,.0f} s each"
         raise Unfit(f"{text}, and Lambda ends them after {LIMIT_S:.0f}: more ranks, or more memory")
     steps = [seconds / whole for seconds in speed.step_s]
-    usage = cost.job(
-        rows=rows,
+    usage = cost.Usage(
         rank_s=[rank_s] * world_size,
         step_s=steps,
-        run_s=sum(steps) + rank_s,
         memory_mb=memory_mb,
+        run_s=sum(steps) + rank_s,
         architecture=architecture,
     )
-    return Point(
-        world_size, memory_mb, cores, sum(steps) + rank_s, rank_s, cost.of_usage(usage, prices)
-    )
+    costs = cost.of_usage(cost.as_job(usage, rows), prices)
+    return Point(world_size, memory_mb, cores, sum(steps) + rank_s, rank_s, costs)
 
 
 def frontier(
@@ -189,18 +197,19 @@ def frontier(
     """Try all pairs, and keep those that no other beats in both time and cost.
 
     Raises:
-        Unfit: no pair can do it; the text is that of the largest.
+        Unfit: no pair can do it; the text is that of the last one tried.
     """
-    points, refused = [], None
-    sizes = sorted({max(mb, speed.peak_mb) for mb in memory if max(mb, speed.peak_mb) <= cost.MOST_MB})
+    points: list[Point] = []
+    refused: Unfit | None = None
+    sizes = {max(mb, speed.peak_mb) for mb in memory}
     for world_size in sorted(set(world_sizes)):
-        for mb in sizes:
+        for mb in sorted(sizes):
             try:
                 points.append(estimate(rows, world_size, mb, speed, prices, architecture))
             except Unfit as error:
                 refused = error
     if not points:
-        raise refused or Unfit(f"a rank needs {speed.peak_mb:,} MB, more than a function can have")
+        raise refused or Unfit("nothing to choose from")
     best = _undominated(points)
     return Frontier(best, min(best, key=lambda point: point.seconds * point.usd))
 
@@ -255,23 +264,45 @@ def _speed(group: Sequence[Run]) -> Speed:
     ranks = [rank for run in group for rank in run.ranks]
     rates = [rate for run in group for rate in _rates(run)]
     peaks = [rank.peak_memory_mb for rank in ranks if rank.peak_memory_mb is not None]
-    peak = math.ceil(max(peaks) * 1e6 / 2**20) if peaks else LEAST_MB
-    start, wait = _sums(ranks, "init_s", "load_s"), _sums(ranks, "join_s", "collective_s")
-    steps = [_steps(run, name) for run in group for name in cost.STEPS]
+    # Of new processes only: Lambda's first run has no others, and warm ones would flatter it.
+    cold = [rank.init_s + (rank.load_s or 0.0) for rank in ranks if rank.init_s]
+    wait = [(rank.join_s or 0.0) + (rank.collective_s or 0.0) for rank in ranks]
+    steps = [
+        _step(group, name, usual) for name, usual in zip(cost.STEPS, default.step_s, strict=True)
+    ]
     return Speed(
         rows_per_s=median(rates),
         second_thread=default.second_thread,
-        start_s=median(start) if start else default.start_s,
-        wait_s=median(wait) if wait else 0.0,
-        peak_mb=max(peak, cost.LEAST_MB),
-        notes=_notes(group, median(rates), len(rates), default),
+        start_s=median(cold) if cold else default.start_s,
+        wait_s=median(wait),
+        step_s=(steps[0], steps[1]),
+        peak_mb=max(math.ceil(max(peaks) * 1e6 / 2**20), cost.LEAST_MB) if peaks else LEAST_MB,
+        notes=_notes(group, rates, bool(cold)),
     )
 
 
-def _sums(ranks: Iterable[Rank], *names: str) -> list[float]:
-    """Of each rank that tells any of these, their sum."""
-    told = [[getattr(rank, name) for name in names] for rank in ranks]
-    return [sum(v for v in values if v is not None) for values in told if any(v is not None for v in values)]
+def _step(group: Iterable[Run], name: str, usual: float) -> float:
+    """Seconds of a launcher's step; on AWS its spans are Step Functions', so not the function's."""
+    local = [run.spans for run in group if run.on != "aws"]
+    told = [span.seconds for spans in local for span in spans if span[:2] == (None, name)]
+    return median(told) if told else usual
+
+
+def _notes(group: Sequence[Run], rates: Sequence[float], cold: bool) -> tuple[str, ...]:
+    first = group[0]
+    batch = "batch size unknown" if first.batch_size is None else f"batches of {first.batch_size}"
+    what = ", ".join(filter(None, (first.engine, first.precision, batch)))
+    crowded = any(map(_crowded, group))
+    time = "CPU time, as ranks shared cores" if crowded else "elapsed time of its inference"
+    by = f"{len(rates):,} rank{'s' if len(rates) > 1 else ''} of {len(group):,} "
+    notes = [
+        f"speed: {median(rates):,.0f} rows/s on one core: median of {by}run"
+        f"{'s' if len(group) > 1 else ''} ({what}), by {time}; on further cores as "
+        "docs/performance.md has it for this engine, measured on two"
+    ]
+    if not cold:
+        notes.append("start of a rank: as in docs/performance.md, for no rank tells its own")
+    return tuple(notes)
 
 
 def _rates(run: Run) -> list[float]:

@@ -59,7 +59,8 @@ class Price(BaseModel):
         region: of AWS, say "us-east-1".
         date: of the copy that it was read in; "undated" if that does not say.
         source: which copy that is.
-        quality: a page of AWS's, its price list as others have copied it, others' own text, or memory.
+        quality: whose figure was copied: a page of AWS's, its price list (through others), others'
+            own text, or nobody's (memory).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
