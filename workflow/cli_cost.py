@@ -110,13 +110,13 @@ def cost(
     from lambda_worker.storage import StorageError
     from workflow.cost import PricesError, load_prices
     from workflow.cost_view import Answer, as_dict, print_answer, save_plot
-    from workflow.estimate import MEMORY, NotMeasured, Unfit, estimate, frontier, world_sizes
+    from workflow.estimate import NotMeasured, Unfit, estimate, frontier, world_sizes
 
     try:
         table = load_prices(prices, region)
         speed = _speed(source, (engine or MeasuredEngine.torch).value, rows_per_second)
         sizes = [world_size] if world_size and not memory else world_sizes(max_world_size, rows)
-        memories = [memory] if memory and not world_size else MEMORY
+        memories = [memory] if memory and not world_size else None
         asked = None
         if world_size and memory:
             asked = estimate(rows, world_size, memory, speed, table, arch.value)

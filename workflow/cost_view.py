@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,14 +39,13 @@ class Answer(NamedTuple):
 def as_dict(answer: Answer) -> dict[str, Any]:
     """For --json: everything, with units in the names."""
     best = answer.best
-    chosen = {"cheapest": best.cheapest, "knee": best.knee, "fastest": best.fastest}
     hour = of_hour(answer.prices, answer.architecture, rows=answer.rows)
     return {
         "rows": answer.rows,
         "region": answer.prices.region,
         "architecture": answer.architecture,
         "asked": answer.asked and _point(answer.asked),
-        **{name: _point(point) for name, point in chosen.items()},
+        **{name: _point(point) for name, point in _marks(best).items()},
         "frontier": [_point(point, items=False) for point in best.points],
         "usd_per_hour": {"items": dict(hour.items), "total": hour.total_usd},
         "speed": _speed(answer.speed),
@@ -97,7 +97,7 @@ def print_answer(answer: Answer, plot: str | None) -> None:
     console = Console()
     point = answer.asked or answer.best.knee
     title = "asked for" if answer.asked else "knee"
-    print(f"{answer.rows:,} rows, {title}: {_words(point)}\n")
+    print(f"{_count(answer.rows, 'row')}, {title}: {_words(point)}\n")
     print_wide(console, _items(point.cost, "USD per run"))
     hour = of_hour(answer.prices, answer.architecture, rows=answer.rows)
     print("\nStands there and costs, whether anything runs or not, per hour:\n")
@@ -110,9 +110,13 @@ def print_answer(answer: Answer, plot: str | None) -> None:
 
 
 def _words(point: Point) -> str:
-    ranks = f"{point.world_size:,} rank{'s' if point.world_size > 1 else ''}"
     where = f"{point.memory_mb:,} MB ({point.cores:.2f} cores)"
+    ranks = _count(point.world_size, "rank")
     return f"{ranks} of {where}, {point.seconds:,.1f} s, {_usd(point.usd)} USD"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' if number > 1 else ''}"
 
 
 def _usd(value: float) -> str:
@@ -137,20 +141,23 @@ def _frontier(best: Frontier) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for point in _some(best):
-        marks = [name for name, chosen in _marks(best).items() if chosen is point]
         table.add_row(
             f"{point.world_size:,}",
             f"{point.memory_mb:,}",
             f"{point.cores:.2f}",
             f"{point.seconds:,.1f}",
             _usd(point.usd),
-            ", ".join(marks),
+            _name(best, point),
         )
     return table
 
 
 def _marks(best: Frontier) -> Mapping[str, Point]:
     return {"cheapest": best.cheapest, "knee": best.knee, "fastest": best.fastest}
+
+
+def _name(best: Frontier, point: Point) -> str:
+    return ", ".join(name for name, chosen in _marks(best).items() if chosen is point)
 
 
 def _some(best: Frontier) -> list[Point]:
@@ -181,26 +188,44 @@ def save_plot(answer: Answer, url: str) -> None:
 def frontier_png(answer: Answer) -> bytes:
     """Draw the frontier, with its named points and what was asked for, and return it as PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     figure = Figure(figsize=(7, 5), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     points = answer.best.points
     axes.plot([p.seconds for p in points], [p.usd for p in points], "o-", markersize=3, linewidth=1)
-    for name, point in _marks(answer.best).items():
-        _label(axes, point, name, "tab:red")
+    axes.set(xscale="log", yscale="log", xlabel="time of the whole run, s", ylabel="USD per run")
+    axes.margins(0.08, 0.15)
+    for point in points:
+        if name := _name(answer.best, point):
+            _label(axes, point, name, "tab:red")
     if answer.asked:
         _label(axes, answer.asked, "asked for", "black")
-    axes.set(xscale="log", yscale="log", xlabel="time of the whole run, s", ylabel="USD per run")
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.margins(0.15)
-    axes.set_title(f"{answer.rows:,} rows on AWS Lambda, {answer.architecture}: a model's estimate")
+    for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        wide = limits[1] / limits[0] > 10
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6))
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_formatter(NullFormatter())
+    axes.grid(visible=True, alpha=0.3)
+    axes.set_title(
+        f"{_count(answer.rows, 'row')} on AWS Lambda, {answer.architecture}: an estimate"
+    )
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
 
 
 def _label(axes: Axes, point: Point, name: str, color: str) -> None:
+    """Mark a point; what is written beside it stays inside of the picture."""
     axes.plot([point.seconds], [point.usd], "o", color=color)
     text = f"{name}: {point.world_size:,} × {point.memory_mb:,} MB"  # noqa: RUF001
-    where = (point.seconds, point.usd)
-    axes.annotate(text, where, xytext=(6, 6), textcoords="offset points", fontsize="small")
+    left, right = axes.get_xlim()
+    late = point.seconds > math.sqrt(left * right)
+    axes.annotate(
+        text,
+        (point.seconds, point.usd),
+        xytext=(6, 8),
+        textcoords="offset points",
+        ha="right" if late else "left",
+        fontsize="small",
+    )

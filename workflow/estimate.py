@@ -165,14 +165,17 @@ def estimate(
     if not cost.LEAST_MB <= memory_mb <= cost.MOST_MB:
         raise Unfit(f"{memory_mb:,} MB: a function has {cost.LEAST_MB} to {cost.MOST_MB:,}")
     if memory_mb < speed.peak_mb:
-        raise Unfit(f"{memory_mb:,} MB: a rank needs {speed.peak_mb:,}")
+        raise Unfit(f"{memory_mb:,} MB are too few: a rank needs {speed.peak_mb:,}")
     cores = memory_mb / LAMBDA_MB_PER_CORE
     whole = min(cores, 1.0)
     work = math.ceil(rows / world_size) / (speed.rows_per_s * speed.speedup(cores))
     rank_s = speed.start_s / whole + speed.wait_s + work
     if rank_s > LIMIT_S:
-        text = f"{world_size:,} ranks of {memory_mb:,} MB would take {rank_s:,.0f} s each"
-        raise Unfit(f"{text}, and Lambda ends them after {LIMIT_S:.0f}: more ranks, or more memory")
+        ranks = f"{world_size:,} rank{'s' if world_size > 1 else ''} of {memory_mb:,} MB"
+        raise Unfit(
+            f"{ranks} would take {rank_s:,.0f} s each, and Lambda ends them after {LIMIT_S:.0f} s: "
+            "take more ranks, or more memory"
+        )
     steps = [seconds / whole for seconds in speed.step_s]
     usage = cost.Usage(
         rank_s=[rank_s] * world_size,
@@ -192,16 +195,21 @@ def frontier(
     architecture: cost.Architecture = "x86",
     *,
     world_sizes: Iterable[int],
-    memory: Iterable[int] = MEMORY,
+    memory: Iterable[int] | None = None,
 ) -> Frontier:
     """Try all pairs, and keep those that no other beats in both time and cost.
+
+    Of those within a per cent of one another in time only the cheapest is kept.
+
+    Args:
+        memory: sizes to try; None: from the least that holds a rank to the most there is.
 
     Raises:
         Unfit: no pair can do it; the text is that of the last one tried.
     """
     points: list[Point] = []
     refused: Unfit | None = None
-    sizes = {max(mb, speed.peak_mb) for mb in memory}
+    sizes = {max(mb, speed.peak_mb) for mb in MEMORY} if memory is None else set(memory)
     for world_size in sorted(set(world_sizes)):
         for mb in sorted(sizes):
             try:
@@ -218,7 +226,7 @@ def _undominated(points: Sequence[Point]) -> tuple[Point, ...]:
     """In the order of cost; of equals in cost the fastest only."""
     best: list[Point] = []
     for point in sorted(points, key=lambda point: (point.usd, point.seconds)):
-        if not best or point.seconds < best[-1].seconds:
+        if not best or point.seconds < 0.99 * best[-1].seconds:
             best.append(point)
     return tuple(best)
 

@@ -1,4 +1,4 @@
-"""What the cost model counts, against what a run does: requests to S3, log lines, states, metrics."""
+"""What the cost model counts, against what a run does: requests to S3, log lines, states."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def entered(machine: dict[str, Any]) -> list[dict[str, Any]]:
 def test_transitions() -> None:
     """Each state that is entered, in the run and in each rank's child, and each child's start."""
     path = entered(MACHINE)
-    assert cost.RUN_TRANSITIONS == len(path)
+    assert len(path) == cost.RUN_TRANSITIONS
     (ranks,) = (state["ItemProcessor"] for state in path if state["Type"] == "Map")
     assert ranks["ProcessorConfig"] == {"Mode": "DISTRIBUTED", "ExecutionType": "STANDARD"}
-    assert cost.RANK_TRANSITIONS == 1 + len(entered(ranks))
+    assert 1 + len(entered(ranks)) == cost.RANK_TRANSITIONS
     assert job(32).transitions == 5 + 32 * 2
 
 
@@ -121,8 +121,8 @@ def test_the_server_is_that_of_the_template() -> None:
         assert found
         return int(found[1])
 
-    assert cost.SERVER_VCPU == default("ServerCpu") / 1024
-    assert cost.SERVER_GB == default("ServerMemory") / 1024
+    assert default("ServerCpu") / 1024 == cost.SERVER_VCPU
+    assert default("ServerMemory") / 1024 == cost.SERVER_GB
     assert default("WorkerStorage") == cost.FREE_STORAGE_MB
     assert text.count("Type: AWS::EC2::Subnet\n") == cost.ZONES
     assert text.count("Type: AWS::SecretsManager::Secret\n") == cost.SECRETS
