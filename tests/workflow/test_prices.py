@@ -54,7 +54,7 @@ def write(folder: Path, text: str) -> str:
 def test_another_region(tmp_path: Path) -> None:
     path = write(tmp_path, OURS.replace("us-east-1", "eu-west-1"))
     assert load_prices(path, "eu-west-1").region == "eu-west-1"
-    with pytest.raises(PricesError, match="no prices of eu-west-1.*those of us-east-1"):
+    with pytest.raises(PricesError, match=r"no prices of eu-west-1.*those of us-east-1"):
         load_prices(region="eu-west-1")
 
 
