@@ -68,6 +68,13 @@ def test_what_people_read_fits_their_terminal() -> None:
     assert "never measured" in result.stdout  # on ARM
 
 
+def test_the_session_in_the_docs_is_what_comes_out() -> None:
+    text = (Path(__file__).parent.parent.parent / "docs/cost.md").read_text()
+    command, _, shown = text.partition("```\n$ cosmic cost ")[2].partition("\n")
+    lines = call(*command.split()).stdout.splitlines()
+    assert [line.rstrip() for line in lines] == shown.partition("```")[0].splitlines()
+
+
 def test_arm_is_cheaper_at_the_same_time() -> None:
     words = ("--rows", "10000", "--world-size", "4", "--memory", "1769")
     x86, arm = (told(*words, "--arch", arch)["asked"] for arch in ("x86", "arm"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from workflow import prices
+from workflow import cost, prices
 from workflow.prices import PricesError, load_prices
 
 ROOT = Path(__file__).parent.parent.parent
@@ -39,11 +39,25 @@ def test_docs_show_the_same_figures_and_sources() -> None:
 
 
 def test_the_page_on_deploying_agrees() -> None:
+    """Its table has each price that its sums need, and no figure that is not one of ours."""
     text = (ROOT / "docs/deploy.md").read_text().partition("## What it costs")[2]
-    text = text.partition("\n## ")[0]
-    for name in set(dict(PRICES)) - {"lambda_arm", "lambda_storage"}:
-        if not name.startswith("fargate_arm"):
-            assert re.search(rf"(?<![\d.]){re.escape(figure(name))}(?!\d)", text), name
+    table = text.partition("| what | price |")[2].partition("**Per hour")[0]
+    names = {name for name, _ in PRICES if "arm" not in name} - {"lambda_storage"}
+    assert set(re.findall(r"\d+\.\d+", table)) == {figure(name) for name in names}
+
+
+def test_the_sums_on_that_page() -> None:
+    text = (ROOT / "docs/deploy.md").read_text()
+    for exposure, shown in (("LoadBalancer", "0.0509** (37"), ("PublicAddress", "0.0184** (13")):
+        hour = cost.of_hour(PRICES, exposure=exposure).total_usd  # type: ignore[arg-type]
+        assert f"{hour:.4f}** ({hour * 730:.0f}" == shown
+        assert f"**{shown} a month)" in text
+    for ranks, seconds in ((32, 60), (4, 20)):
+        usage = cost.Usage(rank_s=[seconds] * ranks, memory_mb=2048)
+        run = cost.of_usage(cost.as_job(usage, 0), PRICES).items
+        names = ("Lambda, ranks", "Lambda, requests", "Step Functions", "CloudWatch, metrics")
+        usd = sum(run[name] for name in names)
+        assert re.search(rf"{ranks} ranks\s+of {seconds} s: \*\*{usd:.3f}\*\*", text), usd
 
 
 def write(folder: Path, text: str) -> str:
