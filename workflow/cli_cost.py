@@ -148,10 +148,13 @@ def _check(
 
 
 def _speed(source: list[str] | None, engine: str, rate: float | None) -> Speed:
-    from workflow.estimate import ENGINES, given, measured
+    from workflow.estimate import ENGINES, NotMeasured, given, measured
 
     if source:
         from workflow.results import read
 
-        return measured(read(source).runs)
+        try:
+            return measured(read(source).runs)
+        except ValueError as error:  # ResultsError: a path that cannot be read at all
+            raise NotMeasured(str(error)) from None
     return ENGINES[engine] if rate is None else given(ENGINES[engine], rate)

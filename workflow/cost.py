@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 from lambda_worker.threads import LAMBDA_MB_PER_CORE
 from workflow.prices import Price, Prices, PricesError, load_prices
@@ -24,6 +24,7 @@ __all__ = [
     "PricesError",
     "Usage",
     "as_job",
+    "crowded",
     "gb_seconds",
     "load_prices",
     "of_hour",
@@ -196,16 +197,19 @@ def of_run(
     if not seconds or size is None:
         return None
     memory, why = size
-    steps = [span.seconds for span in run.spans if span.rank is None and span.name in STEPS]
+    steps = [
+        s.seconds for s in run.spans if s.rank is None and s.name in STEPS and _sound(s.seconds)
+    ]
+    total = run.total_s if _is_job(run) and _sound(run.total_s) else None
     usage = Usage(
         rank_s=seconds,
         step_s=steps,
         memory_mb=memory,
         architecture=architecture,
-        run_s=run.total_s if _is_job(run) else None,
+        run_s=total,
         invocations=len(seconds),
     )
-    usage = as_job(usage, run.rows or 0) if _is_job(run) else usage
+    usage = as_job(usage, max(run.rows or 0, 0)) if _is_job(run) else usage
     return of_usage(usage, prices, (*told, *why, *_missing(run, len(seconds), steps)))
 
 
@@ -238,11 +242,16 @@ def _is_job(run: Run) -> bool:
 def _rank_seconds(run: Run) -> tuple[list[float], list[str]]:
     """Seconds that would be billed of each rank, and what they are."""
     elapsed = [_elapsed(rank) for rank in run.ranks]
-    if known := [seconds for seconds in elapsed if seconds is not None]:
+    if known := [seconds for seconds in elapsed if _sound(seconds)]:
         return known, ["time of a rank: its elapsed time, with the start of its process if told"]
-    if cpu := [rank.cpu_s for rank in run.ranks if rank.cpu_s is not None]:
+    if cpu := [rank.cpu_s for rank in run.ranks if _sound(rank.cpu_s)]:
         return cpu, ["time of a rank: CPU time, since no other is known; AWS bills elapsed time"]
     return [], []
+
+
+def _sound(value: object) -> TypeGuard[float]:
+    """Whether a number from a file, which may be anybody's, can be seconds, MB or a count."""
+    return isinstance(value, int | float) and 0 <= value < math.inf
 
 
 def _elapsed(rank: Rank) -> float | None:
@@ -258,27 +267,41 @@ def _size(run: Run) -> tuple[int, tuple[str, ...]] | None:
     if run.source == "original":
         text = "10,240 MB, as the original's log says that its functions were configured"
         return MOST_MB, (text,)
-    limits = [rank.memory_limit_mb for rank in run.ranks if rank.memory_limit_mb]
+    limits = [rank.memory_limit_mb for rank in run.ranks if _sound(rank.memory_limit_mb)]
     if run.on == "aws":  # where the environment is that of the machine that has started the run
         return (round(max(limits) * 1e6 / 2**20), ()) if limits else None
-    count = threads(run)
-    peaks = [rank.peak_memory_mb for rank in run.ranks if rank.peak_memory_mb is not None]
+    peaks = [rank.peak_memory_mb for rank in run.ranks if _sound(rank.peak_memory_mb)]
     least = math.ceil(max(peaks, default=0.0) * 1e6 / 2**20)
     if least > MOST_MB:
         return None
-    size = min(max(count * LAMBDA_MB_PER_CORE, least, LEAST_MB), MOST_MB)
-    cores = f"{count} thread{'s' if count > 1 else ''}"
-    text = f"{size:,} MB, the least that has {cores} at 1,769 MB each and holds the peak memory"
+    count = threads(run)
+    whole = f"{count} thread{'s' if count > 1 else ''}"
+    if count * LAMBDA_MB_PER_CORE > MOST_MB:
+        return MOST_MB, (f"10,240 MB, the most there is: less than a core for each of {whole}",)
+    size = max(count * LAMBDA_MB_PER_CORE, least, LEAST_MB)
+    known = "" if _told(run, "threads") else " (how many it had is not known)"
+    text = f"{size:,} MB, the least that has {whole}{known} at 1,769 MB each and its peak memory"
     return size, (text,)
 
 
 def threads(run: Run) -> int:
     """Of each rank of a run on this kind of machine; 1 if its environment does not tell."""
-    told = run.environment.get
-    most = int(told("threads") or 1)
+    most = _told(run, "threads") or 1
     if run.source != "cosmic run":
         return most
-    return min(most, max(1, int(told("cores_usable") or 1) // (run.world_size or 1)))
+    return min(most, max(1, (_told(run, "cores_usable") or 1) // (run.world_size or 1)))
+
+
+def _told(run: Run, name: str) -> int | None:
+    """A whole number above zero of the run's environment, which may come from anybody's file."""
+    value = run.environment.get(name)
+    return int(value) if _sound(value) and value >= 1 else None
+
+
+def crowded(run: Run) -> bool:
+    """Whether its ranks had to share this machine's cores, and took longer than by themselves."""
+    usable = _told(run, "cores_usable")
+    return run.on != "aws" and usable is not None and len(run.ranks) * threads(run) > usable
 
 
 def _missing(run: Run, ranks: int, steps: Sequence[float]) -> list[str]:
@@ -287,10 +310,12 @@ def _missing(run: Run, ranks: int, steps: Sequence[float]) -> list[str]:
     texts = (
         [f"{lost} of {run.world_size} ranks left no record, and are not in it"] if lost > 0 else []
     )
+    if crowded(run):
+        texts.append("its ranks shared cores: with one each they would take less, and cost less")
     if not _is_job(run):
         return [*texts, "Lambda only: no state machine, no server, no storage"]
     if not steps:
         texts.append("init and summarize are not in it: their time is not known")
-    if run.total_s is None:
+    if not _sound(run.total_s):
         texts.append("the server is not in it: the time of the whole run is not known")
     return texts

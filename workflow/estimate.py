@@ -16,7 +16,7 @@ from lambda_worker.threads import LAMBDA_MB_PER_CORE
 from workflow import cost
 
 if TYPE_CHECKING:
-    from workflow.results import Run
+    from workflow.results import Rank, Run
 
 __all__ = [
     "ENGINES",
@@ -300,7 +300,7 @@ def _notes(group: Sequence[Run], rates: Sequence[float], cold: bool) -> tuple[st
     first = group[0]
     batch = "batch size unknown" if first.batch_size is None else f"batches of {first.batch_size}"
     what = ", ".join(filter(None, (first.engine, first.precision, batch)))
-    crowded = any(map(_crowded, group))
+    crowded = any(map(cost.crowded, group))
     time = "CPU time, as ranks shared cores" if crowded else "elapsed time of its inference"
     by = f"{len(rates):,} rank{'s' if len(rates) > 1 else ''} of {len(group):,} "
     notes = [
@@ -318,12 +318,21 @@ def _rates(run: Run) -> list[float]:
     cores = _cores(run)
     if cores is None:
         return []
-    if not _crowded(run):
-        share = ENGINES.get(run.engine or "torch", ENGINES["torch"]).speedup(cores)
-        told = [(rank.rows, (rank.inference_s or 0.0) * share) for rank in run.ranks]
-    else:
-        told = [(rank.rows, rank.cpu_s or 0.0) for rank in run.ranks]
-    return [rows / seconds for rows, seconds in told if rows and seconds > 0]
+    most = ENGINES.get(run.engine or "torch", ENGINES["torch"]).speedup(cores)
+    shared = cost.crowded(run)
+    told = [(rank.rows, _core_seconds(rank, most, shared)) for rank in run.ranks]
+    return [rows / seconds for rows, seconds in told if rows and seconds]
+
+
+def _core_seconds(rank: Rank, most: float, shared: bool) -> float | None:
+    """How long one core would have taken for a rank's rows, as far as that is known."""
+    if shared:
+        return rank.cpu_s
+    if rank.inference_s is None:
+        return None
+    # Threads that had nothing to do are no speed-up; CPU time tells.
+    busy = rank.cpu_s / rank.inference_s if rank.cpu_s and rank.inference_s else most
+    return rank.inference_s * min(most, max(busy, 1.0) if most > 1 else most)
 
 
 def _cores(run: Run) -> float | None:
@@ -332,10 +341,3 @@ def _cores(run: Run) -> float | None:
         return float(cost.threads(run))
     limits = [rank.memory_limit_mb for rank in run.ranks if rank.memory_limit_mb]
     return max(limits) * 1e6 / 2**20 / LAMBDA_MB_PER_CORE if limits else None
-
-
-def _crowded(run: Run) -> bool:
-    """Whether its ranks had to share cores, so that only their CPU time tells their speed."""
-    usable = run.environment.get("cores_usable")
-    ranks = len(run.ranks) * cost.threads(run)
-    return run.on != "aws" and usable is not None and ranks > int(usable)

@@ -117,6 +117,15 @@ def test_failed_runs_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "none of its 1 runs ended well" in result.stderr
 
 
+def test_results_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(paths: list[str]) -> Results:
+        raise ValueError(f"{paths[0]} does not exist")
+
+    monkeypatch.setattr(results, "read", read)
+    result = call("--rows", "9", "--from", "/none")
+    assert (result.exit_code, result.stderr) == (1, "Error: /none does not exist\n")
+
+
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [

@@ -185,6 +185,9 @@ def test_a_run_on_this_machine() -> None:
     hourly = cost.of_hour(PRICES).total_usd
     assert costs.items["server, while the run lasts"] == pytest.approx(hourly * 12 / 3600)
     assert any("1,769 MB" in text for text in costs.assumptions)
+    assert not any("shared cores" in text for text in costs.assumptions)
+    few = of_run(made(environment={"threads": 1, "cores_usable": 2}))
+    assert any("shared cores" in text for text in few.assumptions)
 
 
 def test_a_rank_with_two_threads_is_billed_for_two_cores() -> None:
@@ -247,3 +250,28 @@ def test_what_is_missing_is_said() -> None:
     assert "1 of 4 ranks left no record" in text
     assert "init and summarize are not in it" in text
     assert "the server is not in it" in text
+
+
+def test_files_may_be_anybodys() -> None:
+    """Nonsense is unknown, and never an error."""
+    nonsense = (math.nan, math.inf, -1.0)
+    for bad in nonsense:
+        ranks = (*made().ranks[:3], Rank(rank=3, wall_s=bad))
+        costs = of_run(made(ranks=ranks, total_s=bad, spans=(Span(None, "init", 0, bad),)))
+        assert costs.items["Lambda, ranks"] == pytest.approx(30 * 1769 / 1024 * GB_SECOND)
+        assert "server, while the run lasts" not in costs.items
+        assert cost.of_run(made(ranks=(Rank(cpu_s=bad),)), PRICES) is None
+        odd = tuple(Rank(wall_s=10.0, peak_memory_mb=bad) for _ in range(4))
+        assert (
+            of_run(made(ranks=odd)).items["Lambda, ranks"] == of_run(made()).items["Lambda, ranks"]
+        )
+    for value in (*nonsense, "2", [2], None, {}, 0):
+        environment = {"threads": value, "cores_usable": value}
+        assert of_run(made(environment=environment)).total_usd > 0
+
+
+def test_more_threads_than_a_function_has_cores() -> None:
+    many = made(world_size=1, environment={"threads": 8, "cores_usable": 8})
+    costs = of_run(many)
+    assert costs.items["Lambda, ranks"] == pytest.approx(400 * GB_SECOND)
+    assert any("the most there is" in text for text in costs.assumptions)

@@ -139,21 +139,9 @@ def test_world_sizes_that_are_tried() -> None:
 
 
 def ranks(rate: float, count: int = 2, **more: Any) -> tuple[Rank, ...]:
-    return tuple(
-        Rank(
-            rank=k,
-            rows=1000,
-            inference_s=1000 / rate,
-            cpu_s=1000 / rate * 0.8,
-            init_s=0.5,
-            load_s=1.0,
-            join_s=0.2,
-            collective_s=0.1,
-            peak_memory_mb=600.0,
-            **more,
-        )
-        for k in range(count)
-    )
+    seconds = {"inference_s": 1000 / rate, "cpu_s": 800 / rate, "init_s": 0.5, "load_s": 1.0}
+    told = {"rows": 1000, "join_s": 0.2, "collective_s": 0.1, "peak_memory_mb": 600.0}
+    return tuple(Rank(rank=k, **{**seconds, **told, **more}) for k in range(count))
 
 
 def run(rate: float, **changes: Any) -> Run:
@@ -200,15 +188,22 @@ def test_ranks_that_shared_cores_tell_their_speed_by_cpu_time() -> None:
     assert "CPU time" in speed.notes[0]
 
 
-def test_of_several_threads_one_cores_share() -> None:
-    alone = run(100, world_size=1, ranks=ranks(100, 1))
-    assert measured([alone]).rows_per_s == pytest.approx(100 / ENGINES["onnx"].second_thread)
+@pytest.mark.parametrize(("busy", "share"), [(1.9, None), (None, None), (1.2, 1.2), (0.7, 1.0)])
+def test_of_several_threads_one_cores_share(busy: float | None, share: float | None) -> None:
+    """As much as these threads do at best, but no more than CPU time says that they did."""
+    plain = ranks(100, 1)[0]
+    rank = dataclasses.replace(plain, cpu_s=busy and busy * (plain.inference_s or 0))
+    alone = run(100, world_size=1, ranks=(rank,))
+    expected = 100 / (share or ENGINES["onnx"].second_thread)
+    assert measured([alone]).rows_per_s == pytest.approx(expected)
 
 
 def test_on_aws_the_memory_tells_the_cores() -> None:
     limit = 3538 * 2**20 / 1e6
-    there = run(100, on="aws", ranks=ranks(100, memory_limit_mb=limit), spans=())
+    there = run(100, on="aws", ranks=ranks(100, memory_limit_mb=limit, cpu_s=19.0), spans=())
     assert measured([there]).rows_per_s == pytest.approx(100 / ENGINES["onnx"].second_thread)
+    less = run(100, on="aws", ranks=ranks(100, memory_limit_mb=limit / 4, cpu_s=5.0), spans=())
+    assert measured([less]).rows_per_s == pytest.approx(200)
     with pytest.raises(NotMeasured):
         measured([run(100, on="aws")])  # its environment is that of whoever has started it
 
