@@ -30,6 +30,7 @@ __all__ = [
     "of_hour",
     "of_run",
     "of_usage",
+    "sound",
     "threads",
 ]
 
@@ -198,9 +199,9 @@ def of_run(
         return None
     memory, why = size
     steps = [
-        s.seconds for s in run.spans if s.rank is None and s.name in STEPS and _sound(s.seconds)
+        s.seconds for s in run.spans if s.rank is None and s.name in STEPS and sound(s.seconds)
     ]
-    total = run.total_s if _is_job(run) and _sound(run.total_s) else None
+    total = run.total_s if _is_job(run) and sound(run.total_s) else None
     usage = Usage(
         rank_s=seconds,
         step_s=steps,
@@ -242,14 +243,14 @@ def _is_job(run: Run) -> bool:
 def _rank_seconds(run: Run) -> tuple[list[float], list[str]]:
     """Seconds that would be billed of each rank, and what they are."""
     elapsed = [_elapsed(rank) for rank in run.ranks]
-    if known := [seconds for seconds in elapsed if _sound(seconds)]:
+    if known := [seconds for seconds in elapsed if sound(seconds)]:
         return known, ["time of a rank: its elapsed time, with the start of its process if told"]
-    if cpu := [rank.cpu_s for rank in run.ranks if _sound(rank.cpu_s)]:
+    if cpu := [rank.cpu_s for rank in run.ranks if sound(rank.cpu_s)]:
         return cpu, ["time of a rank: CPU time, since no other is known; AWS bills elapsed time"]
     return [], []
 
 
-def _sound(value: object) -> TypeGuard[float]:
+def sound(value: object) -> TypeGuard[float]:
     """Whether a number from a file, which may be anybody's, can be seconds, MB or a count."""
     return isinstance(value, int | float) and 0 <= value < math.inf
 
@@ -267,10 +268,10 @@ def _size(run: Run) -> tuple[int, tuple[str, ...]] | None:
     if run.source == "original":
         text = "10,240 MB, as the original's log says that its functions were configured"
         return MOST_MB, (text,)
-    limits = [rank.memory_limit_mb for rank in run.ranks if _sound(rank.memory_limit_mb)]
+    limits = [rank.memory_limit_mb for rank in run.ranks if sound(rank.memory_limit_mb)]
     if run.on == "aws":  # where the environment is that of the machine that has started the run
         return (round(max(limits) * 1e6 / 2**20), ()) if limits else None
-    peaks = [rank.peak_memory_mb for rank in run.ranks if _sound(rank.peak_memory_mb)]
+    peaks = [rank.peak_memory_mb for rank in run.ranks if sound(rank.peak_memory_mb)]
     least = math.ceil(max(peaks, default=0.0) * 1e6 / 2**20)
     if least > MOST_MB:
         return None
@@ -295,7 +296,7 @@ def threads(run: Run) -> int:
 def _told(run: Run, name: str) -> int | None:
     """A whole number above zero of the run's environment, which may come from anybody's file."""
     value = run.environment.get(name)
-    return int(value) if _sound(value) and value >= 1 else None
+    return int(value) if sound(value) and value >= 1 else None
 
 
 def crowded(run: Run) -> bool:
@@ -316,6 +317,6 @@ def _missing(run: Run, ranks: int, steps: Sequence[float]) -> list[str]:
         return [*texts, "Lambda only: no state machine, no server, no storage"]
     if not steps:
         texts.append("init and summarize are not in it: their time is not known")
-    if not _sound(run.total_s):
+    if not sound(run.total_s):
         texts.append("the server is not in it: the time of the whole run is not known")
     return texts

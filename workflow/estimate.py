@@ -271,10 +271,11 @@ def _speed(group: Sequence[Run]) -> Speed:
     default = ENGINES.get(group[0].engine or "torch", ENGINES["torch"])
     ranks = [rank for run in group for rank in run.ranks]
     rates = [rate for run in group for rate in _rates(run)]
-    peaks = [rank.peak_memory_mb for rank in ranks if rank.peak_memory_mb is not None]
+    peaks = [rank.peak_memory_mb for rank in ranks if cost.sound(rank.peak_memory_mb)]
     # Of new processes only: Lambda's first run has no others, and warm ones would flatter it.
     cold = [rank.init_s + (rank.load_s or 0.0) for rank in ranks if rank.init_s]
     wait = [(rank.join_s or 0.0) + (rank.collective_s or 0.0) for rank in ranks]
+    cold, wait = ([value for value in values if cost.sound(value)] for values in (cold, wait))
     steps = [
         _step(group, name, usual) for name, usual in zip(cost.STEPS, default.step_s, strict=True)
     ]
@@ -282,7 +283,7 @@ def _speed(group: Sequence[Run]) -> Speed:
         rows_per_s=median(rates),
         second_thread=default.second_thread,
         start_s=median(cold) if cold else default.start_s,
-        wait_s=median(wait),
+        wait_s=median(wait) if wait else 0.0,
         step_s=(steps[0], steps[1]),
         peak_mb=max(math.ceil(max(peaks) * 1e6 / 2**20), cost.LEAST_MB) if peaks else LEAST_MB,
         notes=_notes(group, rates, bool(cold)),
@@ -293,6 +294,7 @@ def _step(group: Iterable[Run], name: str, usual: float) -> float:
     """Seconds of a launcher's step; on AWS its spans are Step Functions', so not the function's."""
     local = [run.spans for run in group if run.on != "aws"]
     told = [span.seconds for spans in local for span in spans if span[:2] == (None, name)]
+    told = [seconds for seconds in told if cost.sound(seconds)]
     return median(told) if told else usual
 
 
@@ -321,7 +323,7 @@ def _rates(run: Run) -> list[float]:
     most = ENGINES.get(run.engine or "torch", ENGINES["torch"]).speedup(cores)
     shared = cost.crowded(run)
     told = [(rank.rows, _core_seconds(rank, most, shared)) for rank in run.ranks]
-    return [rows / seconds for rows, seconds in told if rows and seconds]
+    return [rows / took for rows, took in told if rows and rows > 0 and cost.sound(took) and took]
 
 
 def _core_seconds(rank: Rank, most: float, shared: bool) -> float | None:

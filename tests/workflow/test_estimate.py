@@ -228,3 +228,17 @@ def test_warm_processes_do_not_tell_what_a_start_takes() -> None:
 def test_results_without_a_speed(runs: list[Run], text: str) -> None:
     with pytest.raises(NotMeasured, match=text):
         measured(runs)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -5.0, 0.0])
+def test_nonsense_tells_nothing(bad: float) -> None:
+    names = ("inference_s", "cpu_s", "init_s", "load_s", "join_s", "collective_s", "peak_memory_mb")
+    odd = Rank(rows=1000, **dict.fromkeys(names, bad))  # type: ignore[arg-type]
+    speed = measured([run(100, ranks=(*ranks(100), odd), spans=(Span(None, "init", 0, bad),))])
+    assert speed.rows_per_s == pytest.approx(100)
+    assert speed.start_s == pytest.approx(1.5)
+    assert 0 <= speed.wait_s <= 0.3
+    assert speed.peak_mb == measured([run(100)]).peak_mb
+    assert all(0 <= seconds < 1 for seconds in speed.step_s)
+    with pytest.raises(NotMeasured):
+        measured([run(100, ranks=(odd,))])
