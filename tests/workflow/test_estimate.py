@@ -234,11 +234,13 @@ def test_results_without_a_speed(runs: list[Run], text: str) -> None:
 def test_nonsense_tells_nothing(bad: float) -> None:
     names = ("inference_s", "cpu_s", "init_s", "load_s", "join_s", "collective_s", "peak_memory_mb")
     odd = Rank(rows=1000, **dict.fromkeys(names, bad))  # type: ignore[arg-type]
-    speed = measured([run(100, ranks=(*ranks(100), odd), spans=(Span(None, "init", 0, bad),))])
+    cores = {"threads": 1, "cores_usable": 4}
+    spans = (Span(None, "init", 0, bad),)
+    speed = measured([run(100, ranks=(*ranks(100), odd), spans=spans, environment=cores)])
     assert speed.rows_per_s == pytest.approx(100)
     assert speed.start_s == pytest.approx(1.5)
     assert 0 <= speed.wait_s <= 0.3
     assert speed.peak_mb == measured([run(100)]).peak_mb
     assert all(0 <= seconds < 1 for seconds in speed.step_s)
     with pytest.raises(NotMeasured):
-        measured([run(100, ranks=(odd,))])
+        measured([run(100, ranks=(odd,), environment=cores)])
