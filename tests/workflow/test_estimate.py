@@ -239,7 +239,7 @@ def test_nonsense_tells_nothing(bad: float) -> None:
     speed = measured([run(100, ranks=(*ranks(100), odd), spans=spans, environment=cores)])
     assert speed.rows_per_s == pytest.approx(100)
     assert speed.start_s == pytest.approx(1.5)
-    assert 0 <= speed.wait_s <= 0.3
+    assert 0 <= speed.wait_s < 0.31
     assert speed.peak_mb == measured([run(100)]).peak_mb
     assert all(0 <= seconds < 1 for seconds in speed.step_s)
     with pytest.raises(NotMeasured):
