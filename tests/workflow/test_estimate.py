@@ -200,8 +200,9 @@ def test_of_several_threads_one_cores_share(busy: float | None, share: float | N
 
 def test_on_aws_the_memory_tells_the_cores() -> None:
     limit = 3538 * 2**20 / 1e6
-    there = run(100, on="aws", ranks=ranks(100, memory_limit_mb=limit, cpu_s=19.0), spans=())
+    there = run(100, on="aws", ranks=ranks(100, memory_limit_mb=limit, cpu_s=19.0))
     assert measured([there]).rows_per_s == pytest.approx(100 / ENGINES["onnx"].second_thread)
+    assert measured([there]).step_s == ENGINES["onnx"].step_s  # its spans are Step Functions'
     less = run(100, on="aws", ranks=ranks(100, memory_limit_mb=limit / 4, cpu_s=5.0), spans=())
     assert measured([less]).rows_per_s == pytest.approx(200)
     with pytest.raises(NotMeasured):
