@@ -8,6 +8,8 @@ from __future__ import annotations
 from workflow.check import EXAMPLES as CHECK_EXAMPLES
 from workflow.check import check
 from workflow.cli_base import Grouped, group
+from workflow.cli_cost import EXAMPLES as COST_EXAMPLES
+from workflow.cli_cost import cost
 from workflow.cli_data import commands as data_commands
 from workflow.cli_infer import EXAMPLES as INFER_EXAMPLES
 from workflow.cli_infer import infer
@@ -23,3 +25,4 @@ app.add_typer(model_commands, name="model")
 app.command(cls=Grouped, epilog=RUN_EXAMPLES)(run)
 app.command(epilog=INFER_EXAMPLES)(infer)
 app.command(epilog=CHECK_EXAMPLES)(check)
+app.command(epilog=COST_EXAMPLES)(cost)
