@@ -8,7 +8,7 @@ import statistics
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from workflow import report_plots as plots
 from workflow.configurations import Configuration, Spread
@@ -16,6 +16,8 @@ from workflow.report_plots import Axis, Bar, Curve, Dot, Picture, Point, Track
 from workflow.results import Rank, Run
 
 __all__ = ["Costs", "Drawing", "Section", "choose", "name_of", "sections"]
+
+Item = TypeVar("Item")
 
 Costs = Mapping[int, float]
 """What runs cost, in USD, by the id() of the run; runs whose cost is not known are not in it."""
@@ -196,7 +198,7 @@ def _point(x: float, spread: Spread, scale: float = 1.0) -> Point:
     return Point(x, *(value * scale for value in spread))
 
 
-def _few[T](items: Sequence[T], most: int) -> Sequence[T]:
+def _few(items: Sequence[Item], most: int) -> Sequence[Item]:
     """Take at most so many, evenly, first and last among them."""
     if len(items) <= most:
         return items

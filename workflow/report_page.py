@@ -1,0 +1,459 @@
+"""What stands on the page of a report, as plain values that its templates need only place."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from workflow.configurations import COLUMNS, Configuration, Spread, Value, row
+from workflow.report_figures import Costs, name_of
+from workflow.results import Finding, Run
+
+__all__ = ["Cell", "Column", "Table", "configuration_table", "environments", "failures"]
+__all__ += ["cost_of", "findings", "headlines", "number", "published", "run_table", "short", "terms"]
+
+_DASH = "–"  # noqa: RUF001
+_SHOWN_FINDINGS = 50
+_SHOWN_FAILURES = 200
+_SHOWN_ROWS = 2_000
+_GBIT = 1e-9
+
+# How a column is headed and its unit; those that are in neither list are text.
+_HEADS: dict[str, tuple[str, str]] = {
+    "world_size": ("world size", "ranks"),
+    "ranks_recorded": ("ranks recorded", ""),
+    "partition_mb": ("partition", "MB"),
+    "data_gb": ("data", "GB"),
+    "batch_size": ("batch size", "rows"),
+    "repeat": ("repeat", ""),
+    "ok": ("runs ok", ""),
+    "failed": ("not ok", ""),
+    "rows": ("rows", ""),
+    "bits": ("bits", ""),
+    "total_s": ("whole run", "s"),
+    "init_s": ("init", "s, slowest"),
+    "join_s": ("join", "s, slowest"),
+    "load_s": ("load", "s, slowest"),
+    "inference_s": ("inference", "s, slowest"),
+    "collective_s": ("collective", "s, slowest"),
+    "rank_p50_s": ("inference p50", "s, ranks"),
+    "rank_p95_s": ("inference p95", "s, ranks"),
+    "straggler_ratio": ("straggler ratio", "slowest ÷ median"),
+    "rank_cpu_p50_s": ("CPU time p50", "s, ranks"),
+    "peak_memory_mb": ("peak memory", "MB"),
+    "memory_limit_mb": ("memory limit", "MB"),
+    "rows_per_s_wall_clock": ("wall-clock", "rows/s"),
+    "rows_per_s_sum_of_ranks": ("sum of ranks", "rows/s"),
+    "bits_per_s_wall_clock": ("wall-clock", "Gbit/s"),
+    "bits_per_s_sum_of_ranks": ("sum of ranks", "Gbit/s"),
+    "bits_per_s_end_to_end": ("end to end", "Gbit/s"),
+    "speedup": ("speed-up", "×"),  # noqa: RUF001
+    "efficiency": ("efficiency", "%"),
+    "mae": ("MAE", ""),
+    "mse": ("MSE", ""),
+    "bias": ("bias", ""),
+    "nmad": ("NMAD", ""),
+    "r2": ("R²", ""),
+    "cost_usd": ("cost", "USD"),
+}
+_SCALE = {"Gbit/s": _GBIT, "%": 100.0}
+_OF_CONFIGURATIONS = (
+    *("total_s", "inference_s", "straggler_ratio"),
+    *("rows_per_s_wall_clock", "rows_per_s_sum_of_ranks"),
+    *("bits_per_s_wall_clock", "bits_per_s_sum_of_ranks"),
+    *("speedup", "efficiency", "rank_cpu_p50_s", "peak_memory_mb", "nmad", "r2", "cost_usd"),
+)
+_NOT_OF_RUNS = {"run", "error", "place", "rank_max_s"}
+
+
+class Cell(NamedTuple):
+    """One cell: ``raw`` is the number itself, "" where it is unknown."""
+
+    text: str
+    raw: str = ""
+    number: bool = False
+    range: str = ""
+    bad: bool = False
+
+
+class Column(NamedTuple):
+    """The head of a column; ``key`` is its name in the CSV."""
+
+    key: str
+    head: str
+    unit: str
+    number: bool
+
+
+@dataclass
+class Table:
+    """A table to sort and filter; the first cell of a row names it."""
+
+    id: str
+    title: str
+    columns: list[Column]
+    rows: list[list[Cell]]
+    hint: str = "words, or e.g. world_size=4"
+    notes: list[str] = field(default_factory=list)
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Write a number for people, with four digits that count; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return _DASH
+    if isinstance(value, int):
+        return f"{value:,}"
+    scaled = value * _SCALE.get(unit, 1.0)
+    if scaled and abs(scaled) < 1e-6:
+        return f"{scaled:.3g}"
+    digits = 3 - math.floor(math.log10(abs(scaled))) if scaled else 0
+    return f"{scaled:,.{min(max(digits, 0), 9)}f}"
+
+
+def _cell(value: Value, unit: str, spread: Spread | None = None) -> Cell:
+    known = value if isinstance(value, int | float) else None
+    span = ""
+    if spread is not None and spread.min != spread.max:
+        span = f"{number(spread.min, unit)} to {number(spread.max, unit)}"
+    return Cell(number(known, unit), "" if known is None else repr(known), True, span)
+
+
+def _column(key: str) -> Column:
+    head, unit = _HEADS.get(key, (key.replace("_", " "), ""))
+    return Column(key, head, unit, key in _HEADS)
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+
+def configuration_table(configurations: Sequence[Configuration], costs: Costs) -> Table:
+    """Make the table of configurations: medians, with least and greatest where repeats differ."""
+    rows = [_configuration(c, costs) for c in configurations[:_SHOWN_ROWS]]
+    keys = [k for k in rows[0] if any(line[k] is not None for line in rows)] if rows else []
+    columns = [Column("configuration", "configuration", "", False), *map(_column, keys)]
+    cells = [
+        [
+            Cell(name_of(c, configurations) or c.data),
+            *(_cell(_middle(line[k]), _HEADS[k][1], _spread(line[k])) for k in keys),
+        ]
+        for c, line in zip(configurations, rows, strict=False)
+    ]
+    table = Table("configurations", "Configurations", columns, cells)
+    table.notes = [
+        "Medians over the runs that are ok, below them least to greatest where they differ. "
+        "configurations.csv has every measure.",
+        *_cut(len(rows), len(configurations), "configurations.csv"),
+    ]
+    return table
+
+
+def _configuration(c: Configuration, costs: Costs) -> dict[str, float | Spread | None]:
+    values: dict[str, float | Spread | None] = {
+        "world_size": c.world_size,
+        "batch_size": c.batch_size,
+        "ok": c.ok,
+        "failed": c.failed + c.incomplete,
+    }
+    single = {"speedup": c.speedup, "efficiency": c.efficiency, "cost_usd": cost_of(c, costs)}
+    return values | {k: single.get(k, c.measures.get(k)) for k in _OF_CONFIGURATIONS}
+
+
+def cost_of(c: Configuration, costs: Costs) -> Spread | None:
+    """Median, least and greatest cost of the runs that are ok, in USD; None if none is known."""
+    usd = [costs[id(run)] for run in c.runs if run.status == "ok" and id(run) in costs]
+    return Spread(statistics.median(usd), min(usd), max(usd)) if usd else None
+
+
+def _middle(value: float | Spread | None) -> float | None:
+    return value.median if isinstance(value, Spread) else value
+
+
+def _spread(value: float | Spread | None) -> Spread | None:
+    return value if isinstance(value, Spread) else None
+
+
+def run_table(runs: Sequence[Run], costs: Costs) -> Table:
+    """Make the table of runs; what is the same in all of them is said once, below it."""
+    lines = [row(run) | {"cost_usd": costs.get(id(run))} for run in runs]
+    keys, same = [], []
+    for key in (k for k in (*COLUMNS, "cost_usd") if k not in _NOT_OF_RUNS):
+        found = {line[key] for line in lines}
+        if len(found) == 1 and key not in _HEADS and len(lines) > 1 and found != {None}:
+            same.append(f"{key.replace('_', ' ')} {next(iter(found))}")
+        elif found != {None}:
+            keys.append(key)
+    columns = [Column("run", "run", "", False), *map(_column, keys)]
+    cells = [
+        [Cell(run.name), *(_run_cell(key, line[key]) for key in keys)]
+        for run, line in zip(runs[:_SHOWN_ROWS], lines, strict=False)
+    ]
+    table = Table("runs", "Runs", columns, cells, "words, or e.g. status=ok batch_size>=32")
+    if same:
+        table.notes.append(f"The same in all runs: {', '.join(same)}.")
+    table.notes += _cut(len(cells), len(runs), "results.csv")
+    return table
+
+
+def _run_cell(key: str, value: Value) -> Cell:
+    if key in _HEADS:
+        return _cell(value, _HEADS[key][1])
+    return Cell(_DASH if value is None else str(value), bad=value in ("failed", "incomplete"))
+
+
+def _cut(shown: int, there: int, where: str) -> list[str]:
+    if shown >= there:
+        return []
+    return [f"The first {shown:,} of {there:,} rows are shown; {where} has all."]
+
+
+def published(configurations: Sequence[Configuration]) -> Table | None:
+    """Make the table of three rates of the original's runs: means over repeats, as published."""
+    keys = ("bits_per_s_sum_of_ranks", "bits_per_s_wall_clock", "bits_per_s_end_to_end")
+    rows = []
+    for c in configurations:
+        lines = [row(run) for run in c.runs if run.status == "ok"]
+        means = {key: _mean(_rates(run_line, key)) for key in keys for run_line in [lines]}
+        if c.source == "original" and means[keys[0]] is not None and means[keys[1]] is not None:
+            counts = (c.world_size, c.batch_size, len(lines))
+            numbers = [_cell(value, "") for value in counts]
+            rows.append([Cell(c.data), *numbers, *(_cell(means[k], "Gbit/s") for k in keys)])
+    if not rows:
+        return None
+    columns = [Column("data", "data", "", False), *map(_column, ("world_size", "batch_size", "ok"))]
+    table = Table("published-rates", "Three rates", [*columns, *map(_column, keys)], rows)
+    table.notes = ["Means over the runs, as the original project publishes its numbers."]
+    return table
+
+
+def _rates(lines: Iterable[Mapping[str, Value]], key: str) -> list[float]:
+    if key == "bits_per_s_end_to_end":
+        found = [_over(line["bits"], line["total_s"]) for line in lines]
+    else:
+        found = [line[key] for line in lines]
+    return [value for value in found if isinstance(value, int | float)]
+
+
+def _over(above: Value, below: Value) -> float | None:
+    known = isinstance(above, int | float) and isinstance(below, int | float) and below > 0
+    return above / below if known else None  # type: ignore[operator]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+# -- findings and failures ------------------------------------------------------------------------
+
+
+def findings(found: Sequence[Finding], shown: int = _SHOWN_FINDINGS) -> list[dict[str, Any]]:
+    """Group findings by kind, the rarest first: many of one kind do not bury another."""
+    groups: dict[str, list[Finding]] = {}
+    for finding in found:
+        groups.setdefault(finding.kind, []).append(finding)
+    return [
+        {
+            "kind": kind,
+            "count": len(of_it),
+            "same": len({finding.text for finding in of_it}) == 1,
+            "shown": [f._replace(place=short(f.place)) for f in of_it[:shown]],
+            "more": max(len(of_it) - shown, 0),
+        }
+        for kind, of_it in sorted(groups.items(), key=lambda item: len(item[1]))
+    ]
+
+
+def short(place: str) -> str:
+    """A path below the current folder relative to it: a page for others needs no more."""
+    if place.startswith("/") and os.path.commonpath([place, os.getcwd()]) == os.getcwd():
+        return os.path.relpath(place)
+    return place
+
+
+def failures(runs: Sequence[Run]) -> tuple[list[dict[str, str]], int]:
+    """Return runs that failed or are incomplete, and how many more there are than is shown."""
+    bad = [run for run in runs if run.status != "ok"]
+    shown = [
+        {
+            "name": run.name,
+            "status": run.status,
+            "error": run.error or "no error was recorded",
+            "place": short(run.place),
+        }
+        for run in bad[:_SHOWN_FAILURES]
+    ]
+    return shown, len(bad) - len(shown)
+
+
+# -- headline figures -----------------------------------------------------------------------------
+
+
+def headlines(configurations: Sequence[Configuration], costs: Costs) -> list[dict[str, Any]]:
+    """Make the cards of the best configuration of each source."""
+    sources = list(dict.fromkeys((c.source, c.on) for c in configurations))
+    found = []
+    for source, on in sources:
+        of_it = [c for c in configurations if (c.source, c.on) == (source, on)]
+        best = _best(of_it)
+        if best is not None:
+            where = "on AWS" if on == "aws" else "on one machine"
+            heading = f"{source}, {where}" if len(sources) > 1 else where.capitalize()
+            found.append({"heading": heading, "cards": list(_cards(best, of_it, costs))})
+    return found
+
+
+def _best(configurations: Sequence[Configuration]) -> Configuration | None:
+    """The fastest by wall-clock; where nobody timed that, by the sum of ranks."""
+    for unit in ("bits_per_s", "rows_per_s"):
+        for kind in ("wall_clock", "sum_of_ranks"):
+            key = f"{unit}_{kind}"
+            known = [c for c in configurations if key in c.measures]
+            if known:
+                return max(known, key=lambda c: c.measures[key].median)
+    return None
+
+
+def _cards(
+    best: Configuration, among: Sequence[Configuration], costs: Costs
+) -> Iterable[dict[str, str]]:
+    measured = f"median of {best.ok} runs" if best.ok > 1 else "one run"
+    context = " ".join(part for part in (best.engine, best.precision) if part)
+    why = "greatest wall-clock rate" if "bits_per_s_wall_clock" in best.measures else "greatest rate"
+    yield {
+        "term": "Best configuration",
+        "value": name_of(best) or best.data,
+        "text": f"{why} of {len(among)}; {measured}; {', '.join(p for p in (best.data, context) if p)}",
+    }
+    yield _rate(best, "wall_clock", "Wall-clock rate", _WALL_CLOCK)
+    yield _rate(best, "sum_of_ranks", "Sum of ranks", _SUM)
+    m = best.measures
+    if "total_s" in m:
+        yield {
+            "term": "Whole run",
+            "value": f"{number(m['total_s'].median)} s",
+            "text": _inference(m.get("inference_s")),
+        }
+    if (usd := cost_of(best, costs)) is not None:
+        yield {
+            "term": "Cost of one run",
+            "value": f"${number(usd.median)}",
+            "text": "at AWS's list prices, by the seconds of the ranks; assumptions below",
+        }
+    if "nmad" in m:
+        r2 = f"; R² {number(m['r2'].median)}" if "r2" in m else ""
+        yield {
+            "term": "Accuracy (NMAD)",
+            "value": number(m["nmad"].median),
+            "text": f"scatter of the predicted redshifts, outliers aside{r2}",
+        }
+
+
+_WALL_CLOCK = "All rows over the time from the slowest rank's point of view: what one waits for."
+_SUM = (
+    "What each rank did per second of its own time, added up as if all were always at work: "
+    "an upper bound."
+)
+
+
+def _inference(spread: Spread | None) -> str:
+    known = f", {number(spread.median)} s of it inference" if spread else ""
+    return f"from its start to its end{known}"
+
+
+def _rate(c: Configuration, kind: str, term: str, text: str) -> dict[str, str]:
+    rows, bits = c.measures.get(f"rows_per_s_{kind}"), c.measures.get(f"bits_per_s_{kind}")
+    shown = [f"{number(rows.median)} rows/s"] if rows else []
+    if bits:
+        shown.append(f"{number(bits.median, 'Gbit/s')} Gbit/s")
+    if c.source.startswith("original"):
+        shown.reverse()  # the unit of its tables
+    more = f" ({shown[1]})" if len(shown) > 1 else ""
+    return {"term": term, "value": shown[0] if shown else _DASH, "text": f"{text}{more}"}
+
+
+# -- environment and definitions --------------------------------------------------------------------
+
+
+def environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the different environments, and in how many runs each was."""
+    groups: list[tuple[Mapping[str, Any], int]] = []
+    for run in runs:
+        for i, (known, count) in enumerate(groups):
+            if known == run.environment:
+                groups[i] = (known, count + 1)
+                break
+        else:
+            if run.environment:
+                groups.append((run.environment, 1))
+    return [
+        {
+            "heading": f"{count:,} of {len(runs):,} runs" if count < len(runs) else "All runs",
+            "lines": list(_lines(known)),
+        }
+        for known, count in groups[:10]
+    ]
+
+
+def _lines(environment: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    for key, value in environment.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{k} {v}" for k, v in value.items() if v is not None)
+        elif isinstance(value, float):
+            value = number(value)
+        if value is not None:
+            name = key.replace("_", " ").removesuffix(" gb")
+            yield name, f"{value} GB" if key.endswith("_gb") else str(value)
+
+
+def terms(assumptions: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the definitions, with what the costs assume."""
+    known = list(dict.fromkeys(assumptions))
+    more = f" Assumed here: {'; '.join(known[:6])}." if known else ""
+    return [*_TERMS[:-1], (_TERMS[-1][0], _TERMS[-1][1] + more)]
+
+
+_TERMS = (
+    (
+        "Wall-clock rate",
+        "All rows (or bits) over the time of the inference of all ranks together: that of the "
+        "slowest rank's loop; for the original project's runs, of the Map state. Unknown where "
+        "nobody timed it.",
+    ),
+    (
+        "Sum of ranks",
+        "Each rank's rate by its own clock, added up. Ours are per elapsed second; the original's "
+        "per second of CPU time. It does not fall when ranks start late or wait, so it is never "
+        "the time somebody waited.",
+    ),
+    ("Whole run", "From the start of init to the end of summarize: with loading and joining."),
+    (
+        "init, join, load, inference, collective",
+        "Start of a rank's process to its first call; until all ranks had joined; imports, model "
+        "and opening of the data; the loop that predicts; barrier and allreduce, waiting included. "
+        "In the tables it is the rank that took longest for it.",
+    ),
+    (
+        "Straggler ratio",
+        "Inference time of the slowest rank over the median rank's: 1 is balanced.",
+    ),
+    (
+        "Speed-up, efficiency",
+        "Inference time of one rank over that of W ranks, same data, batch size, engine and place; "
+        "and that over W.",
+    ),
+    ("Peak memory", "Resident memory of the rank that took most; MB are 10⁶ bytes."),
+    (
+        "MAE, MSE, bias, NMAD, R²",
+        "Of z_phot against z_spec, dimensionless. With Δz = (z_phot − z_spec) / (1 + z_spec): bias "  # noqa: RUF001
+        "is its mean, NMAD is 1.48 · median |Δz − median Δz|.",  # noqa: RUF001
+    ),
+    ("Median, range", "Over the repeats of a configuration that are ok; failed runs count nowhere."),
+    (
+        "Cost",
+        "USD at AWS's list prices, without free tiers, of the seconds that the ranks took; for "
+        "runs elsewhere, what these seconds would cost there.",
+    ),
+)
