@@ -10,6 +10,7 @@ import base64
 import csv
 import hashlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 from lambda_worker import storage
 from workflow import report_page
 from workflow.configurations import COLUMNS, MEASURES, Configuration, Value, row, summarise
-from workflow.report_figures import Costs, Drawing, Section, choose, sections
+from workflow.report_details import choose
+from workflow.report_figures import sections
+from workflow.report_parts import Costs, Drawing, Section
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -118,16 +121,12 @@ def pick(runs: Sequence[Run], name: str | None) -> Run | None:
 
 def common(runs: Sequence[Run]) -> str:
     """Return the folder that all runs were read from, as far as there is one."""
-    places = [run.place for run in runs]
-    try:
-        return os.path.commonpath(places)
-    except ValueError:  # none, or absolute and relative ones
-        return os.path.commonprefix(places)
+    places = [run.place.split("/") for run in runs]
+    alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*places, strict=False))
+    return "/".join(parts[0] for parts in alike) or "several places"
 
 
-def _costs(
-    runs: Iterable[Run], prices: Prices | None, memory_mb: int | None
-) -> Mapping[int, Cost]:
+def _costs(runs: Iterable[Run], prices: Prices | None, memory_mb: int | None) -> Mapping[int, Cost]:
     from workflow.cost import load_prices, of_run
 
     known = prices or load_prices()
@@ -277,6 +276,12 @@ def _inline(drawing: Drawing) -> str:
 # -- tables -------------------------------------------------------------------------------------
 
 
+_KEYS = (
+    *("source", "on", "data", "world_size", "batch_size", "engine", "precision"),
+    *("ok", "failed", "incomplete", "speedup", "efficiency", "total_speedup"),
+)
+
+
 def _results_csv(runs: Iterable[Run], usd: Costs) -> bytes:
     names = (*COLUMNS, "cost_usd")
     return _csv(names, (row(run) | {"cost_usd": usd.get(id(run))} for run in runs))
@@ -287,10 +292,6 @@ def _configurations_csv(configurations: Iterable[Configuration], usd: Costs) -> 
     measured = (*MEASURES, "cost_usd")
     names = [*_KEYS, *(f"{name}{end}" for name in measured for end in ("", "_min", "_max"))]
     return _csv(names, (_configuration(c, usd) for c in configurations))
-
-
-_KEYS = ("source", "on", "data", "world_size", "batch_size", "engine", "precision")
-_KEYS += ("ok", "failed", "incomplete", "speedup", "efficiency", "total_speedup")
 
 
 def _configuration(c: Configuration, usd: Costs) -> dict[str, Value]:

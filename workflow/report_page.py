@@ -10,11 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from workflow.configurations import COLUMNS, Configuration, Spread, Value, row
-from workflow.report_figures import Costs, name_of
+from workflow.report_parts import Costs, name_of
 from workflow.results import Finding, Run
 
 __all__ = ["Cell", "Column", "Table", "configuration_table", "environments", "failures"]
-__all__ += ["cost_of", "findings", "headlines", "number", "published", "run_table", "short", "terms"]
+__all__ += [
+    "cost_of",
+    "findings",
+    "headlines",
+    "number",
+    "published",
+    "run_table",
+    "short",
+    "terms",
+]
 
 _DASH = "–"  # noqa: RUF001
 _SHOWN_FINDINGS = 50
@@ -101,8 +110,8 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-def number(value: float | None, unit: str = "") -> str:
-    """Write a number for people, with four digits that count; a dash where there is none."""
+def number(value: float | None, unit: str = "", digits: int = 3) -> str:
+    """Write a number for people, with so many digits that count; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return _DASH
     if isinstance(value, int):
@@ -110,8 +119,8 @@ def number(value: float | None, unit: str = "") -> str:
     scaled = value * _SCALE.get(unit, 1.0)
     if scaled and abs(scaled) < 1e-6:
         return f"{scaled:.3g}"
-    digits = 3 - math.floor(math.log10(abs(scaled))) if scaled else 0
-    return f"{scaled:,.{min(max(digits, 0), 9)}f}"
+    places = digits - 1 - math.floor(math.log10(abs(scaled))) if scaled else 0
+    return f"{scaled:,.{min(max(places, 0), 9)}f}"
 
 
 def _cell(value: Value, unit: str, spread: Spread | None = None) -> Cell:
@@ -134,6 +143,9 @@ def configuration_table(configurations: Sequence[Configuration], costs: Costs) -
     """Make the table of configurations: medians, with least and greatest where repeats differ."""
     rows = [_configuration(c, costs) for c in configurations[:_SHOWN_ROWS]]
     keys = [k for k in rows[0] if any(line[k] is not None for line in rows)] if rows else []
+    # The unit that a project is used to: rows/s are ours, bit/s the original's.
+    sources = {c.source.startswith("original") for c in configurations}
+    keys = [k for k in keys if k.startswith("bits_per_s") in sources or "_per_s_" not in k]
     columns = [Column("configuration", "configuration", "", False), *map(_column, keys)]
     cells = [
         [
@@ -216,11 +228,11 @@ def published(configurations: Sequence[Configuration]) -> Table | None:
     rows = []
     for c in configurations:
         lines = [row(run) for run in c.runs if run.status == "ok"]
-        means = {key: _mean(_rates(run_line, key)) for key in keys for run_line in [lines]}
+        means = {key: _mean(_rates(lines, key)) for key in keys}
         if c.source == "original" and means[keys[0]] is not None and means[keys[1]] is not None:
             counts = (c.world_size, c.batch_size, len(lines))
             numbers = [_cell(value, "") for value in counts]
-            rows.append([Cell(c.data), *numbers, *(_cell(means[k], "Gbit/s") for k in keys)])
+            rows.append([Cell(c.data), *numbers, *(_exact(means[k]) for k in keys)])
     if not rows:
         return None
     columns = [Column("data", "data", "", False), *map(_column, ("world_size", "batch_size", "ok"))]
@@ -229,17 +241,21 @@ def published(configurations: Sequence[Configuration]) -> Table | None:
     return table
 
 
+def _exact(value: float | None) -> Cell:
+    """A rate as it is published: 18.04."""
+    return _cell(value, "Gbit/s")._replace(text=number(value, "Gbit/s", digits=4))
+
+
 def _rates(lines: Iterable[Mapping[str, Value]], key: str) -> list[float]:
-    if key == "bits_per_s_end_to_end":
-        found = [_over(line["bits"], line["total_s"]) for line in lines]
-    else:
-        found = [line[key] for line in lines]
+    end_to_end = key == "bits_per_s_end_to_end"
+    found = [_over(line["bits"], line["total_s"]) if end_to_end else line[key] for line in lines]
     return [value for value in found if isinstance(value, int | float)]
 
 
 def _over(above: Value, below: Value) -> float | None:
-    known = isinstance(above, int | float) and isinstance(below, int | float) and below > 0
-    return above / below if known else None  # type: ignore[operator]
+    if isinstance(above, int | float) and isinstance(below, int | float) and below > 0:
+        return above / below
+    return None
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -321,11 +337,13 @@ def _cards(
 ) -> Iterable[dict[str, str]]:
     measured = f"median of {best.ok} runs" if best.ok > 1 else "one run"
     context = " ".join(part for part in (best.engine, best.precision) if part)
-    why = "greatest wall-clock rate" if "bits_per_s_wall_clock" in best.measures else "greatest rate"
+    why = (
+        "greatest wall-clock rate" if "bits_per_s_wall_clock" in best.measures else "greatest rate"
+    )
     yield {
         "term": "Best configuration",
         "value": name_of(best) or best.data,
-        "text": f"{why} of {len(among)}; {measured}; {', '.join(p for p in (best.data, context) if p)}",
+        "text": "; ".join(part for part in (why, measured, best.data, context) if part),
     }
     yield _rate(best, "wall_clock", "Wall-clock rate", _WALL_CLOCK)
     yield _rate(best, "sum_of_ranks", "Sum of ranks", _SUM)
@@ -351,7 +369,7 @@ def _cards(
         }
 
 
-_WALL_CLOCK = "All rows over the time from the slowest rank's point of view: what one waits for."
+_WALL_CLOCK = "All rows over the time that the slowest rank took: what one waits for."
 _SUM = (
     "What each rank did per second of its own time, added up as if all were always at work: "
     "an upper bound."
@@ -374,7 +392,7 @@ def _rate(c: Configuration, kind: str, term: str, text: str) -> dict[str, str]:
     return {"term": term, "value": shown[0] if shown else _DASH, "text": f"{text}{more}"}
 
 
-# -- environment and definitions --------------------------------------------------------------------
+# -- environment and definitions ------------------------------------------------------------------
 
 
 def environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -450,7 +468,10 @@ _TERMS = (
         "Of z_phot against z_spec, dimensionless. With Δz = (z_phot − z_spec) / (1 + z_spec): bias "  # noqa: RUF001
         "is its mean, NMAD is 1.48 · median |Δz − median Δz|.",  # noqa: RUF001
     ),
-    ("Median, range", "Over the repeats of a configuration that are ok; failed runs count nowhere."),
+    (
+        "Median, range",
+        "Over the repeats of a configuration that are ok; failed runs count nowhere.",
+    ),
     (
         "Cost",
         "USD at AWS's list prices, without free tiers, of the seconds that the ranks took; for "

@@ -17,6 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.scale import LogScale
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ _PNG_DPI = 160
 _CSS_DPI = 96
 _MARKERS = "osD^vPX*<>"
 _LONGEST = 36
-_STYLE = {
+_BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -141,23 +143,29 @@ def curves(
             text = label(line.name)
             handles.append(Line2D([], [], color=colour, marker=marker, markersize=5, label=text))
         everything = [p for line in lines for p in (*line.thick, *line.thin)]
+        above = _meanings(meanings) if meanings else []
         if ideal:
-            handles.append(_ideal(axes, everything, ideal))
+            above.append(_ideal(axes, everything, ideal))
         _axes(axes, x, y, sorted({p.x for p in everything}))
-        _legend(figure, handles, meanings)
+        _legend(figure, handles, "lower")
+        _legend(figure, above, "upper")
         return _picture(figure)
 
 
 def _curve(axes: Axes, line: Curve, colour: Any, marker: str) -> None:
     if line.thick:
-        xs, ys, below, above = zip(*((p.x, p.y, p.y - p.low, p.high - p.y) for p in line.thick))
+        xs, ys, below, above = zip(
+            *((p.x, p.y, p.y - p.low, p.high - p.y) for p in line.thick), strict=True
+        )
         axes.errorbar(
             xs, ys, yerr=(below, above), color=colour, marker=marker, markersize=5,
             linewidth=1.8, elinewidth=1, capsize=2.5,
         )  # fmt: skip
     if line.thin:
         xs, ys = zip(*((p.x, p.y) for p in line.thin), strict=True)
-        alone = {"marker": marker, "markersize": 3} if len(xs) == 1 or not line.thick else {}
+        alone: dict[str, Any] = (
+            {"marker": marker, "markersize": 3} if len(xs) == 1 or not line.thick else {}
+        )
         axes.plot(xs, ys, color=colour, linewidth=0.9, linestyle=(0, (4, 2)), **alone)
 
 
@@ -187,17 +195,24 @@ def _plain(value: float, _: object = None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _legend(figure: Figure, handles: list[Any], meanings: tuple[str, str] | None) -> None:
-    if meanings:
-        styles: tuple[dict[str, Any], ...] = (
-            {"linewidth": 1.8},
-            {"linewidth": 0.9, "linestyle": (0, (4, 2))},
-        )
-        for text, style in zip(meanings, styles, strict=True):
-            handles.append(Line2D([], [], color="#595959", label=text, **style))
-    widest = max(len(str(handle.get_label())) for handle in handles)
-    columns = max(1, min(4, int(64 / (widest + 6))))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+def _meanings(texts: tuple[str, str]) -> list[Any]:
+    styles: tuple[dict[str, Any], ...] = (
+        {"linewidth": 1.8},
+        {"linewidth": 0.9, "linestyle": (0, (4, 2))},
+    )
+    return [
+        Line2D([], [], color="#595959", label=text, **style)
+        for text, style in zip(texts, styles, strict=True)
+    ]
+
+
+def _legend(figure: Figure, handles: list[Any], side: str) -> None:
+    """Explain the lines outside the axes, in as many columns as there is room for."""
+    if handles:
+        widest = max(len(str(handle.get_label())) for handle in handles)
+        columns = max(1, min(len(handles), 6, int(74 / (widest + 7))))
+        where: Any = f"outside {side} center"
+        figure.legend(handles=handles, loc=where, ncols=columns)
 
 
 def dots(points: Sequence[Dot], x: Axis, y: Axis, group: str, frontier: str) -> Picture:
@@ -219,10 +234,10 @@ def dots(points: Sequence[Dot], x: Axis, y: Axis, group: str, frontier: str) -> 
             handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", label=text))
         best = sorted(p for p in points if p.frontier)
         axes.plot([p.x for p in best], [p.y for p in best], color="#595959", linewidth=1)
-        _names(axes, best)
-        handles.append(Line2D([], [], color="#595959", linewidth=1, label=frontier))
         _scatter_axes(axes, x, y, points)
-        _legend(figure, handles, None)
+        _names(axes, best)
+        _legend(figure, handles, "lower")
+        _legend(figure, [Line2D([], [], color="#595959", linewidth=1, label=frontier)], "upper")
         return _picture(figure)
 
 
@@ -231,21 +246,27 @@ def _natural(name: str) -> tuple[float, str]:
 
 
 def _names(axes: Axes, best: Sequence[Dot]) -> None:
-    """Write the names of some of the frontier, first and last among them."""
-    step = max(1, math.ceil(len(best) / 5))
-    for point in {*best[::step], best[-1]} if best else ():
-        axes.annotate(
-            label(point.name, 24), (point.x, point.y), xytext=(5, 5), textcoords="offset points",
-            fontsize=8,
-        )  # fmt: skip
+    """Write names to the frontier's ends, and between them where there is room."""
+    places = axes.transAxes.inverted().transform(
+        axes.transData.transform([(p.x, p.y) for p in best])
+    )
+    named: list[int] = []
+    for i in sorted(range(len(best)), key=lambda i: i % max(len(best) - 1, 1)):
+        if all(max(abs(places[i] - places[k])) > 0.15 for k in named):
+            named.append(i)
+            axes.annotate(
+                label(best[i].name, 24), (best[i].x, best[i].y), xytext=(6, 7), fontsize=8,
+                textcoords="offset points", bbox=_BEHIND,
+            )  # fmt: skip
 
 
 def _scatter_axes(axes: Axes, x: Axis, y: Axis, points: Sequence[Dot]) -> None:
     axes.set(xlabel=x.text, ylabel=y.text)
-    axes.margins(x=0.15, y=0.12)
-    for side, values in ((axes.xaxis, [p.x for p in points]), (axes.yaxis, [p.y for p in points])):
+    axes.margins(x=0.18, y=0.14)
+    for name, side in (("x", axes.xaxis), ("y", axes.yaxis)):
+        values = [getattr(point, name) for point in points]
         if min(values) > 0 and max(values) > 20 * min(values):
-            side._set_axes_scale("log", base=2)  # type: ignore[attr-defined]
+            axes.set(**{f"{name}scale": LogScale(side, base=2)})
             side.set_minor_locator(NullLocator())
         side.set_major_formatter(FuncFormatter(_plain))
 

@@ -31,11 +31,12 @@ ENVIRONMENT = {
 
 
 def made_run(
-    world: int = 4, batch: int = 32, repeat: int = 1, rows: int = ROWS, **fields: Any
+    world: int = 4, batch: int = 32, repeat: int = 1, galaxies: int = ROWS, **fields: Any
 ) -> Run:
     """Make a run of `world` ranks that went well; `fields` replace what it says."""
-    dice = random.Random(f"{world} {batch} {repeat} {rows}")
-    ranks = tuple(made_rank(r, rows // world + (r < rows % world), batch, dice) for r in range(world))
+    dice = random.Random(f"{world} {batch} {repeat} {galaxies}")
+    shares = [galaxies // world + (rank < galaxies % world) for rank in range(world)]
+    ranks = tuple(made_rank(r, rows, batch, dice) for r, rows in enumerate(shares))
     inference = max(r.inference_s or 0.0 for r in ranks)
     total = 1.3 + max(r.wall_s or 0.0 for r in ranks)
     usual: dict[str, Any] = {
@@ -49,8 +50,8 @@ def made_run(
         "engine": "torch",
         "precision": "fp32",
         "ranks": ranks,
-        "rows": rows,
-        "bits": float(rows * BITS_PER_ROW),
+        "rows": galaxies,
+        "bits": float(galaxies * BITS_PER_ROW),
         "total_s": total,
         "inference_s": inference,
         "metrics": METRICS,

@@ -1,0 +1,60 @@
+"""What the drawings of a report have in common: their form, and how configurations are named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+from workflow.configurations import Configuration
+from workflow.report_plots import Picture
+
+__all__ = ["Costs", "Drawing", "Section", "context", "few", "name_of"]
+
+Item = TypeVar("Item")
+
+Costs = Mapping[int, float]
+"""What runs cost, in USD, by the id() of the run; runs whose cost is not known are not in it."""
+
+
+class Drawing(NamedTuple):
+    """A picture in the report; ``name`` is that of its file."""
+
+    name: str
+    title: str
+    alt: str
+    caption: str
+    picture: Picture
+    tall: bool = False
+
+
+@dataclass
+class Section:
+    """Drawings under one heading, and a sentence for each that has no data."""
+
+    id: str
+    title: str
+    drawings: list[Drawing] = field(default_factory=list)
+    omitted: list[str] = field(default_factory=list)
+
+
+def name_of(c: Configuration, among: Iterable[Configuration] = ()) -> str:
+    """Name a configuration, by what tells it from the others ``among`` which it is."""
+    ranks = f"{c.world_size:,} rank{'s' if c.world_size != 1 else ''}" if c.world_size else ""
+    batch = f"batch {c.batch_size:,}" if c.batch_size else ""
+    return ", ".join(part for part in (ranks, batch, context(c, among)) if part)
+
+
+def context(c: Configuration, among: Iterable[Configuration]) -> str:
+    """Say what tells a configuration from others, apart from its world and batch size."""
+    others = list(among)
+    names = ("data", "engine", "precision", "source", "on")
+    parts = [getattr(c, n) for n in names if len({getattr(o, n) for o in others}) > 1]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def few(items: Sequence[Item], most: int) -> Sequence[Item]:
+    """Take at most so many, evenly, first and last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
