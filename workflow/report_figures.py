@@ -310,7 +310,7 @@ _SCALING = (
         "speed-up (×)",  # noqa: RUF001
         1.0,
         "Median time of the inference by one rank over that by W ranks, all else equal.",
-        "ideal: W ranks, W times as fast",
+        "ideal: the world size",
     ),
     (
         "efficiency",
@@ -348,9 +348,10 @@ def _cost(
     configurations: Sequence[Configuration], costs: Costs, step: Callable[[str], None]
 ) -> Section:
     section = Section("cost", "Cost against time")
-    groups: dict[tuple[str, str, str], list[Configuration]] = {}
+    groups: dict[tuple[object, ...], list[Configuration]] = {}
     for c in configurations:
-        groups.setdefault((c.source, c.on, c.data), []).append(c)
+        gb = c.runs[0].data_gb if c.source == "original" else None
+        groups.setdefault((c.source, c.on, gb or c.data), []).append(c)
     number = 0
     for group in sorted(groups.values(), key=len, reverse=True):
         points = _dots(group, costs, configurations)
@@ -363,11 +364,11 @@ def _cost(
             )
             section.omitted.append(text)
             break
-        where = context(group[0], configurations)
+        where = _shared(group, configurations)
         title = f"Cost against time: {where}" if where else "Cost against time"
         step(f"plot: {title}")
         axes = (Axis("time of the whole run (s)"), Axis("cost of one run (USD)"))
-        picture = plots.dots(points, *axes, "world size", "frontier: none is cheaper and faster")
+        picture = plots.dots(points, *axes, "frontier: none is cheaper and faster")
         section.drawings.append(
             Drawing(f"cost-{number}", title, _dots_alt(title, points), _COST_TEXT, picture)
         )
@@ -382,6 +383,16 @@ _COST_TEXT = (
 )
 
 
+def _shared(group: Sequence[Configuration], among: Sequence[Configuration]) -> str:
+    """What a group has in common that others have not."""
+    gb = group[0].runs[0].data_gb
+    if group[0].source == "original" and gb:
+        return f"the original's {gb:g} GB"
+    names = ("data", "source", "on")
+    parts = [getattr(group[0], n) for n in names if len({getattr(c, n) for c in among}) > 1]
+    return ", ".join(parts)
+
+
 def _dots(
     group: Sequence[Configuration], costs: Costs, among: Sequence[Configuration]
 ) -> list[Dot]:
@@ -393,11 +404,19 @@ def _dots(
     same = [c for _, _, c in known]
     return [
         Dot(
-            x, y, name_of(c, same), f"{c.world_size}" if c.world_size else "unknown",
+            x, y, name_of(c, same), _group(c),
             not any(a <= x and b <= y and (a, b) != (x, y) for a, b, _ in known),
         )
         for x, y, c in known
     ]  # fmt: skip
+
+
+def _group(c: Configuration) -> str:
+    """What a dot's colour stands for: the world, which for the original follows from partitions."""
+    partition = c.runs[0].partition_mb
+    if c.source == "original" and partition:
+        return f"{partition:g} MB partitions"
+    return _called("world_size", c.world_size) if c.world_size else "unknown"
 
 
 def _dots_alt(title: str, points: Sequence[Dot]) -> str:

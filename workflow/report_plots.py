@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Axis", "Bar", "Curve", "Dot", "Picture", "Point", "Track"]
 __all__ += ["bars", "curves", "dots", "label", "png_size", "timeline"]
 
-_WIDTH = 5.6  # inches: 538 px on a desktop, still legible at the 358 of a phone
+_WIDTH = 5.0  # inches: 480 px, not much more than a phone has, so that text stays legible
 _PNG_DPI = 160
 _CSS_DPI = 96
 _MARKERS = "osD^vPX*<>"
@@ -41,6 +42,8 @@ _STYLE: dict[Any, Any] = {
     "grid.color": "#e3e6ea",
     "legend.frameon": False,
     "legend.fontsize": 9,
+    "legend.handlelength": 1.6,
+    "legend.columnspacing": 1.4,
     # Names come from strangers: a $ in them is no formula.
     "text.parse_math": False,
     "svg.fonttype": "path",  # the same on every machine
@@ -133,7 +136,7 @@ def curves(
         meanings: what thick and thin lines are, if there are both.
         ideal: None, or how to call the straight line on which y equals x.
     """
-    with _drawing(3.9) as figure:
+    with _drawing(3.6) as figure:
         axes = figure.subplots()
         handles = []
         for number, line in enumerate(lines):
@@ -210,28 +213,27 @@ def _legend(figure: Figure, handles: list[Any], side: str) -> None:
     """Explain the lines outside the axes, in as many columns as there is room for."""
     if handles:
         widest = max(len(str(handle.get_label())) for handle in handles)
-        columns = max(1, min(len(handles), 6, int(74 / (widest + 7))))
+        columns = max(1, min(len(handles), 6, int(82 / (widest + 7))))
         where: Any = f"outside {side} center"
         figure.legend(handles=handles, loc=where, ncols=columns)
 
 
-def dots(points: Sequence[Dot], x: Axis, y: Axis, group: str, frontier: str) -> Picture:
+def dots(points: Sequence[Dot], x: Axis, y: Axis, frontier: str) -> Picture:
     """Draw configurations by time and cost, and the line of those that nothing else beats.
 
     Args:
-        group: what the colours are: "world size".
         frontier: what to call the line.
     """
     names = sorted({p.group for p in points}, key=_natural)
-    with _drawing(4.1) as figure:
+    with _drawing(3.7) as figure:
         axes = figure.subplots()
         handles: list[Any] = []
         for number, name in enumerate(names):
             colour, marker = _step(number, len(names)), _MARKERS[number % len(_MARKERS)]
             of_it = [p for p in points if p.group == name]
             axes.scatter([p.x for p in of_it], [p.y for p in of_it], color=colour, marker=marker)
-            text = f"{group} {label(name)}"
-            handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", label=text))
+            style: Any = {"color": colour, "marker": marker, "linestyle": ""}
+            handles.append(Line2D([], [], label=label(name), **style))
         best = sorted(p for p in points if p.frontier)
         axes.plot([p.x for p in best], [p.y for p in best], color="#595959", linewidth=1)
         _scatter_axes(axes, x, y, points)
@@ -242,7 +244,8 @@ def dots(points: Sequence[Dot], x: Axis, y: Axis, group: str, frontier: str) -> 
 
 
 def _natural(name: str) -> tuple[float, str]:
-    return (float(name), "") if name.replace(".", "", 1).isdecimal() else (math.inf, name)
+    number = re.match(r"\d+(\.\d+)?", name)
+    return (float(number[0]) if number else math.inf, name)
 
 
 def _names(axes: Axes, best: Sequence[Dot]) -> None:
@@ -255,8 +258,8 @@ def _names(axes: Axes, best: Sequence[Dot]) -> None:
         if all(max(abs(places[i] - places[k])) > 0.15 for k in named):
             named.append(i)
             axes.annotate(
-                label(best[i].name, 24), (best[i].x, best[i].y), xytext=(6, 7), fontsize=8,
-                textcoords="offset points", bbox=_BEHIND,
+                label(best[i].name, 24), (best[i].x, best[i].y), xytext=(3, 9), zorder=1,
+                fontsize=8, textcoords="offset points", bbox=_BEHIND,
             )  # fmt: skip
 
 
