@@ -22,11 +22,17 @@ _GBIT = 1e-9
 
 _WORLD = Axis("world size (ranks)")
 _BATCH = Axis("batch size (rows per call of the model)", log=True)
+_ROWS = ("rows_per_s_wall_clock", "rows_per_s_sum_of_ranks")
+_BITS = ("bits_per_s_wall_clock", "bits_per_s_sum_of_ranks")
 _RATES = ("wall-clock", "sum of ranks (thin)")
 _TIMES = ("whole run", "inference only (thin)")
 _RATES_TEXT = (
     "Thick: all rows over the time of the slowest rank. Thin: the ranks' own rates added up, which "
     "is never what one waits for. Bars: least to greatest of the repeats."
+)
+_BITS_TEXT = (
+    "Thick: all bits over the time of the Map state. Thin: the ranks' own rates, per second of CPU "
+    "time, added up. Bars: least to greatest of the repeats."
 )
 _TIMES_TEXT = (
     "Thick: from the start of the run to its end. Thin: the inference of the slowest rank. "
@@ -101,13 +107,15 @@ def _shown(
     yield from enumerate(usable[:_PANELS], 1)
 
 
-def _curves(panel: _Panel, by: str, over: str, measures: tuple[str, str | None]) -> list[Curve]:
+def _curves(
+    panel: _Panel, by: str, over: str, measures: tuple[str, str | None], scale: float = 1.0
+) -> list[Curve]:
     """One curve for each value of ``by``: thick the first measure, thin the second."""
     values = sorted({v for c in panel.configurations if (v := getattr(c, by)) is not None})
     lines = []
     for value in few(values, _LINES):
         of_it = [c for c in panel.configurations if getattr(c, by) == value]
-        thick, thin = (_points(of_it, over, name) if name else [] for name in measures)
+        thick, thin = (_points(of_it, over, name, scale) if name else [] for name in measures)
         if thick or thin:
             lines.append(Curve(_called(by, value), thick, thin))
     return lines
@@ -120,7 +128,7 @@ def _called(by: str, value: int) -> str:
 
 
 def _points(
-    configurations: Iterable[Configuration], over: str, name: str, scale: float = 1.0
+    configurations: Iterable[Configuration], over: str, name: str, scale: float
 ) -> list[Point]:
     known = [
         (getattr(c, over), c.measures[name])
@@ -176,9 +184,8 @@ def _world_axis(panel: _Panel) -> Axis:
 def _world_size(ours: Sequence[Configuration], step: Callable[[str], None]) -> Section:
     section = Section("world", "Against the world size")
     panels = _panels(ours)
-    rates = ("rows_per_s_wall_clock", "rows_per_s_sum_of_ranks")
-    for n, panel in _shown(section, "throughput against world size", panels, "world_size", rates):
-        lines = _curves(panel, "batch_size", "world_size", rates)
+    for n, panel in _shown(section, "throughput against world size", panels, "world_size", _ROWS):
+        lines = _curves(panel, "batch_size", "world_size", _ROWS)
         axes = (_world_axis(panel), Axis("throughput (rows/s)"))
         title = "Throughput against world size"
         name = f"throughput-world-{n}"
@@ -197,12 +204,16 @@ def _world_size(ours: Sequence[Configuration], step: Callable[[str], None]) -> S
 def _batch_size(all_of_them: Sequence[Configuration], step: Callable[[str], None]) -> Section:
     section = Section("batch", "Against the batch size")
     panels = _panels(all_of_them)
-    rates = ("rows_per_s_wall_clock", "rows_per_s_sum_of_ranks")
-    for n, panel in _shown(section, "throughput against batch size", panels, "batch_size", rates):
-        lines = _curves(panel, "world_size", "batch_size", rates)
-        axes = (_BATCH, Axis("throughput (rows/s)"))
+    both = (*_ROWS, *_BITS)
+    for n, panel in _shown(section, "throughput against batch size", panels, "batch_size", both):
+        theirs = panel.configurations[0].source.startswith("original")
+        measures, unit, text = (
+            (_BITS, "Gbit/s", _BITS_TEXT) if theirs else (_ROWS, "rows/s", _RATES_TEXT)
+        )
+        lines = _curves(panel, "world_size", "batch_size", measures, _GBIT if theirs else 1.0)
+        axes = (_BATCH, Axis(f"throughput ({unit})"))
         title, name = "Throughput against batch size", f"throughput-batch-{n}"
-        _draw(section, step, name, title, panel.title, lines, axes, _RATES_TEXT, _RATES)
+        _draw(section, step, name, title, panel.title, lines, axes, text, _RATES)
     times = ("total_s", "inference_s")
     for n, panel in _shown(section, "time against batch size", panels, "batch_size", times):
         lines = _curves(panel, "world_size", "batch_size", times)
@@ -224,9 +235,7 @@ def _data_size(theirs: Sequence[Configuration], step: Callable[[str], None]) -> 
     section = Section("data", "Against the data size")
     kinds = {
         "throughput": (
-            ("bits_per_s_wall_clock", "bits_per_s_sum_of_ranks"), _GBIT, "throughput (Gbit/s)",
-            "Thick: all bits over the time of the Map state. Thin: the ranks' own rates, per "
-            "second of CPU time, added up. Bars: least to greatest of the repeats.", _RATES,
+            _BITS, _GBIT, "throughput (Gbit/s)", _BITS_TEXT, _RATES,
         ),
         "time": (
             ("total_s", "inference_s"), 1.0, "time (s)",
@@ -404,7 +413,7 @@ def _dots(
     same = [c for _, _, c in known]
     return [
         Dot(
-            x, y, name_of(c, same), _group(c),
+            x, y, name_of(c, () if c.source == "original" else same), _group(c),
             not any(a <= x and b <= y and (a, b) != (x, y) for a, b, _ in known),
         )
         for x, y, c in known

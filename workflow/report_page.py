@@ -324,7 +324,7 @@ def headlines(configurations: Sequence[Configuration], costs: Costs) -> list[dic
         best = _best(of_it)
         if best is not None:
             where = "on AWS" if on == "aws" else "on one machine"
-            heading = f"{source}, {where}" if len(sources) > 1 else where.capitalize()
+            heading = f"{source}, {where}" if len(sources) > 1 else f"O{where[1:]}"
             found.append({"heading": heading, "cards": list(_cards(best, of_it, costs))})
     return found
 
@@ -377,7 +377,7 @@ def _cards(
         }
 
 
-_WALL_CLOCK = "All rows over the time that the slowest rank took: what one waits for."
+_WALL_CLOCK = "All rows over the time until the last rank had done its own: what one waits for."
 _SUM = (
     "What each rank did per second of its own time, added up as if all were always at work: "
     "an upper bound."

@@ -185,12 +185,24 @@ def _axes(axes: Axes, x: Axis, y: Axis, values: Sequence[float]) -> None:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())
     if len(values) <= (12 if x.log else 8):
-        axes.xaxis.set_major_locator(FixedLocator(list(values)))
+        axes.xaxis.set_major_locator(FixedLocator(_apart(values, x.log)))
     axes.xaxis.set_major_formatter(FuncFormatter(_plain))
     if len(values) == 1:  # a lone x has no width of its own
         axes.set_xlim(values[0] / 1.5, values[0] * 1.5)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+
+
+def _apart(values: Sequence[float], log: bool) -> list[float]:
+    """Those of the sorted values that have room for a number each, first and last among them."""
+    places = [math.log2(value) if log else value for value in values]
+    room = 0.07 * (places[-1] - places[0])
+    kept = [0]
+    for i in range(1, len(values)):
+        if places[i] - places[kept[-1]] >= room:
+            kept.append(i)
+    kept[-1] = len(values) - 1
+    return [values[i] for i in kept]
 
 
 def _plain(value: float, _: object = None) -> str:
