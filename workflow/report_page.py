@@ -80,7 +80,8 @@ _MINOR = {
     *("partition_mb", "data_gb", "ranks_recorded", "bits", "rank_p50_s", "rank_p95_s"),
     *("rank_cpu_p50_s", "memory_limit_mb", "mae", "mse", "bias"),
 }
-_OUR_RATES = ("rows_per_s_wall_clock", "rows_per_s_sum_of_ranks")
+_RATES = ("rows_per_s_wall_clock", "rows_per_s_sum_of_ranks")
+_BITS = ("bits_per_s_wall_clock", "bits_per_s_sum_of_ranks")
 _NOT_OF_RUNS = {"run", "error", "place", "rank_max_s"}
 
 
@@ -150,9 +151,9 @@ def configuration_table(configurations: Sequence[Configuration], costs: Costs) -
     rows = [_configuration(c, costs) for c in configurations[:_SHOWN_ROWS]]
     keys = [k for k in rows[0] if any(line[k] is not None for line in rows)] if rows else []
     # The unit that a project is used to: rows/s are ours, bit/s the original's.
-    theirs = ("bits_per_s_wall_clock", "bits_per_s_sum_of_ranks", "rank_cpu_p50_s")
+    theirs = (*_BITS, "rank_cpu_p50_s")
     sources = {c.source.startswith("original") for c in configurations}
-    keys = [k for k in keys if (k in theirs) in sources or k not in (*theirs, *_OUR_RATES)]
+    keys = [k for k in keys if (k in theirs) in sources or k not in (*theirs, *_RATES)]
     columns = [Column("configuration", "configuration", "", False), *map(_column, keys)]
     cells = [
         [
@@ -206,7 +207,8 @@ def run_table(runs: Sequence[Run], costs: Costs) -> Table:
         elif found != {None}:
             keys.append(key)
     columns = [Column("run", "run", "", False), *map(_column, keys)]
-    columns = [column._replace(minor=column.key in _MINOR) for column in columns]
+    minor = {*_MINOR, *(_BITS if "rows_per_s_sum_of_ranks" in keys else ())}
+    columns = [column._replace(minor=column.key in minor) for column in columns]
     cells = [
         [Cell(run.name), *(_run_cell(key, line[key]) for key in keys)]
         for run, line in zip(runs[:_SHOWN_ROWS], lines, strict=False)
