@@ -12,7 +12,6 @@ from workflow.cli_base import fail, wrong
 
 if TYPE_CHECKING:
     from workflow.progress import View
-    from workflow.report import Report
     from workflow.results import Results
 
 __all__ = ["EXAMPLES", "report"]
@@ -79,14 +78,29 @@ def report(
     """
     _check(paths, prices)
     from lambda_worker.storage import StorageError
+    from workflow.cost import PricesError, load_prices
     from workflow.progress import open_view
+    from workflow.report import write
 
     try:
         with open_view() as view:
-            results, made = _make(paths, out, title, run, prices, memory, view)
-            written = [*made.paths, *([_trace(results, run, trace)] if trace else [])]
-    except (StorageError, ValueError, OSError) as error:
+            results = _read(paths, view)
+            traced = _trace(results, run, trace) if trace else []
+            known = load_prices(str(prices)) if prices else None
+            folder = out or _beside(paths)
+            made = write(
+                results,
+                folder,
+                title,
+                view.step,
+                origin=paths,
+                run=run,
+                prices=known,
+                memory_mb=memory,
+            )
+    except (PricesError, StorageError, ValueError, OSError) as error:
         fail(error, as_json)
+    written = [*made.paths, *traced]
     if as_json:
         found = [finding._asdict() for finding in results.findings]
         print(json.dumps({"report": made.paths[0], "written": written, "findings": found}))
@@ -103,29 +117,14 @@ def _check(paths: list[str], prices: Path | None) -> None:
         raise wrong("--prices", f"{prices}: no such file; leave it out for the package's prices")
 
 
-def _make(
-    paths: list[str],
-    out: str | None,
-    title: str | None,
-    run: str | None,
-    prices: Path | None,
-    memory: int | None,
-    view: View,
-) -> tuple[Results, Report]:
-    from workflow.cost import load_prices
-    from workflow.report import write
+def _read(paths: list[str], view: View) -> Results:
     from workflow.results import read
 
-    known = load_prices(str(prices)) if prices else None
     view.step(f"reading {', '.join(paths)}")
     results = read(paths)
     if not results.runs and not results.findings:
         raise ValueError(f"there are no results in {', '.join(paths)}")
-    folder = out or _beside(paths)
-    made = write(
-        results, folder, title, view.step, origin=paths, run=run, prices=known, memory_mb=memory
-    )
-    return results, made
+    return results
 
 
 def _beside(paths: list[str]) -> str:
@@ -137,8 +136,8 @@ def _beside(paths: list[str]) -> str:
     return f"{place.rpartition('/')[0] or '.'}/report" if is_file else f"{place}/report"
 
 
-def _trace(results: Results, run: str | None, path: Path) -> str:
-    """Write the trace of the run that the report shows in detail."""
+def _trace(results: Results, run: str | None, path: Path) -> list[str]:
+    """Write the trace of the run that the report shows in detail, and return where."""
     from lambda_worker.atomic import replacing
     from workflow.report import pick
     from workflow.trace import chrome_trace
@@ -149,7 +148,7 @@ def _trace(results: Results, run: str | None, path: Path) -> str:
         raise ValueError(f"no trace: {whose} no record of when each stage began")
     with replacing(path) as partial:
         partial.write_text(json.dumps(chrome_trace(chosen)))
-    return str(path)
+    return [str(path)]
 
 
 def _show(results: Results, written: list[str]) -> None:

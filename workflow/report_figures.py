@@ -28,15 +28,15 @@ _RATES = ("wall-clock", "sum of ranks (thin)")
 _TIMES = ("whole run", "inference only (thin)")
 _RATES_TEXT = (
     "Thick: all rows over the time of the slowest rank. Thin: the ranks' own rates added up, which "
-    "is never what one waits for. Bars: least to greatest of the repeats."
+    "is never what one waits for. Bars, with repeats: least to greatest."
 )
 _BITS_TEXT = (
     "Thick: all bits over the time of the Map state. Thin: the ranks' own rates, per second of CPU "
-    "time, added up. Bars: least to greatest of the repeats."
+    "time, added up. Bars, with repeats: least to greatest."
 )
 _TIMES_TEXT = (
     "Thick: from the start of the run to its end. Thin: the inference of the slowest rank. "
-    "Bars: least to greatest of the repeats."
+    "Bars, with repeats: least to greatest."
 )
 
 
@@ -319,7 +319,7 @@ _SCALING = (
         "speed-up (×)",  # noqa: RUF001
         1.0,
         "Median time of the inference by one rank over that by W ranks, all else equal.",
-        "ideal: the world size",
+        "ideal",
     ),
     (
         "efficiency",

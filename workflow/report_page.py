@@ -124,10 +124,11 @@ def number(value: float | None, unit: str = "", digits: int = 3) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     scaled = value * _SCALE.get(unit, 1.0)
-    if scaled and abs(scaled) < 1e-6:
+    if scaled and abs(scaled) < 1e-6 and not unit.startswith("s"):
         return f"{scaled:.3g}"
     places = digits - 1 - math.floor(math.log10(abs(scaled))) if scaled else 0
-    return f"{scaled:,.{min(max(places, 0), 9)}f}"
+    # Of seconds, milliseconds are all that means anything.
+    return f"{scaled:,.{min(max(places, 0), 3 if unit.startswith('s') else 9)}f}"
 
 
 def _cell(value: Value, unit: str, spread: Spread | None = None) -> Cell:
@@ -361,7 +362,7 @@ def _cards(
     if "total_s" in m:
         yield {
             "term": "Whole run",
-            "value": f"{number(m['total_s'].median)} s",
+            "value": f"{number(m['total_s'].median, 's')} s",
             "text": _inference(m.get("inference_s")),
         }
     if (usd := cost_of(best, costs)) is not None:
@@ -387,7 +388,7 @@ _SUM = (
 
 
 def _inference(spread: Spread | None) -> str:
-    known = f", {number(spread.median)} s of it inference" if spread else ""
+    known = f", {number(spread.median, 's')} s of it inference" if spread else ""
     return f"from its start to its end{known}"
 
 
