@@ -18,10 +18,10 @@ __all__ = ["EXAMPLES", "report"]
 
 EXAMPLES = """\b
 Examples:
-  cosmic report results/sweep-20261127T020000     a sweep: its report/report.html
-  cosmic report results/run-a results/run-b --out compared
+  cosmic report results/night                          a sweep, or a run
+  cosmic report results/a results/b --out compared
   cosmic report AI-for-Astronomy/aws --out original    the original's files
-  cosmic report results/run-a --trace trace.json   opens in ui.perfetto.dev
+  cosmic report results/a --trace trace.json           for ui.perfetto.dev
 
 \b
 Exit code: 0 done, 1 it failed, 2 wrong usage, 130 stopped by Ctrl-C.

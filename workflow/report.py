@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -130,8 +131,13 @@ def _costs(runs: Iterable[Run], prices: Prices | None, memory_mb: int | None) ->
     from workflow.cost import load_prices, of_run
 
     known = prices or load_prices()
-    found = {id(run): of_run(run, known, memory_mb) for run in runs}
-    return {key: cost for key, cost in found.items() if cost is not None}
+    found = {}
+    for run in runs:
+        # A file of a stranger may say infinity, of which there is no price.
+        with suppress(ArithmeticError, ValueError):
+            if (cost := of_run(run, known, memory_mb)) is not None:
+                found[id(run)] = cost
+    return found
 
 
 def _remove_old(folder: str, names: set[str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from workflow import report_plots as plots
 from workflow.configurations import Configuration
-from workflow.report_parts import Drawing, Section, few, name_of
+from workflow.report_parts import Drawing, Section, drawable, few, name_of
 from workflow.report_plots import Axis, Bar, Picture, Track
 from workflow.results import Rank, Run
 
@@ -20,6 +20,7 @@ __all__ = ["choose", "redshift", "split"]
 # More bars or ranks than these cannot be told apart.
 _BARS = 40
 _RANKS = 40
+_STAGES_SHOWN = 100  # a rank has some six
 # Of a predictions file: more than 20 million galaxies.
 _MAX_PREDICTIONS = 500_000_000
 
@@ -72,7 +73,7 @@ def split(
         )
     else:
         section.omitted.append("No plot of time by stage: the files do not tell stages' times.")
-    if chosen is not None and chosen.spans:
+    if chosen is not None and _by_rank(chosen):
         step(f"plot: timeline of {chosen.name}")
         section.drawings.append(_timeline(chosen))
     else:
@@ -86,12 +87,12 @@ def _stages(c: Configuration) -> dict[str, float]:
     ranks = [rank for run in c.runs if run.status == "ok" for rank in run.ranks]
     found = {}
     for stage in _STAGES:
-        known = [v for rank in ranks if (v := getattr(rank, f"{stage}_s")) is not None]
+        known = [v for rank in ranks if drawable(v := getattr(rank, f"{stage}_s"))]
         if known and max(known) > 0:
             found[stage] = statistics.fmean(known)
     if not found.keys() - {"inference"}:
         return {}  # a loop alone is no split
-    rest = [v for rank in ranks if (v := _other(rank)) is not None]
+    rest = [v for rank in ranks if (v := _other(rank)) is not None and drawable(v)]
     if rest and (other := statistics.fmean(rest)) > 0:
         found["other"] = other
     return found
@@ -99,7 +100,7 @@ def _stages(c: Configuration) -> dict[str, float]:
 
 def _other(rank: Rank) -> float | None:
     known = [getattr(rank, f"{stage}_s") or 0.0 for stage in _STAGES if stage != "init"]
-    return max(rank.wall_s - math.fsum(known), 0.0) if rank.wall_s is not None else None
+    return max(rank.wall_s - sum(known), 0.0) if rank.wall_s is not None else None
 
 
 def _bars_alt(title: str, rows: Sequence[Bar]) -> str:
@@ -110,21 +111,33 @@ def _bars_alt(title: str, rows: Sequence[Bar]) -> str:
     return f"{title}. " + "; ".join(said)
 
 
+def _by_rank(run: Run) -> dict[int | None, list[tuple[str, float, float]]]:
+    """Stages of each rank, None: the launcher, in seconds from the start of the run."""
+    spans = [s for s in run.spans if drawable(s.start) and drawable(s.seconds)]
+    zero = min((s.start for s in spans), default=0.0)
+    found: dict[int | None, list[tuple[str, float, float]]] = {}
+    for span in spans:
+        stages = found.setdefault(span.rank, [])
+        if len(stages) < _STAGES_SHOWN:
+            stages.append((span.name, span.start - zero, span.seconds))
+    return found
+
+
 def _with_start(
     spans: Sequence[tuple[str, float, float]], seconds: float | None
 ) -> list[tuple[str, float, float]]:
     """A rank's stages, before them the start of its process, if it was a new one."""
     first = min(begin for _, begin, _ in spans)
-    begun = [("init", max(first - seconds, 0.0), min(seconds, first))] if seconds else []
+    begun = (
+        [("init", max(first - seconds, 0.0), min(seconds, first))]
+        if seconds and drawable(seconds)
+        else []
+    )
     return [*begun, *spans]
 
 
 def _timeline(run: Run) -> Drawing:
-    spans = [s for s in run.spans if math.isfinite(s.start) and math.isfinite(s.seconds)]
-    zero = min((s.start for s in spans), default=0.0)
-    by_rank: dict[int | None, list[tuple[str, float, float]]] = {}
-    for span in spans:
-        by_rank.setdefault(span.rank, []).append((span.name, span.start - zero, span.seconds))
+    by_rank = _by_rank(run)
     ends = {r: max(b + s for _, b, s in of_it) for r, of_it in by_rank.items() if r is not None}
     ranks = sorted(few(sorted(ends, key=lambda r: (ends[r], r)), _RANKS))
     tracks = [Track("launcher", by_rank[None])] if None in by_rank else []

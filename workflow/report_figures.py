@@ -9,7 +9,7 @@ from typing import NamedTuple
 from workflow import report_plots as plots
 from workflow.configurations import Configuration, Spread
 from workflow.report_details import redshift, split
-from workflow.report_parts import Costs, Drawing, Section, context, few, name_of
+from workflow.report_parts import Costs, Drawing, Section, context, drawable, few, name_of, sound
 from workflow.report_plots import Axis, Curve, Dot, Point
 from workflow.results import Run
 
@@ -59,6 +59,8 @@ def sections(
         chosen: the run to draw in detail.
         step: told what is being drawn.
     """
+    configurations = [drawn for c in configurations if (drawn := sound(c)) is not None]
+    costs = {key: usd for key, usd in costs.items() if drawable(usd)}
     ours = [c for c in configurations if not c.source.startswith("original")]
     theirs = [c for c in configurations if c.source.startswith("original")]
     found = []
@@ -262,7 +264,7 @@ def _by_partition(
     groups: dict[tuple[float, int], dict[float, Configuration]] = {}
     for c in theirs:
         partition, gb = c.runs[0].partition_mb, c.runs[0].data_gb
-        if partition is not None and gb is not None:
+        if partition and gb and drawable(partition) and drawable(gb):
             groups.setdefault((partition, c.batch_size or 0), {})[gb] = c
     most = _largest_batches(groups)
     lines = []

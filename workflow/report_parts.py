@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 from workflow.configurations import Configuration
 from workflow.report_plots import Picture
 
-__all__ = ["Costs", "Drawing", "Section", "context", "few", "name_of"]
+__all__ = ["Costs", "Drawing", "Section", "context", "drawable", "few", "name_of", "sound"]
 
 Item = TypeVar("Item")
 
@@ -36,6 +36,23 @@ class Section:
     title: str
     drawings: list[Drawing] = field(default_factory=list)
     omitted: list[str] = field(default_factory=list)
+
+
+def drawable(value: float | None) -> bool:
+    """Whether an axis has a place for it: files of strangers say infinity, or less than nothing."""
+    return value is not None and (value == 0 or 1e-9 <= value <= 1e12)  # NaN is neither
+
+
+def sound(c: Configuration) -> Configuration | None:
+    """Return the configuration without measures that cannot be drawn; None: all of it cannot."""
+    if not all(size is None or 1 <= size <= 1e9 for size in (c.world_size, c.batch_size)):
+        return None
+    kept = {name: spread for name, spread in c.measures.items() if all(map(drawable, spread))}
+    compared = ("speedup", "efficiency", "total_speedup")
+    known: dict[str, Any] = {
+        n: getattr(c, n) if drawable(getattr(c, n)) else None for n in compared
+    }
+    return replace(c, measures=kept, **known)
 
 
 def name_of(c: Configuration, among: Iterable[Configuration] = ()) -> str:
