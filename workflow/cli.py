@@ -14,6 +14,8 @@ from workflow.cli_data import commands as data_commands
 from workflow.cli_infer import EXAMPLES as INFER_EXAMPLES
 from workflow.cli_infer import infer
 from workflow.cli_model import commands as model_commands
+from workflow.cli_report import EXAMPLES as REPORT_EXAMPLES
+from workflow.cli_report import report
 from workflow.cli_run import EXAMPLES as RUN_EXAMPLES
 from workflow.cli_run import run
 
@@ -26,3 +28,4 @@ app.command(cls=Grouped, epilog=RUN_EXAMPLES)(run)
 app.command(epilog=INFER_EXAMPLES)(infer)
 app.command(epilog=CHECK_EXAMPLES)(check)
 app.command(epilog=COST_EXAMPLES)(cost)
+app.command(epilog=REPORT_EXAMPLES)(report)
