@@ -101,7 +101,9 @@ def _shown(
             usable.append(_Panel(panel.title, of_it))
     if not usable:
         words = axis.replace("_", " ")
-        section.omitted.append(f"No plot of {what}: there are not two {words}s of the same data.")
+        section.omitted.append(
+            f"No plot of {what}: it is not known of two {words}s of the same data."
+        )
     elif len(usable) > _PANELS:
         left = ", ".join(plots.label(panel.title, 60) for panel in usable[_PANELS : _PANELS + 20])
         text = f"{what.capitalize()}: {_PANELS} of {len(usable)} data sets; left out: {left}."
@@ -389,7 +391,7 @@ def _cost(
 
 
 _COST_TEXT = (
-    "Medians of the repeats. What was run on this machine has the price that its seconds would "
+    "Medians of the repeats. What did not run on AWS has the price that its seconds would "
     "have on AWS Lambda, where they would be other seconds; see the definitions below."
 )
 
