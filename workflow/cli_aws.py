@@ -16,10 +16,21 @@ if TYPE_CHECKING:
     from workflow.plan import OnEvent, RunPlan, RunResult
     from workflow.progress import View
 
-__all__ = ["AwsOptions", "Job", "aws_job", "note", "refuse"]
+__all__ = [
+    "AWS_VIEW",
+    "AwsOptions",
+    "Job",
+    "aws_job",
+    "check",
+    "note",
+    "refuse",
+    "resolve",
+    "use_endpoint",
+]
 
 _STACK = "cosmic"
-_HEARTBEAT = 5.0  # seconds; news from AWS comes no faster
+AWS_VIEW = ("ranks", 5.0)
+"""The arguments of `open_view` on AWS, from which no news comes faster."""
 _LONGEST = 80  # of an execution's name, in characters
 _MACHINE = r"[A-Za-z0-9_-]{1,80}|arn:[\w-]+:states:[\w-]+:\d{12}:stateMachine:[\w:-]+"
 
@@ -53,20 +64,19 @@ def aws_job(plan: RunPlan, size: Size | None, options: AwsOptions) -> Job:
         plan: with empty data and results where the stack is to say them.
         size: of the dataset in the stack's bucket.
     """
-    _check(plan, size, options)
+    check(plan, size, options)
 
     def work(view: View, on_event: OnEvent) -> RunResult:
         from workflow.aws import run_on_aws
         from workflow.processes import run_until_signal
 
-        if options.endpoint_url:  # of all services, the results' S3 too
-            os.environ["AWS_ENDPOINT_URL"] = options.endpoint_url
-        full, target = _resolve(plan, size or Size.small, options, view)
+        use_endpoint(options)
+        full, target = resolve(plan, size or Size.small, options, view)
         result = run_until_signal(run_on_aws(full, target, on_event))
         note(result, full, "aws", view)
         return result
 
-    return Job(work, ("ranks", _HEARTBEAT))
+    return Job(work, AWS_VIEW)
 
 
 def note(result: RunResult, plan: RunPlan, on: Literal["local", "aws"], view: View) -> None:
@@ -80,8 +90,21 @@ def note(result: RunResult, plan: RunPlan, on: Literal["local", "aws"], view: Vi
         view.step(f"no run.json: {error}")
 
 
-def _check(plan: RunPlan, size: Size | None, options: AwsOptions) -> None:
-    places = {"--data": plan.data, "--model": plan.model, "--results": plan.results}
+def use_endpoint(options: AwsOptions) -> None:
+    """Have all services at the endpoint that the options name, the results' S3 too."""
+    if options.endpoint_url:
+        os.environ["AWS_ENDPOINT_URL"] = options.endpoint_url
+
+
+def check(
+    plan: RunPlan, size: Size | None, options: AwsOptions, results: str = "--results"
+) -> None:
+    """Refuse options that cannot be meant together; the arguments are those of `aws_job`.
+
+    Args:
+        results: the option that says where a run's results go.
+    """
+    places = {"--data": plan.data, "--model": plan.model, results: plan.results}
     for option, place in places.items():
         if place and not re.match("s3://[^/]", place):
             text = f"{place}: the functions on AWS see no such place; give an s3:// URL"
@@ -91,18 +114,19 @@ def _check(plan: RunPlan, size: Size | None, options: AwsOptions) -> None:
     if options.endpoint_url and not re.match("https?://[^/]", options.endpoint_url):
         raise wrong("--endpoint-url", f"{options.endpoint_url!r} is not http(s)://host:port")
     if options.state_machine is not None:
-        _check_machine(plan, size, options.state_machine, options.stack)
+        _check_machine(plan, size, options, results)
 
 
-def _check_machine(plan: RunPlan, size: Size | None, machine: str, stack: str | None) -> None:
+def _check_machine(plan: RunPlan, size: Size | None, options: AwsOptions, results: str) -> None:
     """Without a stack, everything has to be said."""
-    if stack is not None:
+    machine = options.state_machine or ""
+    if options.stack is not None:
         raise wrong("--state-machine", "the stack has its own; leave --stack or this out")
     if not re.fullmatch(_MACHINE, machine):
         raise wrong("--state-machine", f"{machine!r} is neither a name nor an ARN of one")
     if size is not None:
         raise wrong("--data-size", "that is a folder of a stack's bucket; name it with --data")
-    needed = {"--data": plan.data, "--results": plan.results}
+    needed = {"--data": plan.data, results: plan.results}
     if plan.fmi:
         needed["--rendezvous"] = plan.rendezvous or ""
     for option, value in needed.items():
@@ -113,8 +137,12 @@ def _check_machine(plan: RunPlan, size: Size | None, machine: str, stack: str | 
             )
 
 
-def _resolve(plan: RunPlan, size: Size, options: AwsOptions, view: View) -> tuple[RunPlan, Target]:
-    """Find the state machine, and what the plan does not say."""
+def resolve(plan: RunPlan, size: Size, options: AwsOptions, view: View) -> tuple[RunPlan, Target]:
+    """Find the state machine, and what the plan does not say.
+
+    Raises:
+        AwsError: the stack cannot be read, or does not say it.
+    """
     from workflow.aws import Target
     from workflow.aws_calls import find_stack, state_machine_arn
 

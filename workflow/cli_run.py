@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from workflow.plan import Event, OnEvent, RunPlan, RunResult
     from workflow.progress import View
 
-__all__ = ["EXAMPLES", "run"]
+__all__ = ["EXAMPLES", "Where", "run", "tell"]
 
 EXAMPLES = """\b
 Examples:
@@ -221,14 +221,15 @@ def _finish(job: Job, as_json: bool) -> None:
 
     try:
         with open_view(*job.view) as view:
-            result = job.work(view, partial(_tell, view))
+            result = job.work(view, partial(tell, view))
             plot = _plot(result, view)
     except (RunFailed, AwsError, StorageError, OSError) as error:
         fail(error, as_json)
     _show(result, plot, as_json)
 
 
-def _tell(view: View, event: Event) -> None:
+def tell(view: View, event: Event) -> None:
+    """Show an event of a run."""
     from workflow.plan import RankProgress, RanksProgress
 
     match event:

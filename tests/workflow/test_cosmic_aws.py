@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from workflow.cli import app
-from workflow.cli_run import _tell as tell
+from workflow.cli_run import tell
 from workflow.plan import RanksProgress, Step
 from workflow.progress import LiveView
 
