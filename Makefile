@@ -13,7 +13,7 @@ STAMP := .venv/.ready
 
 TOOLS := .tools
 
-.PHONY: help env tools run test test-full bench bench-inference lint format clean
+.PHONY: help env tools run sweep test test-full bench bench-inference lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,6 +45,9 @@ tool = $(PYTHON) -m venv $(TOOLS)/$(1) && $(TOOLS)/$(1)/bin/python -m pip instal
 
 run: env ## a job of 4 ranks on demo data, from init to plot; ARGS="--world-size 2"
 	@$(BIN)/cosmic run $(ARGS)
+
+sweep: env ## 20 configurations of demo data and their report, some two minutes; ARGS="--repeat 3"
+	@$(BIN)/cosmic sweep $(ARGS)
 
 test: env ## the test suite, with coverage; ARGS="-k punch"
 	$(BIN)/python -m pytest -m "not full" --cov --cov-report=term:skip-covered $(ARGS)

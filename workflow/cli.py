@@ -18,6 +18,8 @@ from workflow.cli_report import EXAMPLES as REPORT_EXAMPLES
 from workflow.cli_report import report
 from workflow.cli_run import EXAMPLES as RUN_EXAMPLES
 from workflow.cli_run import run
+from workflow.cli_sweep import EXAMPLES as SWEEP_EXAMPLES
+from workflow.cli_sweep import sweep
 
 __all__ = ["app"]
 
@@ -25,7 +27,8 @@ app = group("Redshift inference by ranks that meet at a rendezvous and then talk
 app.add_typer(data_commands, name="data")
 app.add_typer(model_commands, name="model")
 app.command(cls=Grouped, epilog=RUN_EXAMPLES)(run)
-app.command(epilog=INFER_EXAMPLES)(infer)
+app.command(cls=Grouped, epilog=INFER_EXAMPLES)(infer)
+app.command(cls=Grouped, epilog=SWEEP_EXAMPLES)(sweep)
 app.command(epilog=CHECK_EXAMPLES)(check)
 app.command(epilog=COST_EXAMPLES)(cost)
 app.command(epilog=REPORT_EXAMPLES)(report)

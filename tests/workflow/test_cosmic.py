@@ -66,7 +66,7 @@ def test_help_teaches(start: Start, words: list[str], shown: list[str]) -> None:
     assert max(map(len, out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("command", ["run", "infer", "check"])
+@pytest.mark.parametrize("command", ["run", "infer", "sweep", "check"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys; from workflow.cli import app;"
