@@ -99,7 +99,8 @@ class End:
 
     def _costs(self) -> Costs:
         prices = load_prices()
-        known = ((run.place, of_run(run, prices)) for run in self.results.runs)
+        ok = (run for run in self.results.runs if run.status == "ok")
+        known = ((run.place, of_run(run, prices)) for run in ok)
         return {place: cost.total_usd for place, cost in known if cost is not None}
 
     def _all_warnings(self) -> list[str]:

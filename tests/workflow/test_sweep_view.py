@@ -104,6 +104,9 @@ def test_failed_runs_are_named_and_in_no_number(
     assert "Do them again: cosmic sweep --name x" in out
     answer = json.loads(it.as_json())
     assert answer["failed"] == 1
+    alone = end(tmp_path, [run(1, 1, 10.0), run(1, 2, 10.0), run(4, 1, 5.0), run(4, 2, 5.0)])
+    costs = [json.loads(e.as_json())["configurations"][1]["cost_usd"] for e in (it, alone)]
+    assert costs[0] == costs[1] > 0
     assert answer["configurations"][1]["failed"] == 1
     assert answer["configurations"][1]["runs"] == 2
 
