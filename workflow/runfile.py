@@ -41,7 +41,7 @@ def content(result: RunResult, plan: RunPlan, on: Literal["local", "aws"]) -> Js
     Args:
         on: where the ranks ran. On AWS nobody here knows their environment: it is null.
     """
-    threads = max(1, cores() // plan.world_size)
+    threads, engine = max(1, cores() // plan.world_size), result.summary["engine"]
     return {
         "format": FORMAT,
         "run": result.run,
@@ -49,6 +49,7 @@ def content(result: RunResult, plan: RunPlan, on: Literal["local", "aws"]) -> Js
         "seconds": result.seconds,
         # The ranks' are in their records.
         "spans": [list(span) for span in result.spans if span.rank is None],
-        "environment": environment.describe(threads, plan.engine) if on == "local" else None,
+        # What "auto" has become, which the plan does not know.
+        "environment": environment.describe(threads, engine) if on == "local" else None,
         "plan": {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in _COMMANDS},
     }
