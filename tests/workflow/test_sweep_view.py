@@ -16,10 +16,8 @@ SIZES: dict[str, Any] = {"world_sizes": (1, 4), "batch_sizes": (128,), "repeat":
 
 
 def run(world: int, repeat: int, seconds: float, data: str = "small", **more: Any) -> Run:
-    ranks = tuple(
-        Rank(rank=n, wall_s=seconds + 1, inference_s=seconds, peak_memory_mb=300 + n)
-        for n in range(world)
-    )
+    known = {"wall_s": seconds + 1, "inference_s": seconds, "memory_limit_mb": 1855.0}
+    ranks = tuple(Rank(rank=n, peak_memory_mb=300 + n, **known) for n in range(world))
     about = {"world_size": world, "batch_size": 128, "engine": "torch", "precision": "fp32"}
     usual = {"rows": 1253, "total_s": seconds + 4, "metrics": {"mae": 0.01, "r2": 0.9}}
     place = f"runs/w{world}-b128-{data}-r{repeat}"
