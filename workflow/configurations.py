@@ -175,6 +175,7 @@ def _percentile(values: Sequence[float], percent: int) -> float | None:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
+_NUMBER = re.compile(r"\d{1,15}(?:\.\d{1,15})?")
 _Key = tuple[str, str, str, int | None, int | None, str | None, str | None]
 
 
@@ -193,8 +194,8 @@ def _key(run: Run) -> _Key:
 def _order(key: _Key) -> tuple[object, ...]:
     """Sorted by what a reader looks for; unknown sizes first."""
     source, on, data, world_size, batch_size, engine, precision = key
-    numbers = [int(digits) for digits in re.findall(r"\d{1,15}", data)]
-    words = re.sub(r"\d+", "", data)
+    numbers = [float(digits) for digits in _NUMBER.findall(data)]
+    words = _NUMBER.sub("", data)
     return (
         source,
         on,

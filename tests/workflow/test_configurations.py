@@ -119,3 +119,9 @@ def test_sizes_are_sorted_as_numbers() -> None:
     names = ["100MB, 2GB", "25MB, 10GB", "25MB, 2GB"]
     found = summarise(_run(data=name) for name in names)
     assert [c.data for c in found] == ["25MB, 2GB", "25MB, 10GB", "100MB, 2GB"]
+
+
+def test_a_decimal_point_is_part_of_a_number() -> None:
+    names = ["25MB, 12.6GB", "25MB, 10GB", "25MB, 1GB"]
+    found = summarise(_run(data=name) for name in names)
+    assert [c.data for c in found] == ["25MB, 1GB", "25MB, 10GB", "25MB, 12.6GB"]
