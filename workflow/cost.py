@@ -39,6 +39,7 @@ Exposure = Literal["LoadBalancer", "PublicAddress"]
 
 LEAST_MB, MOST_MB = 128, 10_240  # what a function can be configured with
 FREE_STORAGE_MB = 512
+MB = 2**20 / 1e6  # Lambda's, in those of records
 HOURS_PER_MONTH = 730
 # As in deploy/template.yaml, which a test compares.
 SERVER_VCPU, SERVER_GB, ZONES, SECRETS = 0.25, 0.5, 2, 2
@@ -270,9 +271,9 @@ def _size(run: Run) -> tuple[int, tuple[str, ...]] | None:
         return MOST_MB, (text,)
     limits = [rank.memory_limit_mb for rank in run.ranks if sound(rank.memory_limit_mb)]
     if run.on == "aws":  # where the environment is that of the machine that has started the run
-        return (round(max(limits) * 1e6 / 2**20), ()) if limits else None
+        return (round(max(limits) / MB), ()) if limits else None
     peaks = [rank.peak_memory_mb for rank in run.ranks if sound(rank.peak_memory_mb)]
-    least = math.ceil(max(peaks, default=0.0) * 1e6 / 2**20)
+    least = math.ceil(max(peaks, default=0.0) / MB)
     if least > MOST_MB:
         return None
     count = threads(run)

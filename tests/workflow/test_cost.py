@@ -265,6 +265,10 @@ def test_files_may_be_anybodys() -> None:
         assert (
             of_run(made(ranks=odd)).items["Lambda, ranks"] == of_run(made()).items["Lambda, ranks"]
         )
+    # Finite in MB, and beyond any float in bytes.
+    odd = tuple(Rank(wall_s=10.0, peak_memory_mb=1e305, memory_limit_mb=1e305) for _ in range(4))
+    assert cost.of_run(made(ranks=odd), PRICES) is None
+    assert cost.of_run(made(ranks=odd, on="aws"), PRICES) is not None
     for value in (*nonsense, "2", [2], None, {}, 0):
         environment = {"threads": value, "cores_usable": value}
         assert of_run(made(environment=environment)).total_usd > 0
