@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from workflow.results import Results, Run
+from workflow.results import Run
 from workflow.results_checks import trimmed_mean
 
 __all__ = ["Published", "published"]
@@ -22,14 +22,17 @@ class Published(NamedTuple):
 
     Attributes:
         incomplete: of ``runs``, those that lack ranks.
+        data: both sizes, for people.
         cpu_s: of each run, the mean CPU time of its ranks without outliers.
         bits_per_s_sum_of_ranks: each run's sum of bits over CPU time: what was published.
-        bits_per_s_wall_clock: bits over the Map state's duration; None unless all runs have it.
+        bits_per_s_wall_clock: bits over the Map state's duration; None unless all runs have it and
+            all their ranks: the bits of some in the time of all are no rate.
         bits_per_s_end_to_end: bits over the duration of the whole execution; likewise.
     """
 
     partition_mb: float
     data_gb: float
+    data: str
     runs: int
     incomplete: int
     cpu_s: float | None
@@ -38,10 +41,10 @@ class Published(NamedTuple):
     bits_per_s_end_to_end: float | None
 
 
-def published(results: Results) -> list[Published]:
+def published(runs: Iterable[Run]) -> list[Published]:
     """Return the original's scaling runs by partition and size of the data; empty without any."""
     groups: dict[tuple[float, float], list[Run]] = {}
-    for run in results.runs:
+    for run in runs:
         if run.partition_mb is not None and run.data_gb is not None and _scaling(run):
             groups.setdefault((run.partition_mb, run.data_gb), []).append(run)
     return [_figures(*key, groups[key]) for key in sorted(groups)]
@@ -57,12 +60,13 @@ def _figures(partition_mb: float, data_gb: float, runs: Sequence[Run]) -> Publis
     return Published(
         partition_mb,
         data_gb,
+        runs[0].data,
         len(runs),
         sum(run.status != "ok" for run in runs),
         _mean(trimmed_mean([r.cpu_s for r in run.ranks if r.cpu_s is not None]) for run in runs),
         _mean(_summed(run) for run in runs),
-        _mean(_rate(run.bits, run.inference_s) for run in runs),
-        _mean(_rate(run.bits, run.total_s) for run in runs),
+        _mean(_rate(run, run.inference_s) for run in runs),
+        _mean(_rate(run, run.total_s) for run in runs),
     )
 
 
@@ -71,8 +75,10 @@ def _summed(run: Run) -> float | None:
     return math.fsum(rates) if rates and len(rates) == len(run.ranks) else None
 
 
-def _rate(bits: float | None, seconds: float | None) -> float | None:
-    return bits / seconds if bits is not None and seconds else None
+def _rate(run: Run, seconds: float | None) -> float | None:
+    if run.status != "ok" or run.bits is None or not seconds:
+        return None
+    return run.bits / seconds
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

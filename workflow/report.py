@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lambda_worker import storage
 from workflow import report_page
 from workflow.configurations import COLUMNS, MEASURES, Configuration, Value, row, summarise
+from workflow.published import published
 from workflow.report_details import choose
 from workflow.report_figures import sections
 from workflow.report_parts import Costs, Drawing, Section
@@ -168,7 +169,7 @@ def _page(
         "origin": places,
         "findings": report_page.findings(results.findings),
         "headlines": report_page.headlines(configurations, usd),
-        "published": report_page.published(configurations),
+        "published": report_page.published_table(published(runs)),
         "tables": [
             report_page.configuration_table(configurations, usd),
             report_page.run_table(runs, usd),

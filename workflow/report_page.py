@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from workflow.configurations import COLUMNS, Configuration, Spread, Value, row
+from workflow.published import Published
 from workflow.report_parts import Costs, name_of
 from workflow.results import Finding, Run
 
@@ -19,7 +20,7 @@ __all__ += [
     "findings",
     "headlines",
     "number",
-    "published",
+    "published_table",
     "run_table",
     "short",
     "terms",
@@ -39,6 +40,9 @@ _HEADS: dict[str, tuple[str, str]] = {
     "data_gb": ("data", "GB"),
     "batch_size": ("batch size", "rows"),
     "repeat": ("repeat", ""),
+    "runs": ("runs", ""),
+    "incomplete": ("of them incomplete", ""),
+    "cpu_s": ("profiler's time", "s, mean rank"),
     "ok": ("runs ok", ""),
     "failed": ("not ok", ""),
     "rows": ("rows", ""),
@@ -82,6 +86,7 @@ _MINOR = {
 }
 _RATES = ("rows_per_s_wall_clock", "rows_per_s_sum_of_ranks")
 _BITS = ("bits_per_s_wall_clock", "bits_per_s_sum_of_ranks")
+_THREE_RATES = (*reversed(_BITS), "bits_per_s_end_to_end")
 _NOT_OF_RUNS = {"run", "error", "place", "rank_max_s"}
 
 
@@ -233,44 +238,29 @@ def _cut(shown: int, there: int, where: str) -> list[str]:
     return [f"The first {shown:,} of {there:,} rows are shown; {where} has all."]
 
 
-def published(configurations: Sequence[Configuration]) -> Table | None:
-    """Make the table of three rates of the original's runs: means over repeats, as published."""
-    keys = ("bits_per_s_sum_of_ranks", "bits_per_s_wall_clock", "bits_per_s_end_to_end")
-    rows = []
-    for c in configurations:
-        lines = [row(run) for run in c.runs if run.status == "ok"]
-        means = {key: _mean(_rates(lines, key)) for key in keys}
-        if c.source == "original" and means[keys[0]] is not None and means[keys[1]] is not None:
-            counts = (c.world_size, c.batch_size, len(lines))
-            numbers = [_cell(value, "") for value in counts]
-            rows.append([Cell(c.data), *numbers, *(_exact(means[k]) for k in keys)])
-    if not rows:
+def published_table(found: Sequence[Published]) -> Table | None:
+    """Make the table of the figures that the original has published; None if there are none."""
+    if not found:
         return None
-    columns = [Column("data", "data", "", False), *map(_column, ("world_size", "batch_size", "ok"))]
-    table = Table("published-rates", "Three rates", [*columns, *map(_column, keys)], rows)
-    table.notes = ["Means over the runs, as the original project publishes its numbers."]
+    keys = ("runs", "incomplete", "cpu_s", *_THREE_RATES)
+    rows = [[Cell(p.data), *(_exact(getattr(p, key), key) for key in keys)] for p in found]
+    columns = [Column("data", "data", "", False), *map(_column, keys)]
+    table = Table("published-rates", "Published figures", columns, rows, "words, or e.g. runs=3")
+    table.notes = [
+        "The original project publishes the sum of ranks: each rank's bits over its own time in "
+        "torch's profiler, whenever that was, added up. Wall-clock divides all bits by the time of "
+        "the Map state, in which all ranks start, load and work; end to end by that of the whole "
+        "execution: a dash, unless each run is whole and timed.",
+        "Means over the runs, as published: also of incomplete runs, of which the sum is of the "
+        "ranks that are there. Profiler's time: mean of the ranks without outliers.",
+    ]
     return table
 
 
-def _exact(value: float | None) -> Cell:
-    """A rate as it is published: 18.04."""
-    return _cell(value, "Gbit/s")._replace(text=number(value, "Gbit/s", digits=4))
-
-
-def _rates(lines: Iterable[Mapping[str, Value]], key: str) -> list[float]:
-    end_to_end = key == "bits_per_s_end_to_end"
-    found = [_over(line["bits"], line["total_s"]) if end_to_end else line[key] for line in lines]
-    return [value for value in found if isinstance(value, int | float)]
-
-
-def _over(above: Value, below: Value) -> float | None:
-    if isinstance(above, int | float) and isinstance(below, int | float) and below > 0:
-        return above / below
-    return None
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
+def _exact(value: float | None, key: str) -> Cell:
+    """A number with as many digits as it is published: 18.04."""
+    unit = _HEADS[key][1]
+    return _cell(value, unit)._replace(text=number(value, unit, digits=4 if "bit" in unit else 3))
 
 
 # -- findings and failures ------------------------------------------------------------------------

@@ -331,6 +331,32 @@ def test_the_originals_runs_have_plots_of_their_own(tmp_path: Path) -> None:
     )
 
 
+def test_published_rates_are_of_runs_that_are_whole_and_timed(tmp_path: Path) -> None:
+    timed = {"inference_s": 50.0, "total_s": 60.0}
+    runs = [
+        original_run(25, 1.0, 1, **timed),
+        original_run(25, 1.0, 2),
+        original_run(50, 1.0, 1, **timed, status="incomplete"),
+        original_run(75, 1.0, 1, **timed),
+    ]
+    page = Page(report(runs, tmp_path))
+    head, *lines = page.tables["published-rates"]
+    keys = [str(column["data-key"]) for column in head]
+    shown = [
+        dict(zip(keys, (str(cell["text"]).strip() for cell in line), strict=True)) for line in lines
+    ]
+    assert [line["data"] for line in shown] == [f"{n}MB partitions, 1GB" for n in (25, 50, 75)]
+    assert [(line["runs"], line["incomplete"]) for line in shown] == [
+        ("2", "0"),
+        ("1", "1"),
+        ("1", "0"),
+    ]
+    for key in ("bits_per_s_wall_clock", "bits_per_s_end_to_end"):
+        assert [line[key] == "–" for line in shown] == [True, True, False]  # noqa: RUF001
+    assert all(float(str(line["bits_per_s_sum_of_ranks"])) > 0 for line in shown)
+    assert all(float(str(line["cpu_s"])) > 0 for line in shown)
+
+
 def test_what_is_not_known_is_left_out_with_a_sentence(tmp_path: Path) -> None:
     content = report([failed_run()], tmp_path)
     assert not (tmp_path / "plots").exists()

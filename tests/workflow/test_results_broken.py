@@ -27,7 +27,7 @@ def _all(results: Results) -> Results:
     """Do with results what a report does; none of it may fail."""
     assert all(set(row(run)) for run in results.runs)
     summarise(results.runs)
-    published(results)
+    published(results.runs)
     for found in results.findings:
         assert found.text.isprintable()
         assert len(found.text) < 1500

@@ -34,7 +34,7 @@ def _run(results: Results, name: str) -> Run:
 
 
 def test_published_figures_come_out_of_the_files(real: Results) -> None:
-    (found,) = [p for p in published(real) if (p.partition_mb, p.data_gb) == (25, 12.6)]
+    (found,) = [p for p in published(real.runs) if (p.partition_mb, p.data_gb) == (25, 12.6)]
     assert (found.runs, found.incomplete) == (3, 0)
     assert found.bits_per_s_sum_of_ranks is not None
     assert f"{found.bits_per_s_sum_of_ranks / 1e9:.2f}" == "18.04"
@@ -45,13 +45,13 @@ def test_published_figures_come_out_of_the_files(real: Results) -> None:
 
 
 def test_without_a_log_there_is_no_wall_clock_figure() -> None:
-    (found,) = published(read([str(AWS / "result-partition-25MB" / "total")]))
+    (found,) = published(read([str(AWS / "result-partition-25MB" / "total")]).runs)
     assert found.bits_per_s_sum_of_ranks is not None
     assert (found.bits_per_s_wall_clock, found.bits_per_s_end_to_end) == (None, None)
 
 
 def test_published_are_the_scaling_runs_only(real: Results) -> None:
-    runs = {(p.partition_mb, p.data_gb): p.runs for p in published(real)}
+    runs = {(p.partition_mb, p.data_gb): p.runs for p in published(real.runs)}
     assert runs == {(25, 1): 1, (25, 12.6): 3, (100, 1): 1, (100, 12.6): 3}
 
 
@@ -359,7 +359,7 @@ def test_executions_under_one_path_get_no_time_of_the_log(tmp_path: Path) -> Non
     results = read([str(tmp_path)])
     assert [run.name.rpartition("/")[2] for run in results.runs] == ["1", "combined_data_1"]
     assert [run.total_s for run in results.runs] == [None, None]
-    assert [p.runs for p in published(results)] == [1]
+    assert [p.runs for p in published(results.runs)] == [1]
     assert "2 files share" in of_kind(results, "time not known").text
 
 
