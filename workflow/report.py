@@ -26,6 +26,7 @@ from workflow.configurations import COLUMNS, MEASURES, Configuration, Value, row
 from workflow.published import published
 from workflow.report_details import choose
 from workflow.report_figures import sections
+from workflow.report_headlines import headlines
 from workflow.report_parts import Costs, Drawing, Section
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _page(
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "origin": places,
         "findings": report_page.findings(results.findings),
-        "headlines": report_page.headlines(configurations, usd),
+        "headlines": headlines(configurations, usd),
         "published": report_page.published_table(published(runs)),
         "tables": [
             report_page.configuration_table(configurations, usd),

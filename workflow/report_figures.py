@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -158,6 +159,8 @@ def _draw(
     meanings: tuple[str, str] | None = None,
     ideal: str | None = None,
 ) -> None:
+    if caption == _BITS_TEXT and not any(line.thick for line in lines):
+        caption += " Nothing is thick: the time of the Map state is not known."
     full = f"{title}: {panel}" if panel else title
     step(f"plot: {full}")
     both = meanings if any(line.thin for line in lines) else None
@@ -173,7 +176,8 @@ def _alt(title: str, lines: Sequence[Curve], axes: tuple[Axis, Axis]) -> str:
         if points:
             first, last = points[0], points[-1]
             ends = f"{first.y:,.4g} at {first.x:,g} to {last.y:,.4g} at {last.x:,g}"
-            said.append(f"{plots.label(line.name)}: {ends}")
+            kind = "" if line.thick else "thin, "
+            said.append(f"{plots.label(line.name)}: {kind}{ends}")
     return f"{title}. {axes[1].text} against {axes[0].text}. " + "; ".join(said)
 
 
@@ -244,7 +248,7 @@ def _data_size(theirs: Sequence[Configuration], step: Callable[[str], None]) -> 
         "time": (
             ("total_s", "inference_s"), 1.0, "time (s)",
             "Thick: the whole execution. Thin: the Map state, in which all ranks work. Bars: least "
-            "to greatest of the repeats.", _TIMES,
+            "to greatest of the repeats.", ("whole execution", "Map state (thin)"),
         ),
     }  # fmt: skip
     for name, (measures, scale, text, caption, meanings) in kinds.items():
@@ -264,11 +268,13 @@ def _by_partition(
     theirs: Sequence[Configuration], measures: tuple[str, str], scale: float
 ) -> list[Curve]:
     groups: dict[tuple[float, int], dict[float, Configuration]] = {}
-    for c in theirs:
+    # Of the same data in more or fewer partitions, the one with most runs.
+    for c in sorted(theirs, key=lambda c: c.ok):
         partition, gb = c.runs[0].partition_mb, c.runs[0].data_gb
         if partition and gb and drawable(partition) and drawable(gb):
             groups.setdefault((partition, c.batch_size or 0), {})[gb] = c
-    most = _largest_batches(groups)
+    most = _main_batches(groups)
+    named = len(set(most.values())) > 1
     lines = []
     for (partition, batch), by_size in sorted(groups.items()):
         if batch != most[partition]:
@@ -282,19 +288,19 @@ def _by_partition(
             for name in measures
         )
         if thick or thin:
-            lines.append(Curve(f"{partition:g} MB partitions", thick, thin))
+            more = f", batch {batch:,}" if named else ""
+            lines.append(Curve(f"{partition:g} MB partitions{more}", thick, thin))
     return lines
 
 
-def _largest_batches(
-    groups: Mapping[tuple[float, int], Mapping[float, object]],
-) -> dict[float, int]:
-    """By partition size, the batch size with which most data sizes were tried."""
+def _main_batches(groups: Mapping[tuple[float, int], Mapping[float, object]]) -> dict[float, int]:
+    """By partition size, the batch size with most data sizes; of several, the most used one."""
+    used: Counter[int] = Counter()
+    for (_, batch), by_size in groups.items():
+        used[batch] += len(by_size)
     best: dict[float, int] = {}
-    for (partition, batch), by_size in groups.items():
-        known = groups.get((partition, best.get(partition, -1)), {})
-        if len(by_size) > len(known):
-            best[partition] = batch
+    for partition, batch in sorted(groups, key=lambda k: (len(groups[k]), used[k[1]], k[1])):
+        best[partition] = batch
     return best
 
 
@@ -382,8 +388,9 @@ def _cost(
         step(f"plot: {title}")
         axes = (Axis("time of the whole run (s)"), Axis("cost of one run (USD)"))
         picture = plots.dots(points, *axes, "frontier: none is cheaper and faster")
+        text = _COST_OF_THEIRS if group[0].source == "original" else _COST_TEXT
         section.drawings.append(
-            Drawing(f"cost-{number}", title, _dots_alt(title, points), _COST_TEXT, picture)
+            Drawing(f"cost-{number}", title, _dots_alt(title, points), text, picture)
         )
     if not number:
         section.omitted.append("No plot of cost against time: fewer than two costs are known.")
@@ -393,6 +400,12 @@ def _cost(
 _COST_TEXT = (
     "Medians of the repeats. What did not run on AWS has the price that its seconds would "
     "have on AWS Lambda, where they would be other seconds; see the definitions below."
+)
+
+
+_COST_OF_THEIRS = (
+    "Medians of the repeats. The time is that of the whole execution; the cost is not what AWS has "
+    "billed, but that of the ranks' seconds in torch's profiler; see the definitions below."
 )
 
 

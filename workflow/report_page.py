@@ -18,7 +18,6 @@ __all__ = ["Cell", "Column", "Table", "configuration_table", "environments", "fa
 __all__ += [
     "cost_of",
     "findings",
-    "headlines",
     "number",
     "published_table",
     "run_table",
@@ -136,11 +135,12 @@ def number(value: float | None, unit: str = "", digits: int = 3) -> str:
     return f"{scaled:,.{min(max(places, 0), 3 if unit.startswith('s') else 9)}f}"
 
 
-def _cell(value: Value, unit: str, spread: Spread | None = None) -> Cell:
+def _cell(value: Value, unit: str, spread: Spread | None = None, told: str = "") -> Cell:
     known = value if isinstance(value, int | float) else None
-    span = ""
+    span = told
     if spread is not None and spread.min != spread.max:
-        span = f"{number(spread.min, unit)} to {number(spread.max, unit)}"
+        between = f"{number(spread.min, unit)} to {number(spread.max, unit)}"
+        span = f"{between}, {told}" if told else between
     return Cell(number(known, unit), "" if known is None else repr(known), True, span)
 
 
@@ -164,9 +164,12 @@ def configuration_table(configurations: Sequence[Configuration], costs: Costs) -
     cells = [
         [
             Cell(name_of(c, configurations) or c.data),
-            *(_cell(_middle(line[k]), _HEADS[k][1], _spread(line[k])) for k in keys),
+            *(
+                _cell(_middle(line[k]), _HEADS[k][1], _spread(line[k]), told.get(k, ""))
+                for k in keys
+            ),
         ]
-        for c, line in zip(configurations, rows, strict=False)
+        for c, line, told in zip(configurations, rows, map(_told, configurations), strict=False)
     ]
     table = Table("configurations", "Configurations", columns, cells)
     table.notes = [
@@ -186,6 +189,13 @@ def _configuration(c: Configuration, costs: Costs) -> dict[str, float | Spread |
     }
     single = {"speedup": c.speedup, "efficiency": c.efficiency, "cost_usd": cost_of(c, costs)}
     return values | {k: single.get(k, c.measures.get(k)) for k in _OF_CONFIGURATIONS}
+
+
+def _told(c: Configuration) -> dict[str, str]:
+    """Say which measures are of fewer runs than are ok: other runs' files do not tell them."""
+    rows = [row(run) for run in c.runs if run.status == "ok"]
+    counts = {k: sum(line[k] is not None for line in rows) for k in c.measures}
+    return {k: f"{n} of {len(rows)} runs" for k, n in counts.items() if n < len(rows)}
 
 
 def cost_of(c: Configuration, costs: Costs) -> Spread | None:
@@ -297,7 +307,7 @@ def failures(runs: Sequence[Run]) -> tuple[list[dict[str, str]], int]:
         {
             "name": run.name,
             "status": run.status,
-            "error": run.error or "no error was recorded",
+            "error": run.error or _lacking(run),
             "place": short(run.place),
         }
         for run in bad[:_SHOWN_FAILURES]
@@ -305,92 +315,11 @@ def failures(runs: Sequence[Run]) -> tuple[list[dict[str, str]], int]:
     return shown, len(bad) - len(shown)
 
 
-# -- headline figures -----------------------------------------------------------------------------
-
-
-def headlines(configurations: Sequence[Configuration], costs: Costs) -> list[dict[str, Any]]:
-    """Make the cards of the best configuration of each source."""
-    sources = list(dict.fromkeys((c.source, c.on) for c in configurations))
-    found = []
-    for source, on in sources:
-        of_it = [c for c in configurations if (c.source, c.on) == (source, on)]
-        best = _best(of_it)
-        if best is not None:
-            where = "on AWS" if on == "aws" else "on one machine"
-            heading = f"{source}, {where}" if len(sources) > 1 else f"O{where[1:]}"
-            found.append({"heading": heading, "cards": list(_cards(best, of_it, costs))})
-    return found
-
-
-def _best(configurations: Sequence[Configuration]) -> Configuration | None:
-    """The fastest by wall-clock; where nobody timed that, by the sum of ranks."""
-    for unit in ("bits_per_s", "rows_per_s"):
-        for kind in ("wall_clock", "sum_of_ranks"):
-            key = f"{unit}_{kind}"
-            known = [c for c in configurations if key in c.measures]
-            if known:
-                return max(known, key=lambda c: c.measures[key].median)
-    return None
-
-
-def _cards(
-    best: Configuration, among: Sequence[Configuration], costs: Costs
-) -> Iterable[dict[str, str]]:
-    measured = f"median of {best.ok} runs" if best.ok > 1 else "one run"
-    context = " ".join(part for part in (best.engine, best.precision) if part)
-    why = (
-        "greatest wall-clock rate" if "bits_per_s_wall_clock" in best.measures else "greatest rate"
-    )
-    yield {
-        "term": "Best configuration",
-        "value": name_of(best) or best.data,
-        "text": "; ".join(part for part in (why, measured, best.data, context) if part),
-    }
-    yield _rate(best, "wall_clock", "Wall-clock rate", _WALL_CLOCK)
-    yield _rate(best, "sum_of_ranks", "Sum of ranks", _SUM)
-    m = best.measures
-    if "total_s" in m:
-        yield {
-            "term": "Whole run",
-            "value": f"{number(m['total_s'].median, 's')} s",
-            "text": _inference(m.get("inference_s")),
-        }
-    if (usd := cost_of(best, costs)) is not None:
-        yield {
-            "term": "Cost of one run",
-            "value": f"${number(usd.median)}",
-            "text": "at AWS's list prices, by the seconds of the ranks; assumptions below",
-        }
-    if "nmad" in m:
-        r2 = f"; R² {number(m['r2'].median)}" if "r2" in m else ""
-        yield {
-            "term": "Accuracy (NMAD)",
-            "value": number(m["nmad"].median),
-            "text": f"scatter of the predicted redshifts, outliers aside{r2}",
-        }
-
-
-_WALL_CLOCK = "All rows over the time until the last rank had done its own: what one waits for."
-_SUM = (
-    "What each rank did per second of its own time, added up as if all were always at work: "
-    "an upper bound."
-)
-
-
-def _inference(spread: Spread | None) -> str:
-    known = f", {number(spread.median, 's')} s of it inference" if spread else ""
-    return f"from its start to its end{known}"
-
-
-def _rate(c: Configuration, kind: str, term: str, text: str) -> dict[str, str]:
-    rows, bits = c.measures.get(f"rows_per_s_{kind}"), c.measures.get(f"bits_per_s_{kind}")
-    shown = [f"{number(rows.median)} rows/s"] if rows else []
-    if bits:
-        shown.append(f"{number(bits.median, 'Gbit/s')} Gbit/s")
-    if c.source.startswith("original"):
-        shown.reverse()  # the unit of its tables
-    more = f" ({shown[1]})" if len(shown) > 1 else ""
-    return {"term": term, "value": shown[0] if shown else _DASH, "text": f"{text}{more}"}
+def _lacking(run: Run) -> str:
+    if run.status == "failed":
+        return "no error was recorded"
+    planned = f"{run.world_size:,}" if run.world_size else "an unknown number of"
+    return f"{len(run.ranks):,} of {planned} ranks left a record"
 
 
 # -- environment and definitions ------------------------------------------------------------------
@@ -443,16 +372,18 @@ _TERMS = (
     ),
     (
         "Sum of ranks",
-        "Each rank's rate by its own clock, added up. Ours are per elapsed second; the original's "
-        "per second of CPU time. It does not fall when ranks start late or wait, so it is never "
-        "the time somebody waited.",
+        "Each rank's rate by its own clock, added up. Ours are per elapsed second. The original's "
+        "are per second in torch's profiler, which adds up all operations of the main thread, and "
+        "those that are part of another one again. Neither falls when ranks start late or wait: "
+        "it is never what somebody waited for.",
     ),
     ("Whole run", "From the start of init to the end of summarize: with loading and joining."),
     (
         "init, join, load, inference, collective",
         "Start of a rank's process to its first call; until all ranks had joined; imports, model "
         "and opening of the data; the loop that predicts; barrier and allreduce, waiting included. "
-        "In the tables it is the rank that took longest for it.",
+        "In the tables it is the rank that took longest for it; of the original project's runs, "
+        "inference is the whole Map state, in which the functions start and load, too.",
     ),
     (
         "Straggler ratio",

@@ -357,6 +357,41 @@ def test_published_rates_are_of_runs_that_are_whole_and_timed(tmp_path: Path) ->
     assert all(float(str(line["cpu_s"])) > 0 for line in shown)
 
 
+def test_a_measure_of_some_runs_says_of_how_many(tmp_path: Path) -> None:
+    runs = [original_run(repeat=n, total_s=t) for n, t in ((1, 30.0), (2, 31.0), (3, None))]
+    page = Page(report(runs, tmp_path))
+    head, line = page.tables["configurations"]
+    cells = {str(c["data-key"]): str(cell["text"]) for c, cell in zip(head, line, strict=True)}
+    assert "30.0 to 31.0, 2 of 3 runs" in cells["total_s"]
+    assert "of 3 runs" not in cells["bits_per_s_sum_of_ranks"]
+
+
+def test_the_originals_times_are_called_what_they_are(tmp_path: Path) -> None:
+    timed = report([original_run(inference_s=20.0, total_s=50.0)], tmp_path / "timed")
+    assert "20.0 s of it the Map state" in timed
+    assert "the seconds of the ranks in the profiler, and not those billed" in timed
+    assert "an upper bound" not in timed
+    content = report([original_run(status="incomplete"), original_run(100)], tmp_path / "not")
+    assert "greatest sum of ranks; no wall-clock rate is known" in content
+    assert "Not known: these files have no time for it." in content
+    assert "41 of 41 ranks left a record" in content
+
+
+def test_against_the_data_size_all_lines_are_of_the_same_batch_size(tmp_path: Path) -> None:
+    runs = [original_run(25, 1.0, batch=32), original_run(25, 1.0)]
+    runs += [original_run(100, size) for size in (1.0, 4.0)]
+    # Of the same data in more partitions there are fewer runs.
+    runs += [original_run(100, 4.0, 2), original_run(100, 4.0, 1, world_size=50)]
+    alts = [str(image["alt"]) for image in Page(report(runs, tmp_path)).images()]
+    (alt,) = [alt for alt in alts if alt.startswith("Throughput against data size")]
+    rates = {
+        c.batch_size: c.measures["bits_per_s_sum_of_ranks"].median for c in summarise(runs[:2])
+    }
+    assert f"25 MB partitions: thin, {rates[512] / 1e9:.4g} at 1" in alt
+    two = summarise(runs[3:5])[0].measures["bits_per_s_sum_of_ranks"].median
+    assert f"to {two / 1e9:.4g} at 4" in alt
+
+
 def test_what_is_not_known_is_left_out_with_a_sentence(tmp_path: Path) -> None:
     content = report([failed_run()], tmp_path)
     assert not (tmp_path / "plots").exists()
