@@ -129,4 +129,8 @@ def test_no_results_at_all_are_an_error_and_findings_alone_are_not(cosmic: Cosmi
     assert nothing.exit_code == 1
     assert "there are no results in runs" in json.loads(nothing.stdout)["error"]["message"]
     assert cosmic("runs", there=Results((), many_findings(1, 1))).exit_code == 0
+    Path("notes.md").write_text("no results")
+    only = cosmic("notes.md", "--json", there=Results((), many_findings(1, 1)))
+    assert only.exit_code == 1
+    assert "in notes.md (rank 0 is missing); name" in json.loads(only.stdout)["error"]["message"]
     assert cosmic("runs", there=Results((made_run(),), ())).exit_code == 0
