@@ -255,8 +255,8 @@ def _other_paths(originals: Sequence[Original]) -> list[Finding]:
     first = other[0]
     text = (
         f"The records of {len(other)} of {len(originals)} files name another result path than "
-        f"the file's place, such as {first.run.name}: they were moved. The place gives the run's "
-        "name here, the result path its times in the log."
+        f"the file's place, such as {first.run.name}: they were moved or renamed. The place gives "
+        "the run's name here, the result path its times, where a table has them."
     )
     return [Finding(first.run.place, "moved", text)]
 
@@ -271,8 +271,9 @@ def _cpu_time(runs: Sequence[Run]) -> list[Finding]:
         return []
     timed = sum(run.inference_s is not None for run in theirs)
     text = (
-        "The original's records have CPU time (torch's profiler), not elapsed time: rates of a "
-        "rank are bits over CPU time, and their sum is no rate that a clock has seen. Wall-clock "
-        f"times are the state machine's: inference_s is known of {timed} of {len(theirs)} runs."
+        "The original's records have CPU time by torch's profiler, not elapsed time: all "
+        "operations of the main thread added up, those within others again. Rates of a rank are "
+        "bits over it, and their sum is no rate that a clock has seen. Wall-clock times are the "
+        f"state machine's: inference_s is known of {timed} of {len(theirs)} runs."
     )
     return [Finding(theirs[0].place, "CPU time", text)]

@@ -181,8 +181,9 @@ class Tables:
         if rough:
             place = next(iter(self.totals.values())).place
             text = (
-                f"total_s of {len(rough)} runs is from this table, for want of a log; where both "
-                "are there, some rows differ, as if they were of an earlier execution."
+                f"total_s of {len(rough)} runs is from this table, for want of a log. In the "
+                "original's repository some of its rows differ from the log, as if they were of an "
+                "earlier execution."
             )
             self.findings.append(Finding(place, "time of a table", text))
 
