@@ -378,17 +378,17 @@ def test_the_originals_times_are_called_what_they_are(tmp_path: Path) -> None:
 
 
 def test_against_the_data_size_all_lines_are_of_the_same_batch_size(tmp_path: Path) -> None:
-    runs = [original_run(25, 1.0, batch=32), original_run(25, 1.0)]
+    runs = [original_run(25, 1.0), *(original_run(25, 1.0, n, batch=32) for n in (1, 2))]
     runs += [original_run(100, size) for size in (1.0, 4.0)]
     # Of the same data in more partitions there are fewer runs.
     runs += [original_run(100, 4.0, 2), original_run(100, 4.0, 1, world_size=50)]
     alts = [str(image["alt"]) for image in Page(report(runs, tmp_path)).images()]
     (alt,) = [alt for alt in alts if alt.startswith("Throughput against data size")]
     rates = {
-        c.batch_size: c.measures["bits_per_s_sum_of_ranks"].median for c in summarise(runs[:2])
+        c.batch_size: c.measures["bits_per_s_sum_of_ranks"].median for c in summarise(runs[:3])
     }
     assert f"25 MB partitions: thin, {rates[512] / 1e9:.4g} at 1" in alt
-    two = summarise(runs[3:5])[0].measures["bits_per_s_sum_of_ranks"].median
+    two = summarise(runs[4:6])[0].measures["bits_per_s_sum_of_ranks"].median
     assert f"to {two / 1e9:.4g} at 4" in alt
 
 
