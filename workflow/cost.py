@@ -312,6 +312,8 @@ def _missing(run: Run, ranks: int, steps: Sequence[float]) -> list[str]:
     texts = (
         [f"{lost} of {run.world_size} ranks left no record, and are not in it"] if lost > 0 else []
     )
+    if run.world_size is None and run.status == "incomplete":
+        texts.append("ranks left no record, nobody knows how many, and are not in it")
     if crowded(run):
         texts.append("its ranks shared cores: with one each they would take less, and cost less")
     if not _is_job(run):

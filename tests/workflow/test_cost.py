@@ -248,6 +248,8 @@ def test_what_is_missing_is_said() -> None:
     assert "server, while the run lasts" not in some.items
     text = "\n".join(some.assumptions)
     assert "1 of 4 ranks left no record" in text
+    cut = of_run(made(world_size=None, status="incomplete"))
+    assert "nobody knows how many" in "\n".join(cut.assumptions)
     assert "init and summarize are not in it" in text
     assert "the server is not in it" in text
 
