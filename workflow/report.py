@@ -211,6 +211,7 @@ def _html(page: Mapping[str, Any], drawn: Sequence[Section]) -> bytes:
     contents = [
         ("warnings", "Warnings"),
         ("headline", "Headline figures"),
+        *([("published", page["published"].title)] if page["published"] else ()),
         *((s["id"], s["title"]) for s in found if s["figures"]),
         *((f"{table.id}-section", table.title) for table in page["tables"]),
         ("failures", "Failures"),

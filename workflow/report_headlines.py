@@ -43,10 +43,11 @@ def _cards(
     measured = f"median of {best.ok} runs" if best.ok > 1 else "one run"
     context = " ".join(part for part in (best.engine, best.precision) if part)
     theirs = best.source == "original"
+    data = "data unknown" if best.data == "unknown" else best.data
     yield {
         "term": "Best configuration",
         "value": name_of(best) or best.data,
-        "text": "; ".join(part for part in (_why(among), measured, best.data, context) if part),
+        "text": "; ".join(part for part in (_why(among), measured, data, context) if part),
     }
     yield _rate(best, "wall_clock", "Wall-clock rate", _MAP_STATE if theirs else _WALL_CLOCK)
     yield _rate(best, "sum_of_ranks", "Sum of ranks", _sum(best))

@@ -261,8 +261,8 @@ def published_table(found: Sequence[Published]) -> Table | None:
         "torch's profiler, whenever that was, added up. Wall-clock divides all bits by the time of "
         "the Map state, in which all ranks start, load and work; end to end by that of the whole "
         "execution: a dash, unless each run is whole and timed.",
-        "Means over the runs, as published: also of incomplete runs, of which the sum is of the "
-        "ranks that are there. Profiler's time: mean of the ranks without outliers.",
+        "Means over the runs that are here, as published: also of incomplete ones, of which the "
+        "sum is of the ranks that are there. Profiler's time: mean of the ranks without outliers.",
     ]
     return table
 

@@ -339,8 +339,9 @@ def test_published_rates_are_of_runs_that_are_whole_and_timed(tmp_path: Path) ->
         original_run(50, 1.0, 1, **timed, status="incomplete"),
         original_run(75, 1.0, 1, **timed),
     ]
-    page = Page(report(runs, tmp_path))
-    head, *lines = page.tables["published-rates"]
+    content = report(runs, tmp_path)
+    assert '<a href="#published">Published figures</a>' in content
+    head, *lines = Page(content).tables["published-rates"]
     keys = [str(column["data-key"]) for column in head]
     shown = [
         dict(zip(keys, (str(cell["text"]).strip() for cell in line), strict=True)) for line in lines
