@@ -144,7 +144,7 @@ class Job:
     """Ranks that went away again before all were there, as a bitmap."""
     left: int = 0
     lost_count: int = 0
-    """Ranks lost while the job ran."""
+    """Ranks that left, and that were lost, while the job ran."""
     lost: dict[int, tuple[float, str]] = field(default_factory=dict)
     """When and why ranks were lost that did not come back; `LOST_KEPT` of them."""
     aborted: JobAborted | None = None
@@ -272,7 +272,7 @@ class Registry:
             return []  # the job has ended already
         del job.members[member.rank]
         self.ranks -= 1
-        job.left += clean
+        job.left += clean and job.running
         if not clean:
             job.lose(member.rank, now, why)
         if not job.running:

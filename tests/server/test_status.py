@@ -87,8 +87,9 @@ def check(registry: Registry, snapshot: Any, name: str, came: dict[Any, set[int]
         assert shown["state"] == ("RUNNING" if job.running else "WAITING")
         if job.running:
             assert shown["missing"] == ""
-            assert shown["here"] + shown["left"] + shown["lost_count"] >= job.size
+            assert shown["here"] + shown["left"] + shown["lost_count"] == job.size
         else:
+            assert shown["left"] == shown["lost_count"] == 0
             assert read(shown["missing"]) == set(range(4)) - job.members.keys()
         assert not {each["rank"] for each in shown["lost"]} & job.members.keys()
     for shown in snapshot["ended"]:
