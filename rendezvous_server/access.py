@@ -9,6 +9,7 @@ itself without the server having to remember it.
 from __future__ import annotations
 
 from collections import deque
+from ipaddress import IPv6Network
 from urllib.parse import urlsplit
 
 from fmi_client.protocol import auth
@@ -17,8 +18,10 @@ from rendezvous_server.config import is_loopback
 COOKIE = "rendezvous"
 SESSION_SECONDS = 12 * 3600
 TRIES = 10
-"""Wrong tokens, from all the world together, within..."""
+"""Wrong tokens from one source within..."""
 TRIES_SECONDS = 60.0
+ALL_TRIES = 1000
+"""... and from all the world together, or else who has many addresses could guess without end."""
 
 
 class TooManyTries(Exception):
@@ -40,7 +43,8 @@ class Access:
     def __init__(self, token: bytes | None, loopback: bool) -> None:
         self._token = token
         self._loopback = loopback
-        self._failures: deque[float] = deque(maxlen=TRIES)
+        self._failures: deque[tuple[float, str]] = deque()
+        """When and whence wrong tokens came lately, the oldest first."""
 
     @property
     def closed(self) -> bool:
@@ -60,21 +64,31 @@ class Access:
         except ValueError:
             return False
 
-    def takes(self, token: bytes, now: float) -> bool:
-        """Whether this is the token.
+    def takes(self, token: bytes, host: str, now: float) -> bool:
+        """Whether this is the token; `host` is the address that it came from.
 
         Raises:
             TooManyTries: there were too many that were not; right ones wait as well, or else
-                guessing would be as fast as ever.
+                guessing would be as fast as ever. By source, so that a stranger's wrong tokens
+                do not keep the operator out.
         """
         if self._token is None:
             return False
-        if len(self._failures) == TRIES and now - self._failures[0] < TRIES_SECONDS:
-            raise TooManyTries(TRIES_SECONDS - (now - self._failures[0]))
+        source = _source(host)
+        self._slow_down(source, now)
         if auth.same(token, self._token):
             return True
-        self._failures.append(now)
+        self._failures.append((now, source))
         return False
+
+    def _slow_down(self, source: str, now: float) -> None:
+        while self._failures and now - self._failures[0][0] >= TRIES_SECONDS:
+            self._failures.popleft()
+        times = [at for at, _ in self._failures]
+        own = [at for at, whence in self._failures if whence == source]
+        for found, limit in ((own, TRIES), (times, ALL_TRIES)):
+            if len(found) >= limit:
+                raise TooManyTries(TRIES_SECONDS - (now - found[0]))
 
     def cookie(self, now: float) -> str:
         """Return what admits a browser for some hours."""
@@ -91,3 +105,10 @@ class Access:
     def _sign(self, expires: str) -> str:
         code = auth.mac(self._token or b"", "rendezvous page", expires.encode())
         return f"{expires}.{code.hex()}"
+
+
+def _source(host: str) -> str:
+    """Return whom an address stands for: of IPv6 whoever has one has its /64."""
+    if ":" not in host:
+        return host
+    return str(IPv6Network((host.partition("%")[0], 64), strict=False))

@@ -14,6 +14,12 @@ from rendezvous_server.listen import listen
 from rendezvous_server.live import Pages
 from rendezvous_server.server import Server
 
+IDLE_SECONDS = 30.0
+"""A connection without a request, or with a part of one, is closed then: whoever opens many takes
+descriptors that ranks need."""
+STOP_SECONDS = 1.0
+"""Requests under way get so long to end when the server stops; twice, as aiohttp does it."""
+
 
 class _Metrics:
     """Reads the server's own counters when asked: nothing is counted twice."""
@@ -88,7 +94,12 @@ def make_app(server: Server, host: str) -> web.Application:
 
 async def start(server: Server, host: str, port: int) -> tuple[web.AppRunner, int]:
     """Serve HTTP; returns what to clean up, and the port."""
-    runner = web.AppRunner(make_app(server, host), access_log=None)
+    runner = web.AppRunner(
+        make_app(server, host),
+        access_log=None,
+        keepalive_timeout=IDLE_SECONDS,
+        shutdown_timeout=STOP_SECONDS,
+    )
     await runner.setup()
     for sock in listen(host, port):
         await web.SockSite(runner, sock).start()

@@ -38,6 +38,7 @@ SEND_BUFFER = 128 * 1024
 MAX_VIEWERS = 32
 MAX_VIEWS = 2 * MAX_VIEWERS
 MAX_FORM_BYTES = 4096
+FORM_SECONDS = 10.0
 
 SET_A_TOKEN = (
     "The live page is closed: this port can be reached from other machines, and no admin token is "
@@ -45,6 +46,7 @@ SET_A_TOKEN = (
     "(openssl rand -hex 32 makes one), or listen on 127.0.0.1.\n"
 )
 WRONG_HOST = "Ask for this page by the name localhost or 127.0.0.1: other names are refused.\n"
+STRANGER = "Another site's page may not ask for this.\n"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -263,9 +265,8 @@ class Pages:
             return _text(403, SET_A_TOKEN)
         if not self._access.knows_host(request.headers.get("Host")):
             return _text(403, WRONG_HOST)
-        strange = request.headers.get("Sec-Fetch-Site") == "cross-site"
-        if strange and request.headers.get("Sec-Fetch-Mode") != "navigate":
-            return _text(403, "Another site's page may not ask for this.\n")
+        if _strange(request) and request.headers.get("Sec-Fetch-Mode") != "navigate":
+            return _text(403, STRANGER)
         return self._ask_for_token(request) if self._access.needs_token else None
 
     def _ask_for_token(self, request: web.Request) -> web.Response | None:
@@ -274,15 +275,18 @@ class Pages:
             return None
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":
-            return self._check(token, lambda status, said: _text(status, said + "\n"))
+            return self._check(request, token, lambda status, said: _text(status, said + "\n"))
         challenge = {"WWW-Authenticate": "Bearer"}
         if request.path == "/":
             return _html(401, page.form("This page needs the server's admin token."), challenge)
         return _text(401, "Send the admin token: Authorization: Bearer TOKEN\n", challenge)
 
-    def _check(self, token: str, answer: Callable[[int, str], web.Response]) -> web.Response | None:
+    def _check(
+        self, request: web.Request, token: str, answer: Callable[[int, str], web.Response]
+    ) -> web.Response | None:
+        sent = token.strip().encode(errors="surrogateescape")
         try:
-            if self._access.takes(token.strip().encode(errors="surrogateescape"), time.monotonic()):
+            if self._access.takes(sent, request.remote or "", time.monotonic()):
                 return None
         except TooManyTries as error:
             refusal = answer(429, f"There were {error}.")
@@ -294,13 +298,19 @@ class Pages:
         """Give a browser a cookie for the token."""
         if not self._access.needs_token:
             return _text(403, SET_A_TOKEN) if self._access.closed else _to_page()
+        if _strange(request):  # its wrong tokens would count as those of this browser
+            return _text(403, STRANGER)
         if (request.content_length or MAX_FORM_BYTES + 1) > MAX_FORM_BYTES:
             return _text(413, "That is not the form of this page.\n")
         try:
-            token = (await request.post()).get("token")
+            token = (await asyncio.wait_for(request.post(), FORM_SECONDS)).get("token")
+        except TimeoutError:
+            return _text(408, "The form did not come.\n")
         except (ValueError, LookupError):  # bytes that are no text, in whatever they say it is
             return _text(400, "That is not the form of this page.\n")
-        refusal = self._check(str(token), lambda status, said: _html(status, page.form(said)))
+        refusal = self._check(
+            request, str(token), lambda status, said: _html(status, page.form(said))
+        )
         if refusal is not None:
             return refusal
         answer = _to_page()
@@ -348,6 +358,11 @@ def _bound(sock: Any) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         milliseconds = int(2 * WRITE_SECONDS * 1000)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
+def _strange(request: web.Request) -> bool:
+    """Whether a page that is not ours makes a browser ask: one of another port is "same-site"."""
+    return request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
 
 
 def _query(request: web.Request) -> Query:

@@ -69,7 +69,7 @@ async def watched(
         app = web.Application()
         app.on_shutdown.append(pages.close)
         app.add_routes(pages.routes())
-        runner = web.AppRunner(app, access_log=None)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         try:
             await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from base64 import b64encode
 from hashlib import sha256
@@ -10,15 +11,26 @@ from pathlib import Path
 import pytest
 from aiohttp import ClientSession
 
-from rendezvous_server import admin, config
-from rendezvous_server.access import SESSION_SECONDS, TRIES, TRIES_SECONDS, Access, TooManyTries
-from tests.server.test_live import watched
+from rendezvous_server import admin, config, live
+from rendezvous_server.access import (
+    ALL_TRIES,
+    SESSION_SECONDS,
+    TRIES,
+    TRIES_SECONDS,
+    Access,
+    TooManyTries,
+)
+from tests.server.test_live import message, watched
 from tests.server.test_server import server_process
 from tests.support import serving
 
 TOKEN = b"token-of-an-operator"
 BEARER = {"Authorization": f"Bearer {TOKEN.decode()}"}
 GUARDED = ("/", "/status", "/events")
+HALF_A_FORM = (
+    b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40\r\n"
+    b"Content-Type: application/x-www-form-urlencoded\r\n\r\ntoken="
+)
 
 
 def test_the_cookie_proves_itself_and_expires() -> None:
@@ -34,14 +46,34 @@ def test_the_cookie_proves_itself_and_expires() -> None:
     assert not Access(None, loopback=True).takes_cookie(Access(None, True).cookie(0.0), 0.0)
 
 
-def test_guessing_is_slow_for_all_the_world_together() -> None:
+@pytest.mark.parametrize(
+    ("guesser", "same", "other"),
+    [
+        ("192.0.2.1", "192.0.2.1", "192.0.2.2"),
+        ("2001:db8::1", "2001:db8:0:0:ffff::", "2001:db8:0:1::1"),
+        ("fe80::1%eth0", "fe80::2", "192.0.2.1"),
+        ("", "", "192.0.2.1"),
+    ],
+)
+def test_guessing_is_slow_and_keeps_nobody_else_out(guesser: str, same: str, other: str) -> None:
     access = Access(TOKEN, loopback=False)
     for number in range(TRIES):
-        assert not access.takes(b"guess %d" % number, 1000.0 + number)
+        assert not access.takes(b"guess %d" % number, guesser, 1000.0 + number)
     with pytest.raises(TooManyTries, match="51 s"):
-        access.takes(TOKEN, 1000.0 + TRIES - 1)
+        access.takes(TOKEN, same, 1000.0 + TRIES - 1)
+    assert access.takes(TOKEN, other, 1000.0 + TRIES - 1)
     assert access.takes_cookie(access.cookie(1000.0), 1010.0)  # who is in stays in
-    assert access.takes(TOKEN, 1000.0 + TRIES_SECONDS)
+    assert access.takes(TOKEN, same, 1000.0 + TRIES_SECONDS)
+
+
+def test_guessing_is_slow_for_all_the_world_together() -> None:
+    access = Access(TOKEN, loopback=False)
+    for number in range(ALL_TRIES):
+        assert not access.takes(b"guess", f"2001:db8:0:{number:x}::1", 1000.0 + number / ALL_TRIES)
+    with pytest.raises(TooManyTries, match="59 s"):
+        access.takes(TOKEN, "192.0.2.1", 1001.0)
+    assert access.takes(TOKEN, "192.0.2.1", 1001.0 + TRIES_SECONDS)
+    assert not access._failures
 
 
 async def test_where_others_reach_it_a_token_has_to_be_set() -> None:
@@ -119,15 +151,76 @@ async def test_a_name_that_was_bent_to_lead_here_is_refused(host: str, status: i
                 assert "Access-Control-Allow-Origin" not in answer.headers
 
 
-async def test_a_page_of_another_site_cannot_take_viewers_places() -> None:
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])  # the latter: of another port
+async def test_a_page_of_another_site_cannot_take_viewers_places(site: str) -> None:
     async with watched() as there:
-        strange = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors"}
+        strange = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "cors"}
         for path in ("/events", "/status"):
             async with there.get(path, headers=strange) as answer:
                 assert answer.status == 403
         link = strange | {"Sec-Fetch-Mode": "navigate"}
-        async with there.get("/", headers=link) as answer:
+        for headers in (link, {"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}):
+            async with there.get("/", headers=headers) as answer:
+                assert answer.status == 200
+
+
+async def test_a_page_of_another_site_cannot_use_up_a_browsers_tries() -> None:
+    async with watched(True, TOKEN) as there:
+        url = f"http://127.0.0.1:{there.port}/login"
+        strange = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+        for _ in range(TRIES + 1):
+            async with there.session.post(url, data={"token": "x"}, headers=strange) as answer:
+                assert answer.status == 403
+        async with there.get("/status", headers=BEARER) as answer:
             assert answer.status == 200
+
+
+async def test_a_form_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "FORM_SECONDS", 0.05)
+    async with watched(False, TOKEN) as there:
+        reader, writer = await asyncio.open_connection("127.0.0.1", there.port)
+        writer.write(HALF_A_FORM)
+        assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 408 ")
+        writer.close()
+
+
+async def test_a_form_that_does_not_come_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(TOKEN)
+    async with server_process("--admin-token-file", str(file)) as process:
+        _, writer = await asyncio.open_connection("127.0.0.1", process.admin_port)
+        writer.write(HALF_A_FORM)
+        async with ClientSession() as session:  # answered after the form was begun
+            await session.get(f"http://127.0.0.1:{process.admin_port}/livez")
+        process.process.terminate()
+        assert await asyncio.wait_for(process.process.wait(), 8) == 0
+        writer.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /livez HTTP/1.1\r\nHo", b"GET /livez HTTP/1.0\r\n"])
+async def test_who_asks_for_nothing_takes_no_place_for_long(
+    sent: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin, "IDLE_SECONDS", 0.1)
+    async with serving() as (server, _):
+        runner, port = await admin.start(server, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+        await runner.cleanup()
+
+
+async def test_a_viewer_stays_for_as_long_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(live, "PERIOD", 0.05)
+    monkeypatch.setattr(live, "HEARTBEAT", 0.5)
+    async with serving() as (server, _), ClientSession() as session:
+        runner, port = await admin.start(server, "127.0.0.1", 0)
+        async with session.get(f"http://127.0.0.1:{port}/events") as answer:
+            for _ in range(2):
+                await message(answer)
+        await runner.cleanup()
 
 
 async def test_the_policy_allows_what_is_in_the_page_and_nothing_else() -> None:
