@@ -13,6 +13,7 @@ from typing import Annotated
 import structlog
 import typer
 import uvloop
+from aiohttp.http import HttpProcessingError
 from aiohttp.web import AppRunner
 
 from rendezvous_server import admin
@@ -33,6 +34,19 @@ ENV = "RENDEZVOUS_"
 ADMIN_PORT = 10001
 
 
+class _Libraries(logging.Handler):
+    """What libraries log, as lines like ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            # Whoever reaches the port can send what is no HTTP: that is not worth a traceback.
+            log.debug("no HTTP", why=error.message[:200])
+            return
+        text = record.getMessage()
+        log.log(record.levelno, text, logger=record.name, exc_info=record.exc_info)
+
+
 def _configure_logs(level: str) -> None:
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
@@ -41,11 +55,13 @@ def _configure_logs(level: str) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    logging.basicConfig(handlers=[_Libraries()], level=logging.WARNING)
 
 
 # Plain help: it is read in container logs and CI as often as in a terminal.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+import subprocess
+import sys
 from base64 import b64encode
 from hashlib import sha256
 from pathlib import Path
@@ -275,3 +278,37 @@ async def test_the_admin_port_of_all_interfaces_is_closed_without_a_token() -> N
             async with session.get(f"http://127.0.0.1:{port}/status") as answer:
                 assert answer.status == status
             await runner.cleanup()
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+async def test_what_is_no_http_leaves_no_traceback_in_the_log(level: str) -> None:
+    async with server_process("--log-level", level) as process:
+        for sent in (b"GET / HTTP/1.1\r\nX: %s\r\n\r\n" % (b"x" * 20_000), b"\x16\x03\x01\r\n\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", process.admin_port)
+            writer.write(sent)
+            assert b" 400 " in await asyncio.wait_for(reader.readline(), 5)
+            writer.close()
+        process.process.terminate()
+        if level == "debug":
+            assert len((await process.event("no HTTP"))["why"]) <= 200
+        await process.event("stopped")  # all lines before it are JSON
+
+
+def test_errors_of_libraries_and_ours_are_told_with_their_traceback_in_one_line() -> None:
+    code = """
+import logging, structlog
+from rendezvous_server.__main__ import _configure_logs
+_configure_logs("info")
+try:
+    1 / 0
+except ZeroDivisionError as error:
+    logging.getLogger("aiohttp.server").error("a %s", "request", exc_info=error)
+    structlog.get_logger().exception("ours")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    lines = [json.loads(line) for line in run.stderr.splitlines()]
+    assert [(line["event"], line["level"]) for line in lines] == [
+        ("a request", "error"),
+        ("ours", "error"),
+    ]
+    assert all("ZeroDivisionError" in line["exception"] for line in lines)
