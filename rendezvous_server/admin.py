@@ -99,6 +99,7 @@ async def start(server: Server, host: str, port: int) -> tuple[web.AppRunner, in
         access_log=None,
         keepalive_timeout=IDLE_SECONDS,
         shutdown_timeout=STOP_SECONDS,
+        auto_decompress=False,  # nobody has a reason to send us more than some bytes
     )
     await runner.setup()
     for sock in listen(host, port):

@@ -312,3 +312,18 @@ except ZeroDivisionError as error:
         ("ours", "error"),
     ]
     assert all("ZeroDivisionError" in line["exception"] for line in lines)
+
+
+@pytest.mark.parametrize("request_line", [b"GET /livez", b"POST /login"])
+async def test_what_is_sent_is_not_decompressed(
+    request_line: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(admin_token=TOKEN) as (server, _):
+        runner, port = await admin.start(server, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request_line + HALF_A_FORM[HALF_A_FORM.index(b" HTTP") : -10])
+        writer.write(b"\r\nContent-Encoding: gzip\r\nConnection: close\r\n\r\n" + b"?" * 40)
+        assert b" 500 " not in await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+        await runner.cleanup()
+    assert not caplog.records
