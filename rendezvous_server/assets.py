@@ -30,7 +30,6 @@ input { width: 11rem; }
 main { display: flex; flex-direction: column; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .5rem 1.5rem;
   margin: 1rem 0 0; }
-dl div { display: block; }
 dt { color: var(--dim); font-size: .8125rem; }
 dd { margin: 0; }
 article { margin: .6rem 0; padding: .6rem .9rem; background: var(--card);
