@@ -52,6 +52,7 @@ MAX_JOB_NAME = 256
 MAX_SIZE = 100_000
 MAX_CANDIDATES = 8
 MAX_REASON = 2048
+MAX_OPERATION = 64
 MAX_RANKS_NAMED = 1000
 
 ERRORS: dict[str, type[RendezvousError]] = {
@@ -472,7 +473,7 @@ def read_abort(message: Message, by: int) -> JobAborted:
         by,
         frames.field(message, "kind", str, high=32),
         frames.field(message, "reason", str, high=MAX_REASON),
-        op if isinstance(op, str) else None,
+        op[:MAX_OPERATION] if isinstance(op, str) else None,
         seq if isinstance(seq, int) else None,
         tuple(ranks),
     )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmi_client.errors import RendezvousError
+from fmi_client.errors import ProtocolError, RendezvousError
 from fmi_client.protocol.rendezvous import pack_ranks
 from rendezvous_server import page, status
 from rendezvous_server.registry import ENDED_KEPT, LOST_KEPT, Member, Registry
@@ -149,6 +149,17 @@ def test_what_is_kept_of_an_ended_job_is_small() -> None:
     (job,) = registry.ended_well
     assert (job.members, job.gone, job.wanted, job.lost) == ({}, {}, set(), {})
     assert job.left == 100
+
+
+def test_what_a_rank_says_takes_little_room() -> None:
+    registry = Registry(ttl=60)
+    member = join(registry, "job", 0, 1)
+    said = {"t": "abort", "kind": "k", "reason": "r", "ranks": [], "op": "x" * 60_000}
+    registry.request(member, said, 1.0)
+    assert member.job.aborted is not None
+    assert len(member.job.aborted.op or "") < 100
+    with pytest.raises(ProtocolError):
+        registry.request(member, said | {"reason": "x" * 60_000}, 1.0)
 
 
 def test_a_rank_that_comes_back_is_not_lost() -> None:
