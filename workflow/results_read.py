@@ -199,9 +199,7 @@ class _Reader:
         self.findings += [*self.tables.compare(judged), *_other_paths(judged), *_cpu_time(runs)]
         if self.unknown:
             named = ", ".join(self.unknown[:_SHOWN]) + (", …" if len(self.unknown) > _SHOWN else "")
-            text = (
-                f"{len(self.unknown)} files have no form that is known, and are left out: {named}."
-            )
+            text = f"Left out, as they have no form that is known: {len(self.unknown)} ({named})."
             self.findings.append(Finding(self.unknown[0], "not read", text))
         runs.sort(key=lambda run: (run.source, _natural(run.name)))
         return Results(tuple(runs), tuple(dict.fromkeys(self.findings)))
