@@ -315,7 +315,8 @@ def _speedup(ours: Sequence[Configuration], step: Callable[[str], None]) -> Sect
             axes = (_world_axis(panel), Axis(text))
             slug = f"{name}-{n}"
             both = ("inference", "whole run (thin)")
-            _draw(section, step, slug, title, panel.title, lines, axes, caption, both, ideal)
+            text = caption + _threads(known)
+            _draw(section, step, slug, title, panel.title, lines, axes, text, both, ideal)
     if not section.drawings:
         text = "No plot of speed-up: there is no run of one rank to compare with, or nothing else."
         section.omitted.append(text)
@@ -341,6 +342,30 @@ _SCALING = (
         None,
     ),
 )
+
+
+def _threads(known: Sequence[Configuration]) -> str:
+    """Say so where one rank alone had other threads than each of several: it is no fair race."""
+    told: dict[int, set[int]] = {}
+    for c in known:
+        for run in c.runs:
+            threads = run.environment.get("threads")
+            # The environment of a run that failed may be that of its sweep.
+            if run.status == "ok" and isinstance(threads, int) and c.world_size:
+                told.setdefault(c.world_size, set()).add(threads)
+    alone = told.pop(1, None)
+    if not alone or all(threads == alone for threads in told.values()):
+        return ""
+    each = [f"{_called('world_size', n)}: {_numbers(told[n])} each" for n in sorted(told)]
+    return (
+        f" Threads of the inference were not the same (1 rank: {_numbers(alone)}; "
+        f"{'; '.join(few(each, 8))}): so this is what splitting the work brings on this machine, "
+        "and not what more machines bring."
+    )
+
+
+def _numbers(found: set[int]) -> str:
+    return " or ".join(str(number) for number in sorted(found)[:4])
 
 
 def _scaling_curves(known: Sequence[Configuration], name: str, scale: float) -> list[Curve]:

@@ -7,6 +7,7 @@ sizes, world sizes), matplotlib's tableau-colorblind10 where there is none (what
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import warnings
@@ -14,12 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.scale import LogScale
+from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.transforms import Bbox, BboxBase
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +36,9 @@ _PNG_DPI = 160
 _CSS_DPI = 96
 _MARKERS = "osD^vPX*<>"
 _LONGEST = 36
+_MARK = 8  # pixels around a mark's middle; so close to it a name would be taken for that mark's
+# Where a name may stand beside its point, the best first: right or left, above or below.
+_CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0))
 _BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -249,9 +256,9 @@ def dots(points: Sequence[Dot], x: Axis, y: Axis, frontier: str) -> Picture:
         best = sorted(p for p in points if p.frontier)
         axes.plot([p.x for p in best], [p.y for p in best], color="#595959", linewidth=1)
         _scatter_axes(axes, x, y, points)
-        _names(axes, best)
         _legend(figure, handles, "lower")
         _legend(figure, [Line2D([], [], color="#595959", linewidth=1, label=frontier)], "upper")
+        _names(figure, axes, best, points)
         return _picture(figure)
 
 
@@ -260,19 +267,46 @@ def _natural(name: str) -> tuple[float, str]:
     return (float(number[0]) if number else math.inf, name)
 
 
-def _names(axes: Axes, best: Sequence[Dot]) -> None:
-    """Write names to the frontier's ends, and between them where there is room."""
-    places = axes.transAxes.inverted().transform(
-        axes.transData.transform([(p.x, p.y) for p in best])
-    )
-    named: list[int] = []
+def _names(figure: Figure, axes: Axes, best: Sequence[Dot], points: Sequence[Dot]) -> None:
+    """Write names to the frontier's ends, and between them where they cover nothing."""
+    figure.draw_without_rendering()  # only now it is known where points are, in pixels
+    marks, line = (axes.transData.transform([(p.x, p.y) for p in of]) for of in (points, best))
+    taken = [Bbox.from_extents(*mark, *mark).padded(_MARK) for mark in marks]
+    steps = [at for a, b in itertools.pairwise(line) for at in np.linspace(a, b, 30)]
     for i in sorted(range(len(best)), key=lambda i: i % max(len(best) - 1, 1)):
-        if all(max(abs(places[i] - places[k])) > 0.15 for k in named):
-            named.append(i)
-            axes.annotate(
-                label(best[i].name, 24), (best[i].x, best[i].y), xytext=(3, 9), zorder=1,
-                fontsize=8, textcoords="offset points", bbox=_BEHIND,
-            )  # fmt: skip
+        names = [_name(axes, best[i], *corner) for corner in _CORNERS]
+        boxes = [Bbox(name.get_window_extent().get_points()) for name in names]
+        covered = [_covered(box, taken, steps, axes.bbox) for box in boxes]
+        chosen = covered.index(min(covered))
+        shown = covered[chosen] == 0 or i in (0, len(best) - 1)
+        for number, name in enumerate(names):
+            if number != chosen or not shown:
+                name.remove()
+        taken += [boxes[chosen]] if shown else []
+
+
+def _name(axes: Axes, dot: Dot, right: int, above: int) -> Annotation:
+    made = axes.annotate(
+        label(dot.name, 24),
+        (dot.x, dot.y),
+        xytext=((5 if above else 8) * right, 8 * above),
+        textcoords="offset points",
+        ha="left" if right > 0 else "right",
+        va={1: "bottom", 0: "center", -1: "top"}[above],
+        zorder=1,
+        fontsize=8,
+        bbox=_BEHIND,
+    )
+    made.set_in_layout(False)  # else the axes would move away from under the names
+    return made
+
+
+def _covered(box: Bbox, taken: Sequence[Bbox], line: Sequence[Any], whole: BboxBase) -> int:
+    """How bad a place for a name is: 0 is good, off the axes is worst."""
+    inside = whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
+    hidden = sum(box.overlaps(other) for other in taken)
+    crossed = sum(box.contains(*at) for at in line)
+    return 1000 * (not inside) + 50 * hidden + crossed
 
 
 def _scatter_axes(axes: Axes, x: Axis, y: Axis, points: Sequence[Dot]) -> None:
