@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperArgument, TyperCommand
 
 
 class Engine(StrEnum):
@@ -28,16 +28,30 @@ class Precision(StrEnum):
 class Grouped(TyperCommand):
     """A command whose help has a section for each `rich_help_panel`, in plain text."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what the line "Usage:" says, arguments as they are in the list below it."""
+        names = {param._usage_display_name(): param.metavar for param in _arguments(self, ctx)}
+        return [names.get(piece) or piece for piece in super().collect_usage_pieces(ctx)]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options, those of no panel first."""
-        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        """Write the arguments, then the options, those of no panel first."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         for param in self.get_params(ctx):
             if record := param.get_help_record(ctx):
-                panel = getattr(param, "rich_help_panel", None) or "Options"
+                is_argument = isinstance(param, TyperArgument)
+                panel = "Arguments" if is_argument else "Options"
+                panel = getattr(param, "rich_help_panel", None) or panel
+                if is_argument and param.metavar:
+                    record = (param.metavar, record[1])  # else typer adds <list[str]>
                 sections.setdefault(panel, []).append(record)
         for title, records in sections.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def _arguments(command: TyperCommand, ctx: Any) -> list[TyperArgument]:
+    return [param for param in command.get_params(ctx) if isinstance(param, TyperArgument)]
 
 
 def group(text: str) -> typer.Typer:

@@ -13,8 +13,8 @@ import typer
 from made_runs import failed_run, made_run, many_findings
 from typer.testing import CliRunner, Result
 
+from workflow import cli, results
 from workflow import cost as cost_module
-from workflow import results
 from workflow.cli_report import report
 from workflow.results import Results
 
@@ -134,3 +134,10 @@ def test_no_results_at_all_are_an_error_and_findings_alone_are_not(cosmic: Cosmi
     assert only.exit_code == 1
     assert "in notes.md (rank 0 is missing); name" in json.loads(only.stdout)["error"]["message"]
     assert cosmic("runs", there=Results((made_run(),), ())).exit_code == 0
+
+
+@pytest.mark.parametrize(("command", "argument"), [("report", "PATH..."), ("check", "SERVER")])
+def test_help_calls_an_argument_the_same_everywhere(command: str, argument: str) -> None:
+    said = CliRunner().invoke(cli.app, [command, "--help"], prog_name="cosmic").stdout
+    assert said.startswith(f"Usage: cosmic {command} [OPTIONS] {argument}\n")
+    assert re.search(rf"^Arguments:\n  {re.escape(argument)}  \w", said, re.MULTILINE)
