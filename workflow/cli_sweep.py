@@ -48,6 +48,7 @@ Exit code: 0 done, 1 runs failed, 2 wrong usage, 130 stopped by Ctrl-C.
 _AWS = "Only with --on aws"
 _RESULTS = "./results"
 _MOST_RANKS = 10_000
+_AUTO = "auto is not swept; cosmic run and infer --batch-size auto say what they tried"
 # Fields of a plan by what the command line calls them.
 _OPTIONS = {
     "world_sizes": "--world-size",
@@ -196,7 +197,7 @@ def infer_sizes(
 
 
 def numbers(
-    option: str, texts: list[str] | None, most: int | None = None
+    option: str, texts: list[str] | None, most: int = 999_999_999
 ) -> tuple[int, ...] | None:
     """Parse lists of whole numbers, as in "1,2,3"; each number counts once.
 
@@ -206,9 +207,10 @@ def numbers(
     found = []
     for text in _words(option, texts):
         number = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
-        if not 1 <= number <= (most or number):
-            limit = f"from 1 to {most:,}" if most else "of 1 or more"
-            raise wrong(option, f"{text!r} is no whole number {limit}; give some, as in 1,2,4")
+        if not 1 <= number <= most:
+            limit = f"from 1 to {most:,}; give some, as in 1,2,4"
+            auto = f" ({_AUTO})" if text == "auto" else ""
+            raise wrong(option, f"{text!r} is no whole number {limit}{auto}")
         found.append(number)
     return tuple(dict.fromkeys(found)) or None
 
@@ -329,7 +331,13 @@ def _work(job: _Job, folder: Path, plan: Plan) -> None:
         again = _again(job.kind, str(folder), job.results)
         if it.todo:  # else neither data nor AWS are needed
             make = _runs if job.kind == "sweep" else _infers
-            _until_done(it, make(job, plan, folder, view), view, again)
+            try:
+                execute = make(job, plan, folder, view)
+            except Exception:
+                if old is None:  # nothing has begun, and there is nothing to go on with
+                    it.forget()
+                raise
+            _until_done(it, execute, view, again)
         results, page = _report(it, view)
     warnings = _other_machine(manifest.environment, now)
     end = End(it, results, page, warnings, again)

@@ -49,6 +49,7 @@ Kind = Literal["sweep", "infer"]
 Repeat = Annotated[int, Field(ge=1, le=1000)]
 Ranks = Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Field(min_length=1)]
 Batches = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+_LOCK = ".lock"
 _LARGEST = 64 << 20  # bytes of a record; infer's report has a few thousand
 # What a sweep may be continued with, without its numbers meaning something else.
 _PLACES = ("stack", "state_machine", "endpoint_url", "aws_results", "rendezvous")
@@ -267,7 +268,7 @@ def locked(folder: Path) -> Iterator[None]:
         SweepError: another process has it. OSError: it cannot be made or locked.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as lock:
+    with (folder / _LOCK).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -342,6 +343,13 @@ class Sweep:
         """The records of the runs that did not, in the plan's order."""
         found = (self.records.get(item.key) for item in self.items)
         return [record for record in found if record and record.status == "failed"]
+
+    def forget(self) -> None:
+        """Remove a sweep in which nothing was begun, and its folder."""
+        for name in ("sweep.json", _LOCK):
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody has put something in it
+            self.folder.rmdir()
 
     async def work(self, execute: Execute, tell: Tell) -> None:
         """Do all that is to be done; a run that fails is recorded, and the next one begins.

@@ -79,7 +79,8 @@ def record(folder: Path, start: str) -> dict[str, Any]:
         (["--world-size", "0"], ["--world-size", "'0' is no whole number from 1 to 10,000"]),
         (["--world-size", "20000"], ["--world-size", "'20000' is no whole number from 1"]),
         (["--world-size", "1-4"], ["--world-size", "'1-4' is no", "give some, as in 1,2,4"]),
-        (["--batch-size", "auto"], ["--batch-size", "'auto' is no whole number of 1 or more"]),
+        (["--batch-size", "auto"], ["--batch-size", "'auto' is no whole number", "is not swept"]),
+        (["--batch-size", "9" * 10], ["--batch-size", "no whole number from 1 to 999,999,999"]),
         (["--batch-size", "٣"], ["--batch-size", "no whole number"]),
         (["--data-size", "small,tiny"], ["--data-size", "'tiny' is none of small, medium, large"]),
         (["--data", ".", "--data-size", "small"], ["--data", "leave one out"]),
@@ -116,7 +117,7 @@ def test_wrong_usage_names_the_option_and_makes_nothing(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--batch-sizes", "1,x"], ["--batch-sizes", "'x' is no whole number of 1 or more"]),
+        (["--batch-sizes", "1,x"], ["--batch-sizes", "'x' is no whole number from 1"]),
         (["--batch-sizes", "1", "--batch-size", "1"], ["--batch-size", "is for one run"]),
         (["--batch-sizes", "1", "--plot", "a.png"], ["--plot", "is for one run"]),
         (["--batch-sizes", "1", "--profile"], ["--profile", "is for one run"]),
@@ -328,6 +329,31 @@ def test_a_sweep_on_aws_keeps_what_it_needs_here(
     assert {p.name for p in here.iterdir()} == {"combined_data.json", "summary.json", "run.json"}
     assert "warm-up" not in err
     assert "this machine's" not in out
+
+
+@pytest.mark.parametrize("name", [(), ("--name", "mine")])
+def test_a_sweep_whose_stack_is_not_there_leaves_nothing(
+    aws: FakeAws, cosmic: Cosmic, tmp_path: Path, name: tuple[str, ...]
+) -> None:
+    code, _, err = finish(cosmic("sweep", "--on", "aws", "--stack", "gone", *name))
+    assert code == 1
+    assert "cannot read the stack gone" in err
+    assert list((tmp_path / "results").iterdir()) == []
+
+
+def test_a_sweep_that_has_begun_outlives_its_stack(
+    aws: FakeAws, cosmic: Cosmic, tmp_path: Path
+) -> None:
+    aws.objects["bucket/results/r-1/summary.json"] = b"{}"
+    aws.outputs = {"StateMachineArn": MACHINE, "BucketName": "bucket"}
+    words = ("--on", "aws", "--no-fmi", "--world-size", "4", "--batch-size", "8", "--name", "mine")
+    code, _, err = finish(cosmic("sweep", *words))
+    assert code == 0, err
+    aws.outputs = None
+    code, _, err = finish(cosmic("sweep", "--name", "mine", "--batch-size", "8,16"))
+    assert (code, "cannot read the stack" in err) == (1, True)
+    assert record(tmp_path / "results" / "mine", "w4")["status"] == "ok"
+    assert (tmp_path / "results" / "mine" / "sweep.json").exists()
 
 
 # -- for real ----------------------------------------------------------------------------------
