@@ -325,7 +325,8 @@ def _work(job: _Job, folder: Path, plan: Plan) -> None:
         if old is not None:
             manifest = old.model_copy(update={"plan": plan})
         it = Sweep(folder, manifest)
-        view.step(f"sweep: {folder}, {len(it.items)} runs, {it.done} of them done before")
+        runs = "1 run" if len(it.items) == 1 else f"{len(it.items):,} runs"
+        view.step(f"sweep: {folder}, {runs}, {it.done:,} of them done before")
         for file in it.unreadable:
             view.step(f"  {file} cannot be understood; that run is done again")
         again = _again(job.kind, str(folder), job.results)
@@ -466,10 +467,10 @@ def _ranks_only(view: View) -> OnEvent:
 
 def _report(it: Sweep, view: View) -> tuple[Results, str | None]:
     """Read the sweep as anybody would, and write its page; returns where that is."""
+    view.step("report: reading the runs, drawing the plots")  # first: matplotlib takes its time
     from workflow.report import write
     from workflow.results import read
 
-    view.step("report: reading the runs, drawing the plots")
     results = read([str(it.folder)])
     try:
         page = write(results, str(it.folder / "report"), title=f"Sweep {it.folder.name}")

@@ -270,7 +270,8 @@ def _accuracy_warnings(runs: Iterable[Run]) -> list[str]:
 def _print_failures(sweep: Sweep, again: str) -> None:
     """Print a table of the runs that failed, and how to do them again."""
     if failed := sweep.failed:
-        print(f"{len(failed)} of {len(sweep.items)} runs failed:")
+        runs = "run" if len(sweep.items) == 1 else "runs"
+        print(f"{len(failed):,} of {len(sweep.items):,} {runs} failed:")
         table = Table(box=None, padding=(0, 2, 0, 2), pad_edge=True, show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
