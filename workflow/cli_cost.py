@@ -154,7 +154,10 @@ def _speed(source: list[str] | None, engine: str, rate: float | None) -> Speed:
         from workflow.results import read
 
         try:
-            return measured(read(source).runs)
+            results = read(source)
+            if not results.runs:
+                raise ValueError(f"there are no results in {', '.join(source)}")
+            return measured(results.runs)
         except ValueError as error:  # ResultsError: a path that cannot be read at all
             raise NotMeasured(str(error)) from None
     return ENGINES[engine] if rate is None else given(ENGINES[engine], rate)

@@ -126,6 +126,12 @@ def test_results_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, result.stderr) == (1, "Error: /none does not exist\n")
 
 
+def test_a_place_without_results_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "read", lambda paths: Results((), ()))
+    result = call("--rows", "9", "--from", "a", "--from", "b")
+    assert (result.exit_code, result.stderr) == (1, "Error: there are no results in a, b\n")
+
+
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
