@@ -53,7 +53,10 @@ class ConfigError(ValueError):
 
 
 def read_secret(
-    path: Path | None, variable: str | None = None, name: str = "RENDEZVOUS_SECRET"
+    path: Path | None,
+    variable: str | None = None,
+    name: str = "RENDEZVOUS_SECRET",
+    what: str = "secret",
 ) -> bytes | None:
     """Read a secret, without the white space at its end.
 
@@ -62,25 +65,26 @@ def read_secret(
         variable: what the variable `name` holds, or None. Schedulers of containers (ECS) hand
             secrets over in variables only; there is no such option, for all users of a machine can
             read command lines.
+        what: to call it in errors.
 
     Raises:
         ConfigError: both are given, or it cannot be read, or is too short to be a secret.
     """
     if path is None:
-        return None if variable is None else _long_enough(variable.encode(), name)
+        return None if variable is None else _long_enough(variable.encode(), name, what)
     if variable is not None:
-        raise ConfigError(f"give the secret in {name} or in {path}, not in both")
+        raise ConfigError(f"give the {what} in {name} or in {path}, not in both")
     try:
-        return _long_enough(path.read_bytes(), str(path))
+        return _long_enough(path.read_bytes(), str(path), what)
     except OSError as error:
-        raise ConfigError(f"cannot read the secret file {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read the {what} file {path}: {error.strerror}") from None
 
 
-def _long_enough(content: bytes, source: str) -> bytes:
+def _long_enough(content: bytes, source: str, what: str) -> bytes:
     secret = content.rstrip()
     if len(secret) < MIN_SECRET_BYTES:
         raise ConfigError(
-            f"the secret in {source} has {len(secret)} bytes; use at least {MIN_SECRET_BYTES}, "
+            f"the {what} in {source} has {len(secret)} bytes; use at least {MIN_SECRET_BYTES}, "
             "for example: openssl rand -hex 32"
         )
     return secret
@@ -92,7 +96,7 @@ def read_admin_token(path: Path | None, variable: str | None, secret: bytes | No
     Raises:
         ConfigError: it cannot be read, is too short, or is the jobs' secret.
     """
-    token = read_secret(path, variable, "RENDEZVOUS_ADMIN_TOKEN")
+    token = read_secret(path, variable, "RENDEZVOUS_ADMIN_TOKEN", "admin token")
     if token is not None and token == secret:
         raise ConfigError(
             "the admin token must not be the secret that jobs' tokens are made from: it goes over "

@@ -304,7 +304,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def _first(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
+    where = ".".join(map(str, first["loc"]))  # none, if it is no JSON at all
+    return f"{where}{where and ': '}{first['msg'].removeprefix('Value error, ')}"
 
 
 class Sweep:

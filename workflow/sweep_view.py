@@ -84,7 +84,7 @@ class End:
         plain = {
             "name": self.sweep.folder.name,
             "folder": str(self.sweep.folder.absolute()),
-            "report": self.page,
+            "report": self.page and str(Path(self.page).absolute()),
             "plan": self.sweep.plan.model_dump(mode="json"),
             "configurations": [_plain(each, costs) for each in summarise(self.results.runs)],
             "runs": [record.model_dump(mode="json") for record in self._records()],

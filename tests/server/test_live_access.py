@@ -265,7 +265,9 @@ async def test_a_scheduler_may_hand_the_token_over_in_a_variable(
             assert answer.status == 401
     with pytest.raises(config.ConfigError, match=r"in RENDEZVOUS_ADMIN_TOKEN or in .*, not in"):
         config.read_admin_token(tmp_path / "token", TOKEN.decode(), None)
-    with pytest.raises(config.ConfigError, match="RENDEZVOUS_ADMIN_TOKEN has 5 bytes"):
+    with pytest.raises(
+        config.ConfigError, match="the admin token in RENDEZVOUS_ADMIN_TOKEN has 5 bytes"
+    ):
         config.read_admin_token(None, "short", None)
     with pytest.raises(config.ConfigError, match="must not be the secret"):
         config.read_admin_token(None, TOKEN.decode(), TOKEN)

@@ -187,7 +187,7 @@ def test_json_is_all_there_is_on_stdout(cosmic: Cosmic, tmp_path: Path) -> None:
     assert [each["world_size"] for each in answer["configurations"]] == [1, 2, 3]
     assert answer["configurations"][1]["measures"]["inference_s"]["median"] == 0.5
     assert sorted(run["order"] for run in answer["runs"]) == [1, 2, 3]
-    assert Path(answer["report"]).name == "report.html"
+    assert Path(answer["report"]) == Path(answer["folder"]) / "report" / "report.html"
     assert answer["failed"] == 0
     assert answer["name"].startswith("sweep-2")
 

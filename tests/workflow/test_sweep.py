@@ -316,7 +316,7 @@ async def test_another_runs_record_does_not_count(tmp_path: Path) -> None:
     ("name", "content", "says"),
     [
         ("combined_data.json", "[]", "is no sweep: it has combined_data.json, but no sweep.json"),
-        ("sweep.json", "{", "cannot be understood"),
+        ("sweep.json", "{", "cannot be understood: Invalid JSON"),
         ("sweep.json", '{"format": 9}', "cannot be understood: format"),
         ("sweep.json", manifest(world_sizes=[0], data="x"), "cannot be understood: plan.world"),
         ("sweep.json", manifest(batch_sizes=[], data="x"), "cannot be understood: plan.batch"),
