@@ -26,7 +26,6 @@ from made_runs import (
 
 from workflow.configurations import row, summarise
 from workflow.cost import load_prices, of_run
-from workflow.plan import Span
 from workflow.report import NoSuchRun, Report, common, write
 from workflow.report_details import choose
 from workflow.results import Finding, Results, Run
@@ -487,36 +486,3 @@ def test_the_same_numbers_make_the_same_pictures(tmp_path: Path) -> None:
 )
 def test_where_runs_are_from(places: list[str], expected: str) -> None:
     assert common([made_run(place=place) for place in places]) == expected
-
-
-@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -1.0, 0.0, 1e308, 5e-324])
-def test_numbers_that_no_clock_shows_cost_no_more_than_their_drawing(
-    tmp_path: Path, odd: float
-) -> None:
-    run = made_run(2)
-    times = dict.fromkeys(
-        ("init_s", "join_s", "load_s", "inference_s", "collective_s", "wall_s", "rows_per_s"), odd
-    )
-    rank = replace(run.ranks[0], peak_memory_mb=odd, bits_per_s=odd, **times)
-    strange = replace(
-        run,
-        ranks=(rank, run.ranks[1]),
-        bits=odd,
-        inference_s=odd,
-        total_s=odd,
-        spans=(Span(0, "infer", odd, odd), Span(1, "infer", 1e18, 1.0)),
-    )
-    content = report([strange, made_run(1), made_run(4)], tmp_path)
-    assert Page(content).images()
-    assert "Throughput against world size" in content
-
-
-@pytest.mark.parametrize("size", [0, -3, 10**30])
-def test_sizes_that_no_job_has_are_not_drawn(tmp_path: Path, size: int) -> None:
-    runs = [made_run(2, world_size=size), made_run(2, batch_size=size), made_run(1), made_run(4)]
-    assert "Throughput against world size" in report(runs, tmp_path)
-
-
-def test_a_rank_with_very_many_stages_is_cut(tmp_path: Path) -> None:
-    spans = tuple(Span(0, f"stage {i}", float(i), 1.0) for i in range(20_000))
-    assert len(report([made_run(1, spans=spans)], tmp_path)) < 500_000

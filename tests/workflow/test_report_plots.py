@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.text import Annotation
 from workflow import report_figures
 from workflow import report_plots as plots
 from workflow.configurations import summarise
+from workflow.plan import Span
 from workflow.report import write
 from workflow.report_plots import Axis, Dot
 from workflow.results import Results, Run
@@ -85,3 +87,43 @@ def test_speed_up_says_nothing_of_threads_that_are_the_same_or_unknown(
     others: list[Run],
 ) -> None:
     assert report_figures._threads(summarise([threads(1, 4), *others])) == ""
+
+
+# -- numbers of strangers --------------------------------------------------------------------------
+
+
+def report(runs: list[Run], folder: Path) -> str:
+    return Path(write(Results(tuple(runs), ()), str(folder)).paths[0]).read_text()
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -1.0, 0.0, 1e308, 5e-324])
+def test_numbers_that_no_clock_shows_cost_no_more_than_their_drawing(
+    tmp_path: Path, odd: float
+) -> None:
+    run = made_run(2)
+    times = dict.fromkeys(
+        ("init_s", "join_s", "load_s", "inference_s", "collective_s", "wall_s", "rows_per_s"), odd
+    )
+    rank = replace(run.ranks[0], peak_memory_mb=odd, bits_per_s=odd, **times)
+    strange = replace(
+        run,
+        ranks=(rank, run.ranks[1]),
+        bits=odd,
+        inference_s=odd,
+        total_s=odd,
+        spans=(Span(0, "infer", odd, odd), Span(1, "infer", 1e18, 1.0)),
+    )
+    content = report([strange, made_run(1), made_run(4)], tmp_path)
+    assert "<img" in content
+    assert "Throughput against world size" in content
+
+
+@pytest.mark.parametrize("size", [0, -3, 10**30])
+def test_sizes_that_no_job_has_are_not_drawn(tmp_path: Path, size: int) -> None:
+    runs = [made_run(2, world_size=size), made_run(2, batch_size=size), made_run(1), made_run(4)]
+    assert "Throughput against world size" in report(runs, tmp_path)
+
+
+def test_a_rank_with_very_many_stages_is_cut(tmp_path: Path) -> None:
+    spans = tuple(Span(0, f"stage {i}", float(i), 1.0) for i in range(20_000))
+    assert len(report([made_run(1, spans=spans)], tmp_path)) < 500_000
