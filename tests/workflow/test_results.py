@@ -370,7 +370,8 @@ def test_a_file_of_no_known_form_is_named(tmp_path: Path) -> None:
     put(tmp_path / "b.csv", "x,y\n1,2\n")
     put(tmp_path / "c.txt", "a text")
     text = of_kind(read([str(tmp_path)]), "not read").text
-    assert text.startswith("2 files have no form")
+    assert text.startswith("Left out, as they have no form that is known: 2 (")
+    assert "a.json, " in text
     assert kinds(read([str(tmp_path / "c.txt")])) == ["not read"]
 
 
