@@ -109,12 +109,9 @@ def test_a_run_ends_with_a_table_and_paths(start: Start, tmp_path: Path) -> None
     assert code == 0, err
     assert "total   40" in out
     assert "results: results/fake-run/combined_data.json" in out
-    assert [line.split()[2] for line in err.splitlines()] == [
-        "rendezvous",
-        "init:",
-        "infer:",
-        "summarize:",
-    ]
+    # On a busy machine a step may take so long that indented lines say how far it is.
+    steps = [line.split()[2] for line in err.splitlines() if " s    " not in line]
+    assert steps == ["rendezvous", "init:", "infer:", "summarize:"]
     assert recorded(tmp_path, "results/fake-run/init.json")["fmi_enabled"] is True
 
 
