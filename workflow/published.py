@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from workflow.results import Run
+from workflow.results import Run, Tabled
 from workflow.results_checks import trimmed_mean
 
 __all__ = ["Published", "published"]
@@ -21,7 +21,8 @@ class Published(NamedTuple):
     """A configuration of the original, with means over ``runs``.
 
     Attributes:
-        incomplete: of ``runs``, those that lack ranks.
+        incomplete: of ``runs``, those that lack ranks or data.
+        tabled: of ``runs``, those that only a table of the original tells of.
         data: both sizes, for people.
         cpu_s: of each run, the mean CPU time of its ranks without outliers.
         bits_per_s_sum_of_ranks: each run's sum of bits over CPU time: what was published.
@@ -35,19 +36,33 @@ class Published(NamedTuple):
     data: str
     runs: int
     incomplete: int
+    tabled: int
     cpu_s: float | None
     bits_per_s_sum_of_ranks: float | None
     bits_per_s_wall_clock: float | None
     bits_per_s_end_to_end: float | None
 
 
-def published(runs: Iterable[Run]) -> list[Published]:
+class _Figures(NamedTuple):
+    """What one run adds to the means."""
+
+    whole: bool
+    tabled: bool
+    cpu_s: float | None
+    summed: float | None
+    wall_clock: float | None
+    end_to_end: float | None
+
+
+def published(runs: Iterable[Run], tabled: Iterable[Tabled] = ()) -> list[Published]:
     """Return the original's scaling runs by partition and size of the data; empty without any."""
-    groups: dict[tuple[float, float], list[Run]] = {}
+    groups: dict[tuple[float, float], list[_Figures]] = {}
     for run in runs:
         if run.partition_mb is not None and run.data_gb is not None and _scaling(run):
-            groups.setdefault((run.partition_mb, run.data_gb), []).append(run)
-    return [_figures(*key, groups[key]) for key in sorted(groups)]
+            groups.setdefault((run.partition_mb, run.data_gb), []).append(_of_run(run))
+    for row in tabled:
+        groups.setdefault((row.partition_mb, row.data_gb), []).append(_of_row(row))
+    return [_means(*key, groups[key]) for key in sorted(groups)]
 
 
 def _scaling(run: Run) -> bool:
@@ -56,17 +71,35 @@ def _scaling(run: Run) -> bool:
     return run.source == "original" and "/Batches/" not in run.name and "_" not in last
 
 
-def _figures(partition_mb: float, data_gb: float, runs: Sequence[Run]) -> Published:
+def _of_run(run: Run) -> _Figures:
+    whole = run.status == "ok"
+    cpu_s = trimmed_mean([rank.cpu_s for rank in run.ranks if rank.cpu_s is not None])
+    rates = [_rate(whole, run.bits, seconds) for seconds in (run.inference_s, run.total_s)]
+    return _Figures(whole, False, cpu_s, _summed(run), *rates)
+
+
+def _of_row(row: Tabled) -> _Figures:
+    """A table does not tell how many ranks it is of: only by the bits one can see that some lack.
+
+    Partitions do not fill the size that they are named for: 95.3 % of 100 GB were all there is.
+    """
+    whole = row.bits is not None and row.bits >= 0.95 * 8 * row.data_gb * 2**30
+    rates = [_rate(whole, row.bits, seconds) for seconds in (row.inference_s, row.total_s)]
+    return _Figures(whole, True, row.cpu_s, row.bits_per_s_sum_of_ranks, *rates)
+
+
+def _means(partition_mb: float, data_gb: float, runs: Sequence[_Figures]) -> Published:
     return Published(
         partition_mb,
         data_gb,
-        runs[0].data,
+        f"{partition_mb:g}MB partitions, {data_gb:g}GB",
         len(runs),
-        sum(run.status != "ok" for run in runs),
-        _mean(trimmed_mean([r.cpu_s for r in run.ranks if r.cpu_s is not None]) for run in runs),
-        _mean(_summed(run) for run in runs),
-        _mean(_rate(run, run.inference_s) for run in runs),
-        _mean(_rate(run, run.total_s) for run in runs),
+        sum(not run.whole for run in runs),
+        sum(run.tabled for run in runs),
+        cpu_s=_mean(run.cpu_s for run in runs),
+        bits_per_s_sum_of_ranks=_mean(run.summed for run in runs),
+        bits_per_s_wall_clock=_mean(run.wall_clock for run in runs),
+        bits_per_s_end_to_end=_mean(run.end_to_end for run in runs),
     )
 
 
@@ -75,10 +108,8 @@ def _summed(run: Run) -> float | None:
     return math.fsum(rates) if rates and len(rates) == len(run.ranks) else None
 
 
-def _rate(run: Run, seconds: float | None) -> float | None:
-    if run.status != "ok" or run.bits is None or not seconds:
-        return None
-    return run.bits / seconds
+def _rate(whole: bool, bits: float | None, seconds: float | None) -> float | None:
+    return bits / seconds if whole and bits is not None and seconds else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -170,7 +170,7 @@ def _page(
         "origin": places,
         "findings": report_page.findings(results.findings),
         "headlines": headlines(configurations, usd),
-        "published": report_page.published_table(published(runs)),
+        "published": report_page.published_table(published(runs, results.tabled)),
         "tables": [
             report_page.configuration_table(configurations, usd),
             report_page.run_table(runs, usd),

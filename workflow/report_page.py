@@ -41,6 +41,7 @@ _HEADS: dict[str, tuple[str, str]] = {
     "repeat": ("repeat", ""),
     "runs": ("runs", ""),
     "incomplete": ("of them incomplete", ""),
+    "tabled": ("of them by table", ""),
     "cpu_s": ("profiler's time", "s, mean rank"),
     "ok": ("runs ok", ""),
     "failed": ("not ok", ""),
@@ -252,7 +253,7 @@ def published_table(found: Sequence[Published]) -> Table | None:
     """Make the table of the figures that the original has published; None if there are none."""
     if not found:
         return None
-    keys = ("runs", "incomplete", "cpu_s", *_THREE_RATES)
+    keys = ("runs", "incomplete", "tabled", "cpu_s", *_THREE_RATES)
     rows = [[Cell(p.data), *(_exact(getattr(p, key), key) for key in keys)] for p in found]
     columns = [Column("data", "data", "", False), *map(_column, keys)]
     table = Table("published-rates", "Published figures", columns, rows, "words, or e.g. runs=3")
@@ -262,7 +263,9 @@ def published_table(found: Sequence[Published]) -> Table | None:
         "the Map state, in which all ranks start, load and work; end to end by that of the whole "
         "execution: a dash, unless each run is whole and timed.",
         "Means over the runs that are here, as published: also of incomplete ones, of which the "
-        "sum is of the ranks that are there. Profiler's time: mean of the ranks without outliers.",
+        "sum is of the ranks that are there. Profiler's time: mean of the ranks without outliers. "
+        "Runs by table: their records are not here, and the figures are as the original's own "
+        "tables print them.",
     ]
     return table
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from workflow.plan import Span
 
-__all__ = ["Finding", "Rank", "Results", "ResultsError", "Run", "read"]
+__all__ = ["Finding", "Rank", "Results", "ResultsError", "Run", "Tabled", "read"]
 
 Source = Literal["cosmic run", "cosmic infer", "original", "original, one process"]
 Status = Literal["ok", "failed", "incomplete"]
@@ -100,12 +100,34 @@ class Run:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Tabled(NamedTuple):
+    """A run of the original that only its tables tell of: its records are not here.
+
+    Attributes:
+        place: the table.
+        cpu_s: mean CPU time of the ranks, by the profiler, without outliers.
+        bits_per_s_sum_of_ranks: bits over that time, added up over the ranks.
+        total_s, inference_s: as in `Run`.
+    """
+
+    place: str
+    partition_mb: float
+    data_gb: float
+    repeat: int
+    cpu_s: float | None
+    bits: float | None
+    bits_per_s_sum_of_ranks: float | None
+    total_s: float | None
+    inference_s: float | None
+
+
 @dataclass(frozen=True)
 class Results:
     """All that was read, and what is to be known about it."""
 
     runs: tuple[Run, ...]
     findings: tuple[Finding, ...]
+    tabled: tuple[Tabled, ...] = ()
 
 
 class ResultsError(ValueError):

@@ -202,7 +202,8 @@ class _Reader:
             text = f"Left out, as they have no form that is known: {len(self.unknown)} ({named})."
             self.findings.append(Finding(self.unknown[0], "not read", text))
         runs.sort(key=lambda run: (run.source, _natural(run.name)))
-        return Results(tuple(runs), tuple(dict.fromkeys(self.findings)))
+        tabled = tuple(self.tables.tabled(judged))
+        return Results(tuple(runs), tuple(dict.fromkeys(self.findings)), tabled)
 
     def _judge(self, each: Original) -> Original:
         planned = self.tables.worlds.get(each.run.name)

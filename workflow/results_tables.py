@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from workflow.results import Finding, Run
+from workflow.results import Finding, Run, Tabled
 from workflow.results_checks import trimmed_mean
 from workflow.results_files import Fields, plain, table, text
 from workflow.results_original import Original, gigabytes
@@ -30,6 +30,7 @@ _SHOWN = 3
 _EVENT = re.compile(r"received:\s+(\{.{1,4000}\})\s*$")
 _LONGEST = 5000
 _MOST_EVENTS = 100_000
+_MOST_TABLED = 1000
 _OURS = {"results.csv", "configurations.csv"}
 _OTHER = {"Processor", "job_id"}
 
@@ -186,6 +187,32 @@ class Tables:
                 "earlier execution."
             )
             self.findings.append(Finding(place, "time of a table", text))
+
+    def tabled(self, originals: Sequence[Original]) -> list[Tabled]:
+        """Return the scaling runs that `calculated` has and that have no records here."""
+        there = {_place_key(each) for each in originals}
+        found: dict[Key, Tabled] = {}
+        for place, row in self.calculated:
+            k = None if "batch_size" in row else _row_key(row)
+            if len(found) == _MOST_TABLED:
+                break
+            if k is None or k in there or not (gb := Fields({"": k.size}).amount("")):
+                continue
+            timing = self.log.get(k) or self.totals.get(k) or Timing(place, None, None)
+            f = Fields(row)
+            mine = Tabled(
+                place,
+                k.partition_mb,
+                gb,
+                k.run,
+                cpu_s=f.amount("total_cpu_time (seconds)"),
+                bits=f.amount("total_bits"),
+                bits_per_s_sum_of_ranks=f.amount("throughput_bps"),
+                total_s=timing.total_s,
+                inference_s=timing.inference_s,
+            )
+            found.setdefault(k, mine)
+        return list(found.values())
 
     def compare(self, originals: Sequence[Original]) -> list[Finding]:
         """Compare the tables with the records, and with each other."""

@@ -55,6 +55,44 @@ def test_published_are_the_scaling_runs_only(real: Results) -> None:
     assert runs == {(25, 1): 1, (25, 12.6): 3, (100, 1): 1, (100, 12.6): 3}
 
 
+def test_where_records_lack_the_originals_tables_speak(real: Results) -> None:
+    with (AWS / "results" / "result_stats.csv").open(newline="") as file:
+        printed = [row for row in csv.DictReader(file) if row["run"] == "mean"]
+    found = {(p.partition_mb, p.data_gb): p for p in published(real.runs, real.tabled)}
+    assert len(found) == len(printed) == 33
+    for line in printed:
+        mine = found[float(line["partition (MB)"]), float(line["data (GB)"])]
+        assert mine.runs == 3
+        # A mean of rates that are printed to a hundredth.
+        rate = float(line["throughput_bps"])
+        assert mine.bits_per_s_sum_of_ranks == pytest.approx(rate, abs=0.02)
+    assert (found[25, 12.6].tabled, found[100, 12.6].tabled) == (0, 0)
+    assert (found[25, 1].tabled, found[50, 12.6].tabled) == (2, 3)
+    assert f"{(found[50, 12.6].bits_per_s_wall_clock or 0) / 1e9:.2f}" == "3.64"
+    cut = {gb for (_, gb), each in found.items() if each.incomplete == 3}
+    assert cut == {256, 512, 768, 1000}
+    assert {found[100, gb].bits_per_s_end_to_end for gb in cut} == {None}
+
+
+def test_rows_of_tables_that_lack_data_have_no_wall_clock_rate() -> None:
+    """Of 12.6 GB in 100 MB, 122 and 8 of 130 partitions; 100 GB are 95.3 % of that."""
+    tables = read([str(AWS / "results")])
+    assert not tables.runs
+    found = {(p.partition_mb, p.data_gb): p for p in published((), tables.tabled)}
+    assert (found[100, 12.6].incomplete, found[100, 12.6].bits_per_s_wall_clock) == (2, None)
+    assert (found[100, 100].incomplete, found[25, 12.6].incomplete) == (0, 0)
+    whole = found[25, 12.6]
+    rates = whole.bits_per_s_sum_of_ranks, whole.bits_per_s_wall_clock
+    assert [f"{(rate or 0) / 1e9:.2f}" for rate in rates] == ["18.04", "3.87"]
+
+
+def test_rows_of_tables_are_bounded(tmp_path: Path) -> None:
+    head = "partition (MB),data (GB),run,total_cpu_time (seconds),throughput_bps,total_bits\n"
+    lines = [f"25,{size},1,1,1,1\n" for size in range(1, 1500)]
+    (tmp_path / "result_stats.csv").write_text(head + "".join(lines))
+    assert len(read([str(tmp_path)]).tabled) == 1000
+
+
 def _rows(name: str) -> list[dict[str, str]]:
     with (AWS / "results" / name).open(newline="") as file:
         return [row for row in csv.DictReader(file) if row["run"] != "mean"]
