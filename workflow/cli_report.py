@@ -123,7 +123,7 @@ def _read(paths: list[str], view: View) -> Results:
     view.step(f"reading {', '.join(paths)}")
     results = read(paths)
     only_files = all(Path(path).is_file() for path in paths)
-    if not results.runs and (only_files or not results.findings):
+    if not (results.runs or results.tabled) and (only_files or not results.findings):
         why = f" ({results.findings[0].text.removesuffix('.')})" if results.findings else ""
         raise ValueError(
             f"there are no results in {', '.join(paths)}{why}; name what cosmic sweep, run or "

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from workflow import cli, results
 from workflow import cost as cost_module
 from workflow.cli_report import report
-from workflow.results import Results
+from workflow.results import Results, Tabled
 
 Cosmic = Callable[..., Result]
 MADE = Results((made_run(1), failed_run(2, 8)), many_findings(2, 3))
@@ -134,6 +134,14 @@ def test_no_results_at_all_are_an_error_and_findings_alone_are_not(cosmic: Cosmi
     assert only.exit_code == 1
     assert "in notes.md (rank 0 is missing); name" in json.loads(only.stdout)["error"]["message"]
     assert cosmic("runs", there=Results((made_run(),), ())).exit_code == 0
+
+
+def test_tables_of_the_originals_are_results_too(cosmic: Cosmic) -> None:
+    row = Tabled("stats.csv", 25.0, 1.0, 1, 5.6, 9e9, 1.5e9, 40.0, 20.0)
+    done = cosmic("runs", "--out", "page", there=Results((), (), (row,)))
+    assert done.exit_code == 0
+    line = "| 25MB partitions, 1GB | 1 | 0 | 1 | 5.60 | 1.500 | 0.4500 | 0.2250 |"
+    assert line in Path("page/report.md").read_text()
 
 
 @pytest.mark.parametrize(("command", "argument"), [("report", "PATH..."), ("check", "SERVER")])
