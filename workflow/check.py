@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from workflow.cli_base import AsJson
+
 if TYPE_CHECKING:
     from fmi_client.check import Plan, Report
 
@@ -65,9 +67,7 @@ def check(
     wait: Annotated[
         float, typer.Option(metavar="SECONDS", help="Limit for the other ranks to come.")
     ] = 60,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write JSON, and only JSON, to stdout.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """See whether ranks can meet at a server, and if not, why.
 

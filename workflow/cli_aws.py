@@ -6,7 +6,9 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+
+import typer
 
 from workflow.cli_base import wrong
 from workflow.cli_data import Size
@@ -17,8 +19,10 @@ if TYPE_CHECKING:
     from workflow.progress import View
 
 __all__ = [
+    "AWS_PANEL",
     "AWS_VIEW",
     "AwsOptions",
+    "EndpointUrl",
     "Job",
     "aws_job",
     "check",
@@ -26,6 +30,13 @@ __all__ = [
     "refuse",
     "resolve",
     "use_endpoint",
+]
+
+AWS_PANEL = "Only with --on aws"
+
+EndpointUrl = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Of an emulator of AWS.", rich_help_panel=AWS_PANEL),
 ]
 
 _STACK = "cosmic"

@@ -122,3 +122,4 @@ EngineOption = Annotated[
     Engine,
     typer.Option(help="What predicts; onnx and openvino need `cosmic model export` once."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, and only JSON, to stdout.")]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workflow.cli_base import fail, wrong
+from workflow.cli_base import AsJson, fail, wrong
 
 if TYPE_CHECKING:
     from workflow.estimate import Speed
@@ -97,9 +97,7 @@ def cost(
         str | None,
         typer.Option(metavar="PLACE", help="Draw cost against time: a .png file."),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write JSON, and only JSON, to stdout.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a run on AWS would take and cost, and which ranks and memory are best.
 

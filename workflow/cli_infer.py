@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workflow.cli_base import (
+    AsJson,
     Data,
     Engine,
     Model,
@@ -98,9 +99,7 @@ def infer(
         bool,
         typer.Option(help="Rows with NaN or infinity are an error; else the metrics skip them."),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write JSON, and only JSON, to stdout.")
-    ] = False,
+    as_json: AsJson = False,
     batch_sizes: Annotated[
         list[str] | None,
         typer.Option(

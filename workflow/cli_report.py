@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workflow.cli_base import fail, wrong
+from workflow.cli_base import AsJson, fail, wrong
 
 if TYPE_CHECKING:
     from workflow.progress import View
@@ -65,9 +65,7 @@ def report(
             help="Size of the functions, for the cost  [default: by what the runs used]",
         ),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write JSON, and only JSON, to stdout.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a page, pictures and tables of what was measured.
 

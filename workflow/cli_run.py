@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmi_client.transport.sockets import parse_endpoint
-from workflow.cli_aws import AwsOptions, Job, aws_job, note, refuse
+from workflow.cli_aws import AWS_PANEL, AwsOptions, EndpointUrl, Job, aws_job, note, refuse
 from workflow.cli_base import (
+    AsJson,
     BatchSize,
     Engine,
     EngineOption,
@@ -47,7 +48,6 @@ Exit code: 0 done, 1 the run failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 _LOCAL = "Only with --on local"
-_AWS = "Only with --on aws"
 
 
 class Where(StrEnum):
@@ -108,9 +108,7 @@ def run(
     timeout: Annotated[
         float, typer.Option(metavar="SECONDS", min=1, help="Limit for the whole run.")
     ] = 3600,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write JSON, and only JSON, to stdout.")
-    ] = False,
+    as_json: AsJson = False,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -123,7 +121,7 @@ def run(
             metavar="NAME",
             help="CloudFormation stack with state machine, bucket, server and secrets  "
             "[default: cosmic]",
-            rich_help_panel=_AWS,
+            rich_help_panel=AWS_PANEL,
         ),
     ] = None,
     state_machine: Annotated[
@@ -132,13 +130,10 @@ def run(
             metavar="NAME|ARN",
             help="A state machine instead of a stack; needs --data, --results, and --rendezvous or "
             "--no-fmi.",
-            rich_help_panel=_AWS,
+            rich_help_panel=AWS_PANEL,
         ),
     ] = None,
-    endpoint_url: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="Of an emulator of AWS.", rich_help_panel=_AWS),
-    ] = None,
+    endpoint_url: EndpointUrl = None,
 ) -> None:
     """Run a job: init, one worker per rank, summarize.
 

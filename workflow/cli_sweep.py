@@ -12,9 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from workflow.cli_aws import AWS_VIEW, AwsOptions, check, refuse, resolve, use_endpoint
+from workflow.cli_aws import (
+    AWS_PANEL,
+    AWS_VIEW,
+    AwsOptions,
+    EndpointUrl,
+    check,
+    refuse,
+    resolve,
+    use_endpoint,
+)
 from workflow.cli_base import (
+    AsJson,
     Engine,
+    Model,
     Precision,
     check_data,
     check_model,
@@ -45,7 +56,6 @@ Examples:
 Exit code: 0 done, 1 runs failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
-_AWS = "Only with --on aws"
 _RESULTS = "./results"
 _MOST_RANKS = 10_000
 _AUTO = "auto is not swept; cosmic run and infer --batch-size auto say what they tried"
@@ -99,10 +109,7 @@ def sweep(
     on: Annotated[Where | None, typer.Option(help="This machine, or AWS  [default: local]")] = None,
     engine: Annotated[Engine | None, typer.Option(help="[default: torch]")] = None,
     precision: Annotated[Precision | None, typer.Option(help="[default: fp32]")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="PLACE", help="A .safetensors file or URL  [default: the demo model]"),
-    ] = None,
+    model: Model = None,
     no_fmi: Annotated[bool, typer.Option("--no-fmi", help="Ranks do not talk.")] = False,
     seed: Annotated[
         int | None,
@@ -118,13 +125,13 @@ def sweep(
     timeout: Annotated[
         float, typer.Option(metavar="SECONDS", min=1, help="Limit for each run.")
     ] = 3600,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write JSON, and only JSON, to stdout.")
-    ] = False,
+    as_json: AsJson = False,
     stack: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="CloudFormation stack  [default: cosmic]", rich_help_panel=_AWS
+            metavar="NAME",
+            help="CloudFormation stack  [default: cosmic]",
+            rich_help_panel=AWS_PANEL,
         ),
     ] = None,
     state_machine: Annotated[
@@ -133,7 +140,7 @@ def sweep(
             metavar="NAME|ARN",
             help="A state machine instead of a stack; needs --data, --aws-results, and "
             "--rendezvous or --no-fmi.",
-            rich_help_panel=_AWS,
+            rich_help_panel=AWS_PANEL,
         ),
     ] = None,
     aws_results: Annotated[
@@ -141,19 +148,18 @@ def sweep(
         typer.Option(
             metavar="s3://...",
             help="Where the runs' files go  [default: results in the stack's bucket]",
-            rich_help_panel=_AWS,
+            rich_help_panel=AWS_PANEL,
         ),
     ] = None,
     rendezvous: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST:PORT", help="A running server  [default: stack's]", rich_help_panel=_AWS
+            metavar="HOST:PORT",
+            help="A running server  [default: stack's]",
+            rich_help_panel=AWS_PANEL,
         ),
     ] = None,
-    endpoint_url: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="Of an emulator of AWS.", rich_help_panel=_AWS),
-    ] = None,
+    endpoint_url: EndpointUrl = None,
 ) -> None:
     """Run a job with all world sizes and batch sizes, and report what each took.
 

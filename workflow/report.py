@@ -28,6 +28,7 @@ from workflow.report_details import choose
 from workflow.report_figures import sections
 from workflow.report_headlines import headlines
 from workflow.report_parts import Costs, Drawing, Section
+from workflow.table import short
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -90,7 +91,7 @@ def write(
     usd = {key: cost.total_usd for key, cost in costs.items()}
     configurations = summarise(results.runs)
     drawn = sections(configurations, usd, chosen, step)
-    places = [report_page.short(p) for p in origin or [common(results.runs)]]
+    places = [short(p) for p in origin or [common(results.runs)]]
     page = _page(results, configurations, usd, costs.values(), places, title)
     step("report: page and tables")
     drawings = [drawing for section in drawn for drawing in section.drawings]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from workflow.configurations import COLUMNS, Configuration, Spread, Value, row
 from workflow.published import Published
 from workflow.report_parts import Costs, name_of
 from workflow.results import Finding, Run
+from workflow.table import short
 
 __all__ = ["Cell", "Column", "Table", "configuration_table", "environments", "failures"]
 __all__ += [
@@ -294,13 +294,6 @@ def findings(found: Sequence[Finding], shown: int = _SHOWN_FINDINGS) -> list[dic
         }
         for kind, of_it in sorted(groups.items(), key=lambda item: len(item[1]))
     ]
-
-
-def short(place: str) -> str:
-    """A path below the current folder relative to it: a page for others needs no more."""
-    if place.startswith("/") and os.path.commonpath([place, os.getcwd()]) == os.getcwd():
-        return os.path.relpath(place)
-    return place
 
 
 def failures(runs: Sequence[Run]) -> tuple[list[dict[str, str]], int]:
