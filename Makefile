@@ -13,7 +13,7 @@ STAMP := .venv/.ready
 
 TOOLS := .tools
 
-.PHONY: help env tools run sweep test test-full bench bench-inference lint format clean
+.PHONY: help env tools run sweep test test-full nightly bench bench-inference lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -50,10 +50,13 @@ sweep: env ## 20 configurations of demo data and their report, some two minutes;
 	@$(BIN)/cosmic sweep $(ARGS)
 
 test: env ## the test suite, with coverage; ARGS="-k punch"
-	$(BIN)/python -m pytest -m "not full" --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest -m "not full and not nightly" --cov --cov-report=term:skip-covered $(ARGS)
 
 test-full: env ## what needs root, Docker, an emulator or many minutes; ARGS as for test
-	$(BIN)/python -m pytest -m full $(ARGS)
+	$(BIN)/python -m pytest -m "full and not nightly" $(ARGS)
+
+nightly: env ## the long tests of docs/reliability.md, about an hour; ARGS="-k soak"
+	$(BIN)/python -m pytest -m nightly $(ARGS)
 
 bench: env ## our collectives beside gloo and Open MPI, some ten minutes; ARGS="--rounds 2"
 	$(PIP) install -q -e ".[bench]"

@@ -1,0 +1,1 @@
+"""What docs/reliability.md promises, a row of its table each: ``pytest.mark.row(n)``."""

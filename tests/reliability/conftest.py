@@ -1,0 +1,52 @@
+"""Figures that tests measure, told at the end of the run: docs/reliability.md quotes them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import pytest
+
+
+class Figure(NamedTuple):
+    """What was measured for a row of the table."""
+
+    row: int
+    what: str
+    value: float
+    unit: str
+    limit: str
+
+
+class Measured(Protocol):
+    """Take down a figure before it is compared with its limit: a miss is worth reading, too."""
+
+    def __call__(self, what: str, value: float, unit: str, limit: str) -> None: ...
+
+
+_FIGURES = pytest.StashKey[list[Figure]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_FIGURES] = []
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Measured:
+    """``measured("p99 of a join", 12.3, "ms", "< 50")``, for the row that the test's mark names."""
+    mark = request.node.get_closest_marker("row")
+    assert mark is not None, "which row of docs/reliability.md is it?"
+    figures = request.config.stash[_FIGURES]
+    return lambda what, value, unit, limit: figures.append(
+        Figure(mark.args[0], what, value, unit, limit)
+    )
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    figures = sorted(config.stash[_FIGURES], key=lambda figure: figure.row)
+    if not figures:
+        return
+    terminalreporter.section("measured, beside the limits of docs/reliability.md")
+    for row, what, value, unit, limit in figures:
+        terminalreporter.write_line(f"{row:>3}  {what:<66} {value:>10.4g} {unit:<8} {limit}")
