@@ -33,7 +33,8 @@ from fmi_client.joining import JoinRequest, SocketEndpoint, resolve
 from fmi_client.payloads import allocate
 from fmi_client.protocol import addresses, auth
 from fmi_client.protocol.addresses import Address, format_address
-from fmi_client.protocol.rendezvous import ClientSide, Hello
+from fmi_client.protocol.hello import Hello
+from fmi_client.protocol.rendezvous import ClientSide
 from fmi_client.sync import Communicator, wait_ready
 from fmi_client.transport.blocking import connected, give, http_get, in_time, take
 from fmi_client.transport.reactor import SyncReactor

@@ -15,13 +15,11 @@ from fmi_client.errors import FmiError, JoinTimeout, RankFailed, RendezvousError
 from fmi_client.hints import HINTS, Choice, settle
 from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address, format_address, plain, version
+from fmi_client.protocol.hello import MAX_JOB_NAME, MAX_SIZE, Hello
 from fmi_client.protocol.rendezvous import (
-    MAX_JOB_NAME,
-    MAX_SIZE,
     Draining,
     Event,
     Gone,
-    Hello,
     JobAborted,
     Missing,
     Punch,

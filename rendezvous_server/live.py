@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 from aiohttp import web
 
-from fmi_client.protocol.rendezvous import MAX_JOB_NAME
+from fmi_client.protocol.hello import MAX_JOB_NAME
 from rendezvous_server import page
 from rendezvous_server.access import COOKIE, SESSION_SECONDS, Access, TooManyTries
 from rendezvous_server.assets import SCRIPT, STYLE

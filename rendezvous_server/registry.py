@@ -28,16 +28,16 @@ from fmi_client.errors import (
     ServerDraining,
 )
 from fmi_client.protocol import auth, frames
-from fmi_client.protocol.addresses import Address, Version, is_global, version
+from fmi_client.protocol.addresses import Address, Version
 from fmi_client.protocol.frames import Message
+from fmi_client.protocol.hello import MAX_CANDIDATES, Hello
 from fmi_client.protocol.rendezvous import (
-    MAX_CANDIDATES,
-    Hello,
     JobAborted,
     abort_message,
     pack_ranks,
     read_abort,
 )
+from rendezvous_server.reach import Reach, can_punch, sort_addresses
 
 RELAY_BYTES = 2**40
 """What one job may have passed on: no job of a few hours needs 1 TiB, and at AWS's list price
@@ -61,33 +61,6 @@ ENDED_KEPT = 50
 
 class RelayFull(RendezvousError):
     """A job has as many pairs on the server as it may."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reach:
-    """How a rank may be reached over one version of IP."""
-
-    seen: Address | None
-    """As we see it; None where it came to us over the other version."""
-    own: tuple[Address, ...]
-    """As it sees itself."""
-
-    @property
-    def addresses(self) -> tuple[Address, ...]:
-        return tuple(dict.fromkeys((self.seen, *self.own) if self.seen else self.own))
-
-    @property
-    def public(self) -> bool:
-        """Whether no NAT is between it and others."""
-        return len(self.addresses) == 1 and (self.seen is not None or is_global(self.own[0]))
-
-    @property
-    def hidden(self) -> bool:
-        """Whether nobody knows from which port its next connection comes: its NAT changes
-        ports, or we have never seen what it makes of them."""
-        if self.seen is None:
-            return not self.public
-        return len({port for _, port in self.addresses}) > 1
 
 
 @dataclass(slots=True, eq=False)
@@ -227,7 +200,7 @@ class Registry:
         job, outbox = self._find_job(hello, now)
         if hello.rank in job.members:
             raise RankTaken(f"rank {hello.rank} of job {job.name!r} is here already")
-        reach = _reach(observed, hello.candidates[:MAX_CANDIDATES])
+        reach = sort_addresses(observed, hello.candidates[:MAX_CANDIDATES])
         member = Member(job, hello.rank, connection, reach, observed, now)
         job.members[hello.rank] = member
         self.ranks += 1
@@ -372,7 +345,7 @@ class Registry:
     def _introduce(self, one: Member, other: Member, now: float) -> Outbox:
         cookie = self._make_cookie()
         shared = [each for each in one.reach if each in other.reach]
-        hope = any(_can_punch(one.reach[each], other.reach[each]) for each in shared)
+        hope = any(can_punch(one.reach[each], other.reach[each]) for each in shared)
         common = {"t": "punch", "cookie": cookie, "hopeless": not hope}
         pair = RelayPair(one.job, (one.rank, other.rank), now + TICKET_SECONDS)
         outbox: Outbox = []
@@ -434,26 +407,6 @@ class Registry:
     def _missing(self, job: Job) -> Message:
         absent = set(range(job.size)) - job.members.keys()
         return {"t": "missing", "ranks": pack_ranks(absent, job.size)}
-
-
-def _reach(observed: Address, own: Iterable[Address]) -> dict[Version, Reach]:
-    """Sort a rank's addresses. What translates IPv6 for it, a NAT64 or a load balancer, is
-    seen by us, but leads nowhere: the versions that it has are those of its own addresses."""
-    by_version: dict[Version, list[Address]] = {}
-    for address in own:
-        by_version.setdefault(version(address), []).append(address)
-    return {
-        each: Reach(observed if version(observed) == each else None, tuple(addresses))
-        for each, addresses in by_version.items()
-    }
-
-
-def _can_punch(one: Reach, other: Reach) -> bool:
-    """Whether there is hope for a direct connection over their version of IP."""
-    if one.public or other.public or not (one.hidden or other.hidden):
-        return True
-    # Two behind one NAT can still meet on its inside.
-    return one.seen is not None and other.seen is not None and one.seen[0] == other.seen[0]
 
 
 def _finished(job: Job, rank: int) -> bool:

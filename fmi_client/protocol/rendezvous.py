@@ -29,7 +29,6 @@ and from then on the server passes on bytes, which are those of a direct connect
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -44,13 +43,11 @@ from fmi_client.errors import (
 from fmi_client.protocol import auth, frames
 from fmi_client.protocol.addresses import Address, plain
 from fmi_client.protocol.frames import Message, encode
+from fmi_client.protocol.hello import MAX_SIZE, Hello, read_address, read_addresses, sixteen
 
 AUTH_SECONDS = 5.0
 """From accept to proof; absolute, so that a byte a second does not help."""
 
-MAX_JOB_NAME = 256
-MAX_SIZE = 100_000
-MAX_CANDIDATES = 8
 MAX_REASON = 2048
 MAX_OPERATION = 64
 MAX_RANKS_NAMED = 1000
@@ -65,65 +62,6 @@ ERRORS: dict[str, type[RendezvousError]] = {
 """What an error's code becomes at the rank."""
 
 _CODES = {kind: code for code, kind in ERRORS.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """What a rank says of itself when it joins."""
-
-    job: str
-    size: int
-    rank: int
-    epoch: int
-    expires: int
-    """Expiry of its token in Unix seconds, or 0 where it has none."""
-    candidates: tuple[Address, ...]
-    """The rank's own addresses; the first is the local end of this connection."""
-    nonce: bytes
-
-    def encode(self) -> Message:
-        return {
-            "t": "hello",
-            "v": frames.VERSION,
-            "job": self.job,
-            "size": self.size,
-            "rank": self.rank,
-            "epoch": self.epoch,
-            "exp": self.expires,
-            "at": [list(address) for address in self.candidates],
-            "nonce": self.nonce,
-        }
-
-    @classmethod
-    def decode(cls, message: Message) -> Hello:
-        if message["t"] != "hello" or message.get("v") != frames.VERSION:
-            raise ProtocolError(f"expected hello of version {frames.VERSION}")
-        size = frames.field(message, "size", int, low=1, high=MAX_SIZE)
-        return cls(
-            job=frames.field(message, "job", str, low=1, high=MAX_JOB_NAME),
-            size=size,
-            rank=frames.field(message, "rank", int, high=size - 1),
-            epoch=frames.field(message, "epoch", int, high=2**31),
-            expires=frames.field(message, "exp", int),
-            candidates=_addresses(message, "at"),
-            nonce=frames.field(
-                message, "nonce", bytes, low=auth.NONCE_BYTES, high=auth.NONCE_BYTES
-            ),
-        )
-
-
-def _addresses(message: Message, name: str, low: int = 1) -> tuple[Address, ...]:
-    pairs = frames.field(message, name, list, low=low, high=MAX_CANDIDATES + 1)
-    return tuple(_address(pair) for pair in pairs)
-
-
-def _address(pair: object) -> Address:
-    match pair:
-        case [str(host), int(port)] if 0 < port < 65536:
-            # A name would be looked up by whoever connects there, at our command.
-            with contextlib.suppress(ValueError):
-                return plain(host), port
-    raise ProtocolError("an address must be a pair of IP address and port")
 
 
 # ------------------------------------------------------------------ the server's side
@@ -220,7 +158,7 @@ class ServerSide:
         if self._joined:
             return Request(message)
         if self._hello is None and message["t"] == "relay":
-            return RelayLeg(_sixteen(message, "ticket"))
+            return RelayLeg(sixteen(message, "ticket"))
         if self._hello is None:
             self._hello, self._hello_body = Hello.decode(message), body
             self._challenge = auth.nonce()
@@ -244,13 +182,6 @@ class ServerSide:
     def greeted(self) -> bool:
         """Whether a complete hello came: who sent less gets no answer, only the end."""
         return self._hello is not None
-
-
-def _sixteen(message: Message, name: str) -> bytes:
-    ticket: bytes = frames.field(
-        message, name, bytes, low=auth.COOKIE_BYTES, high=auth.COOKIE_BYTES
-    )
-    return ticket
 
 
 def encode_address(address: Address) -> bytes:
@@ -406,7 +337,7 @@ class ClientSide:
     def _check_server(self, message: Message) -> Welcome:
         if message["t"] != "welcome":
             raise ProtocolError(f"expected welcome, got {message['t']!r}")
-        seen = _address(message.get("seen"))
+        seen = read_address(message.get("seen"))
         expected = auth.mac(
             self._key, "fmi3 server", self._body, self._challenge or b"", encode_address(seen)
         )
@@ -435,9 +366,9 @@ class ClientSide:
 def _punch(message: Message) -> Punch:
     return Punch(
         frames.field(message, "peer", int),
-        _addresses(message, "at", low=0),
-        _sixteen(message, "cookie"),
-        _sixteen(message, "ticket") if "ticket" in message else None,
+        read_addresses(message, "at", low=0),
+        sixteen(message, "cookie"),
+        sixteen(message, "ticket") if "ticket" in message else None,
         frames.field(message, "hopeless", bool),
     )
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection
 from fmi_client.errors import FmiError, RendezvousError
 from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address, format_address
-from fmi_client.protocol.rendezvous import ClientSide, Event, Hello, Ready, Welcome
+from fmi_client.protocol.hello import Hello
+from fmi_client.protocol.rendezvous import ClientSide, Event, Ready, Welcome
 from fmi_client.transport.race import Race
 from fmi_client.transport.reactor import Reactor
 from fmi_client.transport.sockets import RETRY, keep_alive, own_addresses

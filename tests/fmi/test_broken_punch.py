@@ -13,7 +13,8 @@ import pytest
 import fmi_client
 from fmi_client.errors import RendezvousError
 from fmi_client.joining import JoinRequest, SocketEndpoint
-from fmi_client.protocol.rendezvous import Address, Hello
+from fmi_client.protocol.addresses import Address
+from fmi_client.protocol.hello import Hello
 from fmi_client.transport import punch
 from tests.support import KEY, serving, until
 

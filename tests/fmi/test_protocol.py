@@ -13,13 +13,13 @@ import fmi_client
 from fmi_client.errors import AuthenticationFailed, FmiError, ProtocolError, RankTaken
 from fmi_client.payloads import allocate
 from fmi_client.protocol import auth, frames, peer
+from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.inbox import Inbox, Receive
 from fmi_client.protocol.peer import COLLECTIVE, Handshake, Payload
 from fmi_client.protocol.rendezvous import (
     Admission,
     Authenticated,
     ClientSide,
-    Hello,
     JobAborted,
     Punch,
     Ready,

@@ -17,7 +17,8 @@ import fmi_client
 from fmi_client.errors import ProtocolError
 from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address
-from fmi_client.protocol.rendezvous import ClientSide, Hello, Welcome
+from fmi_client.protocol.hello import Hello
+from fmi_client.protocol.rendezvous import ClientSide, Welcome
 from fmi_client.transport.punch import Punch
 from rendezvous_server.proxy import MAX_BODY, split_header
 from tests.support import KEY, logged, serving, until

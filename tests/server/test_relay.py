@@ -14,7 +14,7 @@ import fmi_client
 from fmi_client.errors import FmiError, PunchFailed, RankFailed, RendezvousError
 from fmi_client.protocol.relay import relay_request
 from fmi_client.transport.punch import Punch
-from rendezvous_server.registry import Reach
+from rendezvous_server.reach import Reach
 from rendezvous_server.relay import BUFFER_BYTES
 from tests.support import KEY, logged, serving, until
 
