@@ -21,7 +21,6 @@ from fmi_client.protocol.rendezvous import (
     RelayLeg,
     Request,
     ServerSide,
-    error_message,
 )
 from rendezvous_server.config import Config
 from rendezvous_server.legacy_connection import Legacy, LegacyConnection
@@ -313,8 +312,9 @@ class Connection(asyncio.Protocol):
         )
         log.info("refused", address=format_address(self._side.observed), why=error.message)
         self._flush()
-        if self._side.greeted:
-            self.write(encode(error_message(error)))
+        answer = self._side.refusal(error)
+        if answer is not None:
+            self.write(encode(answer))
         self.close_soon()
 
     def _flush(self) -> None:

@@ -63,6 +63,8 @@ ERRORS: dict[str, type[RendezvousError]] = {
 
 _CODES = {kind: code for code, kind in ERRORS.items()}
 
+_GENERIC = "authentication failed"
+
 
 # ------------------------------------------------------------------ the server's side
 
@@ -138,7 +140,7 @@ class ServerSide:
         """Take bytes from the rank and return what they mean.
 
         Raises:
-            AuthenticationFailed, ProtocolError: send `error_message(error)` if `greeted`; close.
+            AuthenticationFailed, ProtocolError: send what `refusal` says, if anything; close.
         """
         if not self._preface_seen:
             if data[:1] != frames.PREFACE:
@@ -167,21 +169,26 @@ class ServerSide:
         return self._check_proof(self._hello, message, now)
 
     def _check_proof(self, hello: Hello, message: Message, now: float) -> Authenticated:
-        proof = frames.field(message, "mac", bytes) if message["t"] == "proof" else b""
+        mac = message.get("mac") if message["t"] == "proof" else None
+        proof = mac if isinstance(mac, bytes) else b""
         key = self._admission.key(hello, now)
         expected = auth.mac(key or b"", "fmi3 rank", self._hello_body, self._challenge)
         if not auth.same(proof, expected) or key is None:
-            raise AuthenticationFailed("authentication failed")
+            raise AuthenticationFailed(_GENERIC)
         self._joined = True
         self._reader.limit = frames.MAX_FRAME
         seen = encode_address(self.observed)
         code = auth.mac(key, "fmi3 server", self._hello_body, self._challenge, seen)
         return Authenticated(hello, {"t": "welcome", "mac": code, "seen": list(self.observed)})
 
-    @property
-    def greeted(self) -> bool:
-        """Whether a complete hello came: who sent less gets no answer, only the end."""
-        return self._hello is not None
+    def refusal(self, error: Exception) -> Message | None:
+        """Return what to answer before closing, or None: nothing, for who sent no whole hello.
+
+        Before proof all get the same, whatever was wrong: bad proof, bad frame, bad token.
+        """
+        if self._hello is None:
+            return None
+        return error_message(error if self._joined else AuthenticationFailed(_GENERIC))
 
 
 def encode_address(address: Address) -> bytes:
