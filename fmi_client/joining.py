@@ -336,8 +336,7 @@ class SocketEndpoint(Endpoint):
 
     def excuse(self, peer: int) -> FmiError | None:
         punch = self._punches.get(peer)
-        silent = punch is not None and (punch.stranger is not None or not punch.connected)
-        return punch.error() if punch is not None and silent else None
+        return punch.error() if punch is not None and not punch.connected else None
 
     def _link_lost(self, link: SocketLink) -> None:
         """A link broke: wait for the server to say who died before blaming the neighbour."""

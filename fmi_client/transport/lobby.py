@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,11 @@ LOBBY_SECONDS = 5.0
 """How long a caller may take to say who it is, or wait for the server to announce it."""
 
 LOBBY_SEATS = 128
+"""Callers at once; one more takes the place of the oldest. The peer says at once who it is: it
+needs a seat for a moment only, and nobody can keep it out by sitting there."""
+
+SHORTAGE_SECONDS = 0.1
+"""How long nobody is let in after there was no descriptor for a caller."""
 
 
 class Lobby:
@@ -36,19 +42,26 @@ class Lobby:
         self._rank = rank
         self._find = find
         self._callers: dict[socket.socket, bytes] = {}
-        self._waiting: dict[int, list[tuple[socket.socket, bytes]]] = {}
+        """Who is here, the oldest first, and what it has said."""
         for listener in listeners:
             listener.listen(LOBBY_SEATS)
-            reactor.watch(listener, partial(self._accept, listener))
+            self._open(listener)
+
+    def _open(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            self._reactor.watch(listener, partial(self._accept, listener))
 
     def _accept(self, listener: socket.socket) -> None:
         try:
             sock, _ = listener.accept()
-        except OSError:
-            return  # the caller has gone, or we have no descriptor to spare just now
-        if len(self._callers) >= LOBBY_SEATS:
-            sock.close()
+        except OSError as error:  # mostly because the caller has gone
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                # It stays in the queue, and would call us again at once, for ever.
+                self._reactor.unwatch(listener)
+                self._reactor.call_later(SHORTAGE_SECONDS, lambda: self._open(listener))
             return
+        if len(self._callers) >= LOBBY_SEATS:
+            self._dismiss(next(iter(self._callers)))
         sock.setblocking(False)
         self._callers[sock] = b""
         self._reactor.watch(sock, lambda: self._read(sock))
@@ -82,15 +95,16 @@ class Lobby:
         self._reactor.unwatch(sock)
         if punch is None:
             # The server told the peer first; our own instruction is under way.
-            self._waiting.setdefault(caller.sender, []).append((sock, hello))
+            self._callers[sock] = hello
             return
         del self._callers[sock]
         punch.adopt(sock, hello)
 
     def call(self, punch: Punch) -> None:
         """A punch began: hand over the callers that came early."""
-        for sock, hello in self._waiting.pop(punch.peer, []):
-            if self._callers.pop(sock, None) is not None:
+        for sock, hello in list(self._callers.items()):
+            if len(hello) == HELLO_BYTES and read_hello(hello).sender == punch.peer:
+                del self._callers[sock]
                 punch.adopt(sock, hello)
 
     def _dismiss(self, sock: socket.socket) -> None:

@@ -17,7 +17,7 @@ import socket
 from collections.abc import Callable
 
 from fmi_client.errors import AuthenticationFailed, FmiError, ProtocolError, PunchFailed
-from fmi_client.protocol.addresses import Address, format_address, version
+from fmi_client.protocol.addresses import Address, format_address, plain, version
 from fmi_client.protocol.peer import Handshake
 from fmi_client.protocol.rendezvous import Punch as PunchNow
 from fmi_client.transport.reactor import Callback, Reactor
@@ -56,8 +56,9 @@ LAST_SECONDS = 2.0
 """How long a punch goes on that may be in vain: without the server or its relay, or after a
 broken link."""
 
-MAX_TRIALS = 16
-"""Connections tried at once for one peer: whoever forges hellos gets no more than these."""
+MAX_CALLERS = 16
+"""Connections made to us that may be unproven at once for one peer. One more takes the place of the
+oldest: whoever forges hellos gets no more than these, and cannot keep the peer out."""
 
 _NOT_THE_PEER = OSError(errno.ECONNRESET, "connected, but not to the peer")
 
@@ -73,14 +74,21 @@ class _Trial:
         self.kind = kind
         self.address = address
         """Where we connected to, or None if the peer connected to us."""
+        self.expected = kind == "relay" or address is not None or _host(sock) in punch.hosts
+        """Whether it leads to where the peer should be: others may call us, and mean harm."""
+        self.began = punch.reactor.now()
         self.handshake = Handshake(
             punch.rank, punch.peer, punch.epoch, punch.key, punch.instruction.cookie
         )
         keep_alive(sock)
         # From here on: the handshake is four small messages, each of which Nagle would delay.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        punch.reactor.watch(sock, self.read)
-        self._write()
+
+    def begin(self, hello: bytes = b"") -> None:
+        """Speak; `hello` is what the other side has said already."""
+        self.punch.reactor.watch(self.sock, self.read)
+        if self._write() and hello:
+            self.take(hello)
 
     def read(self) -> None:
         try:
@@ -98,7 +106,8 @@ class _Trial:
         try:
             self.handshake.receive(data)
         except AuthenticationFailed as error:
-            self.punch.stranger = error
+            if self.expected:
+                self.punch.stranger = error
             self.punch.drop(self)
             return
         except ProtocolError:
@@ -124,9 +133,21 @@ class _Trial:
             self.punch.drop(self)
         return whole
 
+    @property
+    def calls(self) -> bool:
+        """Whether the other side connected to us."""
+        return self.address is None and self.kind == "direct"
+
     def close(self) -> None:
         self.punch.reactor.unwatch(self.sock)
         self.sock.close()
+
+
+def _host(sock: socket.socket) -> str | None:
+    try:
+        return plain(sock.getpeername()[0])
+    except OSError:  # it has gone
+        return None
 
 
 class Punch:
@@ -175,6 +196,8 @@ class Punch:
         self._picked_at = 0.0
         self._connecting: set[socket.socket] = set()
         self._over = False
+        self.hosts = frozenset(host for host, _ in instruction.addresses)
+        """Where the peer is thought to be. Only a hint: its NAT may have other addresses."""
         outside = {version(each): each for each in reversed(instruction.addresses)}
         self._outside = frozenset(outside.values())
         """Of each IP version, the address that is farthest from the peer."""
@@ -182,7 +205,7 @@ class Punch:
         self._no_relay = "has not relayed yet" if instruction.ticket else "does not relay"
         """What the server does instead of relaying."""
         self.stranger: AuthenticationFailed | None = None
-        """Set when somebody answered in the peer's place, or the peer without our key."""
+        """Set when somebody answered where the peer should be, or the peer without our key."""
         self._in_the_end: FmiError | None = None
         self._began = reactor.now()
         self._timer = reactor.call_later(seconds, self._expire)
@@ -276,7 +299,7 @@ class Punch:
         self, sock: socket.socket, address: Address, code: int, on_error: Callable[[OSError], None]
     ) -> None:
         if code == 0:
-            self._trials.append(_Trial(self, sock, address))
+            self._try(_Trial(self, sock, address))
         else:
             sock.close()
             on_error(system_error(code))
@@ -304,7 +327,11 @@ class Punch:
             )
 
     def _met_at_relay(self, sock: socket.socket) -> None:
-        self._trials.append(_Trial(self, sock, None, "relay"))
+        self._try(_Trial(self, sock, None, "relay"))
+
+    def _try(self, trial: _Trial, hello: bytes = b"") -> None:
+        self._trials.append(trial)  # first: it may break at once
+        trial.begin(hello)
 
     def _relay_failed(self, what: str, final: bool) -> None:
         self._no_relay = what
@@ -318,12 +345,13 @@ class Punch:
 
     def adopt(self, sock: socket.socket, hello: bytes) -> None:
         """Take over a connection that the peer made to our listener."""
-        if self._over or self._channel == "relay" or len(self._trials) >= MAX_TRIALS:
+        if self._over or self._channel == "relay":
             sock.close()
             return
-        trial = _Trial(self, sock, None)
-        self._trials.append(trial)
-        trial.take(hello)
+        callers = [each for each in self._trials if each.calls and not each.handshake.proven]
+        if len(callers) >= MAX_CALLERS:
+            self.drop(next((each for each in callers if not each.expected), callers[0]))
+        self._try(_Trial(self, sock, None), hello)
 
     # ------------------------------------------------------------------- choosing
     def progress(self, trial: _Trial) -> None:
@@ -380,8 +408,13 @@ class Punch:
 
     @property
     def connected(self) -> bool:
-        """Whether somebody is at the other end, proven or not, or awaited at the relay."""
-        return bool(self._trials) or (self._relay is not None and self._relay.waiting)
+        """Whether somebody is at the other end who may still prove to be the peer, or is awaited
+        at the relay. Strangers, where there are any, are found out soon: that makes no
+        connection."""
+        if self._relay is not None and self._relay.waiting:
+            return True
+        since = self.reactor.now() - (DOUBT_SECONDS if self.stranger is not None else 0.0)
+        return any(trial.began <= since for trial in self._trials)
 
     @property
     def chosen(self) -> bool:
@@ -399,7 +432,7 @@ class Punch:
         self._timer = self.reactor.call_later(self._seconds, self._expire)
 
     def _expire(self) -> None:
-        if self.connected and self.stranger is None:
+        if self.connected:
             # Connected, but not answered: the peer computes. The operation's deadline decides.
             self._timer = self.reactor.call_later(self._seconds, self._expire)
             return
