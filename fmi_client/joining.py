@@ -312,6 +312,7 @@ class SocketEndpoint(Endpoint):
         punch = PunchAttempt(
             self._reactor,
             instruction,
+            job=self._request.job,
             rank=self.rank,
             epoch=self._request.epoch,
             key=self._request.key,

@@ -7,9 +7,9 @@ Handshake, the same whoever connected (both may have: TCP's simultaneous open)::
     pick     the lower rank, on the one connection that it keeps
     picked   the higher rank's answer; only now may data flow
 
-The proof's key mixes the job key (if there is one) with the cookie that the server gave to
-this pair: a rank recognises its peer by proof, never by address, and a stranger, another
-job's rank or the rank itself fails it. Everything is of fixed size: no parser of a
+The proof's key mixes the job key (if there is one) with the job's name and the cookie that the
+server gave to this pair: a rank recognises its peer by proof, never by address, and a stranger,
+another job's rank or the rank itself fails it. Everything is of fixed size: no parser of a
 peer's data runs before the proof.
 
 A message is a 32-byte header, then signature, meta and payload::
@@ -59,12 +59,18 @@ def read_hello(data: bytes) -> PeerHello:
 
 
 class Handshake:
-    """Proof and choice on one connection between ranks `me` and `peer`."""
+    """Proof and choice on one connection between ranks `me` and `peer`.
 
-    def __init__(self, me: int, peer: int, epoch: int, key: bytes | None, cookie: bytes) -> None:
+    The name is in the proof for those who use one key for several jobs: a hostile server could
+    give their ranks one cookie.
+    """
+
+    def __init__(
+        self, me: int, peer: int, epoch: int, key: bytes | None, cookie: bytes, job: str = ""
+    ) -> None:
         self.low = me < peer
         self._expect = PeerHello(peer, me, epoch, key is not None)
-        self._key = auth.mac(key or b"", "fmi3 pair", cookie)
+        self._key = auth.mac(key or b"", "fmi3 pair", job.encode(), cookie)
         self.hello = _HELLO.pack(_MAGIC, me, peer, epoch, key is not None, auth.nonce())
         self._theirs = b""
         self._buffer = bytearray()

@@ -78,7 +78,7 @@ class _Trial:
         """Whether it leads to where the peer should be: others may call us, and mean harm."""
         self.began = punch.reactor.now()
         self.handshake = Handshake(
-            punch.rank, punch.peer, punch.epoch, punch.key, punch.instruction.cookie
+            punch.rank, punch.peer, punch.epoch, punch.key, punch.instruction.cookie, punch.job
         )
         keep_alive(sock)
         # From here on: the handshake is four small messages, each of which Nagle would delay.
@@ -167,6 +167,7 @@ class Punch:
         reactor: Reactor,
         instruction: PunchNow,
         *,
+        job: str,
         rank: int,
         epoch: int,
         key: bytes | None,
@@ -180,6 +181,7 @@ class Punch:
         self.reactor = reactor
         self.instruction = instruction
         self.peer = instruction.peer
+        self.job = job
         self.rank = rank
         self.epoch = epoch
         self.key = key

@@ -210,6 +210,7 @@ def attempt() -> Iterator[punch.Punch]:
     made = punch.Punch(
         reactor,
         instruction,
+        job="job",
         rank=2,
         epoch=0,
         key=None,
