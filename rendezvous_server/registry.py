@@ -55,6 +55,9 @@ SERVER = -1
 LOST_KEPT = 16
 """Lost ranks of a job of which is kept when and why: the first is the cause of the others."""
 
+SPARE_LINKS = 16
+"""A rank may ask twice for a link with each of the others, and so many times more."""
+
 ENDED_KEPT = 50
 """Jobs that are kept for looking at after their end; as many of those that ended well."""
 
@@ -75,6 +78,8 @@ class Member:
     address: Address
     """Where it came from, as we see it."""
     joined: float
+    tickets: list[bytes] = field(default_factory=list)
+    """For its legs on the server: what it has not used goes with it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -123,6 +128,8 @@ class Job:
     aborted: JobAborted | None = None
     """What a rank or the server said when it ended the job for everybody."""
     ended: float = 0.0
+    absent: Message | None = None
+    """The answer to "who", until somebody comes or goes: at a deadline all ranks ask at once."""
 
     @property
     def well(self) -> bool:
@@ -203,6 +210,7 @@ class Registry:
         reach = sort_addresses(observed, hello.candidates[:MAX_CANDIDATES])
         member = Member(job, hello.rank, connection, reach, observed, now)
         job.members[hello.rank] = member
+        job.absent = None
         self.ranks += 1
         if job.lost:
             job.lost.pop(hello.rank, None)
@@ -244,7 +252,9 @@ class Registry:
         if job.members.get(member.rank) is not member:
             return []  # the job has ended already
         del job.members[member.rank]
+        job.absent = None
         self.ranks -= 1
+        self._void(member)
         job.left += clean and job.running
         if not clean:
             job.lose(member.rank, now, why)
@@ -257,6 +267,11 @@ class Registry:
         message = {"t": "gone", "rank": member.rank, "clean": clean, "why": why}
         job.gone[member.rank] = message
         return [(each, message) for each in job.members.values()]
+
+    def _void(self, member: Member) -> None:
+        for ticket in member.tickets:
+            self._tickets.pop(ticket, None)
+        member.tickets.clear()
 
     def _forget(self, job: Job, now: float) -> None:
         self.jobs.pop(job, None)
@@ -272,6 +287,8 @@ class Registry:
         message = abort_message("aborted", JobAborted(SERVER, kind, reason))
         outbox = [(member, message) for member in job.members.values()]
         self.ranks -= len(job.members)
+        for member in job.members.values():
+            self._void(member)
         if not job.running:
             for rank in job.members:
                 job.note(rank)
@@ -350,11 +367,14 @@ class Registry:
         pair = RelayPair(one.job, (one.rank, other.rank), now + TICKET_SECONDS)
         outbox: Outbox = []
         for member, peer in ((one, other), (other, one)):
+            if len(member.tickets) >= 2 * one.job.size + SPARE_LINKS:
+                raise ProtocolError("link: asked for too often")
             at = [list(address) for each in shared for address in peer.reach[each].addresses]
             message = common | {"peer": peer.rank, "at": at}
             if self._relay:
                 ticket = os.urandom(auth.COOKIE_BYTES)
                 self._tickets[ticket] = pair
+                member.tickets.append(ticket)
                 message["ticket"] = ticket
             outbox.append((member, message))
         return outbox
@@ -405,8 +425,10 @@ class Registry:
         return self._end(job, "relay", reason, now)
 
     def _missing(self, job: Job) -> Message:
-        absent = set(range(job.size)) - job.members.keys()
-        return {"t": "missing", "ranks": pack_ranks(absent, job.size)}
+        if job.absent is None:
+            absent = set(range(job.size)) - job.members.keys()
+            job.absent = {"t": "missing", "ranks": pack_ranks(absent, job.size)}
+        return job.absent
 
 
 def _finished(job: Job, rank: int) -> bool:

@@ -62,7 +62,6 @@ ERRORS: dict[str, type[RendezvousError]] = {
 """What an error's code becomes at the rank."""
 
 _CODES = {kind: code for code, kind in ERRORS.items()}
-
 _GENERIC = "authentication failed"
 
 
@@ -116,6 +115,7 @@ class ServerSide:
         "_hello",
         "_hello_body",
         "_joined",
+        "_leg",
         "_preface_seen",
         "_reader",
         "deadline",
@@ -130,7 +130,7 @@ class ServerSide:
         self._hello: Hello | None = None
         self._hello_body = b""
         self._challenge = b""
-        self._joined = False
+        self._joined = self._leg = False
         self.observed = plain(observed[0]), observed[1]
         self.deadline = now + AUTH_SECONDS
         self.outgoing = bytearray()
@@ -157,9 +157,12 @@ class ServerSide:
     def _handle(
         self, message: Message, body: bytes, now: float
     ) -> Authenticated | RelayLeg | Request | None:
+        if self._leg:
+            raise ProtocolError("a relay leg has nothing to say before its peer is there")
         if self._joined:
             return Request(message)
         if self._hello is None and message["t"] == "relay":
+            self._leg = True
             return RelayLeg(sixteen(message, "ticket"))
         if self._hello is None:
             self._hello, self._hello_body = Hello.decode(message), body
