@@ -70,6 +70,7 @@ class Communicator(Operations):
     async def _wait_longer(
         self, call: Call, under_way: UnderWay, deadline: float, loop: asyncio.AbstractEventLoop
     ) -> None:
+        self._ask(call)
         if not call.stuck:
             await self._wait(under_way, deadline, loop)
             return
