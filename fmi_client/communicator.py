@@ -84,6 +84,8 @@ class Communicator(Operations):
         self, under_way: UnderWay, deadline: float, loop: asyncio.AbstractEventLoop
     ) -> None:
         """Wait until a step is done, or the deadline has passed."""
+        if under_way.done:
+            return
         future = loop.create_future()
 
         def wake(late: bool = False) -> None:

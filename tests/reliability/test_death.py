@@ -5,25 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from fmi_client import sync
 from fmi_client.errors import FmiError, RankFailed
-from tests.processes import run_processes, serve_rendezvous, spawn
+from tests.processes import run_processes, spawn
 from tests.reliability.collectives import COLLECTIVES, LARGE, SMALL
 from tests.reliability.conftest import Measured
 
 SIZE = 8
 NIGHTLY = 100
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with serve_rendezvous("--allow-anonymous") as address:
-        yield address
 
 
 def die_after(comm: sync.Communicator, steps: int, died: Any) -> None:
@@ -41,7 +34,7 @@ def die_after(comm: sync.Communicator, steps: int, died: Any) -> None:
     comm._post = posting  # type: ignore[method-assign]
 
 
-def seconds_until_all_know(server: str, name: str, number: int) -> list[float]:
+def seconds_until_all_know(address: str, name: str, number: int) -> list[float]:
     """Kill another rank, in another step, with more or less data each time."""
     victim, steps, array = number % SIZE, 1 + number % 5, (SMALL, LARGE)[number // 5 % 2]
     died = spawn.Value("d", 0.0)
@@ -56,7 +49,7 @@ def seconds_until_all_know(server: str, name: str, number: int) -> list[float]:
         except FmiError as error:
             return error, time.monotonic()
 
-    results = run_processes(server, SIZE, rank, job=f"{name} {number}")
+    results = run_processes(address, SIZE, rank, job=f"{name} {number}")
     assert results.pop(victim) == "died"
     for error, _ in results:
         assert isinstance(error, RankFailed), error
@@ -68,9 +61,9 @@ def seconds_until_all_know(server: str, name: str, number: int) -> list[float]:
 @pytest.mark.parametrize("name", COLLECTIVES)
 @pytest.mark.parametrize("tries", [2, pytest.param(NIGHTLY, marks=pytest.mark.nightly)])
 def test_all_name_the_rank_that_was_killed(
-    server: str, name: str, tries: int, measured: Measured
+    address: str, name: str, tries: int, measured: Measured
 ) -> None:
     first = 7 * list(COLLECTIVES).index(name)
-    longest = [max(seconds_until_all_know(server, name, first + i)) for i in range(tries)]
+    longest = [max(seconds_until_all_know(address, name, first + i)) for i in range(tries)]
     measured(f"{name}: the last of {SIZE - 1} learns who died, {tries} ×", max(longest), "s", "< 1")
     assert max(longest) < 1

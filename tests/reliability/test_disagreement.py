@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -86,7 +85,9 @@ for name, text in {
 }.items():
     for root in range(1, SIZE):
         calls = made(rooted(name, 0)), made(rooted(name, root))
-        ODD[f"root {root} of {name}"] = (*calls, text.format(0), text.format(root))
+        ODD[f"root of {name}: {root}"] = (*calls, text.format(0), text.format(root))
+
+KINDS = list(dict.fromkeys(name.split(":")[0] for name in ODD))
 
 
 def check(case: str, odd: int, errors: list[Any]) -> None:
@@ -108,23 +109,52 @@ async def awaited(comm: Communicator, calls: Calls) -> tuple[Any, float]:
     return None, 0.0
 
 
+async def seconds_until_all_know(case: str, odd: int, link: Literal["memory", "tcp"]) -> float:
+    usual, other = ODD[case][:2]
+    begun = []
+
+    async def rank(comm: Communicator) -> tuple[Any, float]:
+        begun.append(time.monotonic())
+        return await awaited(comm, other if comm.rank == odd else usual)
+
+    results = await run_ranks(SIZE, rank, link)
+    check(case, odd, [error for error, _ in results])
+    return max(heard for _, heard in results) - max(begun)
+
+
 @pytest.mark.row(12)
 @pytest.mark.parametrize("link", ["memory", "tcp"])
-@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_all_ranks_of_a_loop_say_who_called_what(
-    case: str, link: Literal["memory", "tcp"], measured: Measured
+    kind: str, link: Literal["memory", "tcp"], measured: Measured
 ) -> None:
-    longest = 0.0
-    for odd in range(SIZE) if link == "memory" else (2,):
-        usual, other = ODD[case][:2]
-        begun = [0.0] * SIZE
+    odd_ones = range(SIZE) if link == "memory" else (2,)
+    seconds = [
+        await seconds_until_all_know(case, odd, link)
+        for case in ODD
+        if case.split(":")[0] == kind
+        for odd in odd_ones
+    ]
+    measured(f"one rank's {kind} is another, {link} links: all know", max(seconds), "s", "< 1")
+    assert max(seconds) < 1
 
-        async def rank(comm: Communicator) -> tuple[Any, float]:
-            begun[comm.rank] = time.monotonic()  # noqa: B023 (it is over before the next round)
-            return await awaited(comm, other if comm.rank == odd else usual)  # noqa: B023
 
-        results = await run_ranks(SIZE, rank, link)
-        check(case, odd, [error for error, _ in results])
-        longest = max(longest, max(heard for _, heard in results) - max(begun))
-    measured(f"{case} differs on a rank, {link}: all know", longest, "s", "< 1")
-    assert longest < 1
+@pytest.mark.row(12)
+@pytest.mark.parametrize("case", ["large shape", "order", "one too few", "root of gather: 5"])
+def test_all_processes_say_who_called_what(address: str, case: str, measured: Measured) -> None:
+    usual, other = ODD[case][:2]
+
+    def rank(comm: sync.Communicator) -> tuple[Any, float, float]:
+        begun = time.monotonic()
+        try:
+            for call in other if comm.rank == 2 else usual:
+                call(comm)
+        except FmiError as error:
+            return error, begun, time.monotonic()
+        return None, begun, 0.0
+
+    results = run_processes(address, SIZE, rank, job=case)
+    check(case, 2, [error for error, _, _ in results])
+    seconds = max(heard for *_, heard in results) - max(begun for _, begun, _ in results)
+    measured(f"one rank's {case} is another, processes: all know", seconds, "s", "< 1")
+    assert seconds < 1
