@@ -65,5 +65,7 @@ def test_all_name_the_rank_that_was_killed(
 ) -> None:
     first = 7 * list(COLLECTIVES).index(name)
     longest = [max(seconds_until_all_know(address, name, first + i)) for i in range(tries)]
-    measured(f"{name}: the last of {SIZE - 1} learns who died, {tries} ×", max(longest), "s", "< 1")
+    measured(
+        f"{name}: the last of {SIZE - 1} learns who died, {tries} times", max(longest), "s", "< 1"
+    )
     assert max(longest) < 1
