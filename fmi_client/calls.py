@@ -169,6 +169,16 @@ class Caller:
         call.under_way = UnderWay(step, sent, received)
         return call.under_way
 
+    def _ask(self, call: Call) -> None:
+        """A step takes long: where ranks call different things, each may wait for the other."""
+        under_way = call.under_way
+        if not call.collective or under_way is None or under_way.received is None:
+            return
+        source = under_way.step.source
+        if source is not None and not under_way.received.done:
+            _, context, seq = call.key
+            self._endpoint.ask(self._group[source], context, seq, call.signature)
+
     def _check(self, call: Call, under_way: UnderWay) -> None:
         """Raise what went wrong in a step; it is done, or nobody found out in time why not."""
         if not under_way.done:

@@ -70,6 +70,7 @@ class Communicator(Operations):
     async def _wait_longer(
         self, call: Call, under_way: UnderWay, deadline: float, loop: asyncio.AbstractEventLoop
     ) -> None:
+        self._ask(call)
         if not call.stuck:
             await self._wait(under_way, deadline, loop)
             return
@@ -83,6 +84,8 @@ class Communicator(Operations):
         self, under_way: UnderWay, deadline: float, loop: asyncio.AbstractEventLoop
     ) -> None:
         """Wait until a step is done, or the deadline has passed."""
+        if under_way.done:
+            return
         future = loop.create_future()
 
         def wake(late: bool = False) -> None:

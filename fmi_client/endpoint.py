@@ -21,13 +21,16 @@ from fmi_client.errors import (
 )
 from fmi_client.protocol.inbox import STAGE_BYTES as PEER_STAGE_BYTES
 from fmi_client.protocol.inbox import Inbox
-from fmi_client.protocol.peer import COLLECTIVE, Key
+from fmi_client.protocol.peer import COLLECTIVE, WAITING, Key, Payload
 from fmi_client.protocol.rendezvous import JobAborted
 from fmi_client.transport.link import Link
 from fmi_client.transport.memory import STAGE_BYTES, MemoryLink
 
 GRACE_SECONDS = 0.08
 """How long reports of other ranks are awaited before the missing ones are named."""
+
+CALLS_KEPT = 1024
+"""So far behind us another rank's different call is still recognised."""
 
 MAX_SECONDS = 1e8
 """Three years: "for ever" in a form that every clock can add to."""
@@ -49,8 +52,10 @@ class Endpoint:
         self.on_change: Callable[[], None] = lambda: None
         """Called when the endpoint becomes ready or fails; set by the driver."""
         self._allocate = allocate
-        self._running: dict[int, tuple[int, bytes]] = {}
-        self._early: dict[tuple[int, int], tuple[int, bytes]] = {}
+        self._called: dict[int, dict[int, bytes]] = {}
+        """By communicator and number, what this rank called; the last `CALLS_KEPT`."""
+        self._early: dict[tuple[int, int], dict[bytes, int]] = {}
+        """What others called ahead of us, each with the first who did."""
         self._late: JobAborted | None = None
         self._waited_for: set[int] = set()
         self._waiting: set[int] = set()
@@ -97,20 +102,31 @@ class Endpoint:
     # ---------------------------------------------------------------- who does what
     def begin(self, context: int, seq: int, signature: bytes) -> None:
         """A collective starts here; a peer may have begun another one in its place."""
-        self._running[context] = (seq, signature)
-        early = self._early.pop((context, seq), None)
-        if early is not None and early[1] != signature:
-            self.mismatch(early[0], signature, early[1], seq)
+        calls = self._called.setdefault(context, {})
+        calls[seq] = signature
+        calls.pop(seq - CALLS_KEPT, None)
+        for theirs, peer in self._early.pop((context, seq), {}).items():
+            if theirs != signature:
+                self.mismatch(peer, signature, theirs, seq)
 
     def _unexpected(self, peer: int, key: Key, signature: bytes) -> None:
+        """Compare what `peer` called with our call of that number, past, present or to come.
+
+        A past one, too: a rank that called another gather may send to one whose part is done.
+        """
         kind, context, seq = key
         if kind != COLLECTIVE:
             return
-        running = self._running.get(context, (-1, b""))
-        if seq > running[0]:
-            self._early.setdefault((context, seq), (peer, signature))
-        elif seq == running[0] and signature != running[1]:
-            self.mismatch(peer, running[1], signature, seq)
+        calls = self._called.get(context, {})
+        mine = calls.get(seq)
+        if mine is None and seq > next(reversed(calls), -1) - CALLS_KEPT:
+            self._early.setdefault((context, seq), {}).setdefault(signature, peer)
+        elif mine is not None and mine != signature:
+            self.mismatch(peer, mine, signature, seq)
+
+    def ask(self, peer: int, context: int, seq: int, signature: bytes) -> None:
+        """Let `peer`, for whom we have waited a while, see in what: it may do something else."""
+        self.link(peer).send((WAITING, context, seq), signature, Payload(b"", ()))
 
     def mismatch(self, peer: int, mine: bytes, theirs: bytes, seq: int) -> None:
         """Ranks called different things: end the job everywhere, saying who called what."""

@@ -30,8 +30,9 @@ from fmi_client.protocol.rendezvous import (
 from fmi_client.transport.control import Control
 from fmi_client.transport.link import SocketLink
 from fmi_client.transport.lobby import Lobby
+from fmi_client.transport.pulse import CHECK_SECONDS
 from fmi_client.transport.punch import Punch as PunchAttempt
-from fmi_client.transport.reactor import Reactor
+from fmi_client.transport.reactor import Reactor, Timer
 from fmi_client.transport.sockets import bound_pair, parse_endpoint
 from fmi_client.transport.store import parse_store
 
@@ -176,6 +177,7 @@ class SocketEndpoint(Endpoint):
         self._punches: dict[int, PunchAttempt] = {}
         self._told: dict[int, Punch] = {}
         self._lost_control: FmiError | None = None
+        self._checks: Timer | None = None
         self._started = reactor.now()
         listeners = bound_pair(but=request.server[1])
         self._port: int = listeners[0].getsockname()[1]
@@ -233,6 +235,7 @@ class SocketEndpoint(Endpoint):
                 self.observed = seen
             case Ready():
                 self.join_seconds = self._reactor.now() - self._started
+                self._check_links()
                 self.on_change()
             case Missing(ranks):
                 self.missing = ranks
@@ -339,6 +342,13 @@ class SocketEndpoint(Endpoint):
         punch = self._punches.get(peer)
         return punch.error() if punch is not None and not punch.connected else None
 
+    def _check_links(self) -> None:
+        """Every second: notice a link that leads nowhere any more."""
+        for link in list(self.links.values()):
+            if isinstance(link, SocketLink):
+                link.check()
+        self._checks = self._reactor.call_later(CHECK_SECONDS, self._check_links)
+
     def _link_lost(self, link: SocketLink) -> None:
         """A link broke: wait for the server to say who died before blaming the neighbour."""
         if link.peer in self._left:
@@ -382,6 +392,8 @@ class SocketEndpoint(Endpoint):
         self._control.leave()
 
     def close(self) -> None:
+        if self._checks is not None:
+            self._checks.cancel()
         self._lobby.close()
         self._control.close()
         super().close()

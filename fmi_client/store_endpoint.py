@@ -113,6 +113,9 @@ class StoreEndpoint(Endpoint):
         others = (link for peer, link in self.links.items() if peer != self.rank)
         return any(link.busy for link in others)
 
+    def ask(self, peer: int, context: int, seq: int, signature: bytes) -> None:
+        """Nothing: an object for each wait would cost more than it tells before the deadline."""
+
     # ------------------------------------------------------------------ what others say
     def _watch(self) -> None:
         """Somebody waits: look now and then whether it is in vain."""

@@ -128,6 +128,7 @@ class Communicator(Operations):
         reactor = self._reactor
         if reactor.run_until(done, min(deadline, reactor.now() + STUCK_SECONDS)):
             return
+        self._ask(call)
         stuck = call.stuck
         if stuck:
             self._endpoint.make_room(True)

@@ -42,7 +42,10 @@ BACKLOG = 4096
 WRITE_LIMIT = 1024 * 1024
 """Bytes that may wait for one rank to read them; one that does not is cut off."""
 
-KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 8000}
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
+
+USER_TIMEOUT_MS = 8000
+"""Not for the legs of a relay: one whose rank computes may have its window closed for minutes."""
 
 
 class Counters:
@@ -254,7 +257,7 @@ class Connection(asyncio.Protocol):
             self.write(RELAY_FULL)
             raise
         self._cancel_deadline()
-        self._keep_alive()
+        self._keep_alive(user_timeout_ms=0)
         server.open.discard(self)
         leg = Leg(transport, pair, server.relayed)
         transport.set_protocol(leg)
@@ -345,11 +348,12 @@ class Connection(asyncio.Protocol):
             self._deadline.cancel()
             self._deadline = None
 
-    def _keep_alive(self) -> None:
+    def _keep_alive(self, user_timeout_ms: int = USER_TIMEOUT_MS) -> None:
         sock: Any = self._transport.get_extra_info("socket") if self._transport else None
         if sock is None:
             return
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, user_timeout_ms)
         for name, value in KEEPALIVE.items():
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from fmi_client import sync
 from tests.support import KEY
@@ -41,35 +41,48 @@ def _be_rank(
         pipe.send(error)
 
 
+@contextmanager
+def running(
+    address: str | None, size: int, function: RankFunction, job: str = "job", **options: Any
+) -> Iterator[list[RankProcess]]:
+    """Let `function(comm)` run in `size` processes; whatever they do, they end with the block."""
+    ranks: list[RankProcess] = []
+    try:
+        for rank in range(size):
+            ours, theirs = spawn.Pipe(duplex=False)
+            arguments = (theirs, address, job, rank, size, function, options)
+            process = spawn.Process(target=_be_rank, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            ranks.append(RankProcess(process, ours))
+        yield ranks
+    finally:
+        for each in ranks:
+            each.process.kill()
+            each.process.join()
+            each.pipe.close()
+
+
 def run_processes(
     address: str | None, size: int, function: RankFunction, job: str = "job", **options: Any
 ) -> list[Any]:
     """Run `function(comm)` in `size` processes; results, errors or "died" in rank order."""
-    pipes, processes = [], []
-    for rank in range(size):
-        ours, theirs = spawn.Pipe(duplex=False)
-        process = spawn.Process(
-            target=_be_rank, args=(theirs, address, job, rank, size, function, options), daemon=True
-        )
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
-    try:
-        return [_result(pipe) for pipe in pipes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-        for pipe in pipes:
-            pipe.close()
+    with running(address, size, function, job, **options) as ranks:
+        return [rank.result() for rank in ranks]
 
 
-def _result(pipe: Any) -> Any:
-    try:
-        return pipe.recv() if pipe.poll(20) else "silent"
-    except EOFError:
-        return "died"
+class RankProcess(NamedTuple):
+    """A rank, and the pipe through which it says how it went."""
+
+    process: Any
+    pipe: Any
+
+    def result(self, seconds: float = 20) -> Any:
+        """Return what its function returned or raised, "died" or "silent"."""
+        try:
+            return self.pipe.recv() if self.pipe.poll(seconds) else "silent"
+        except EOFError:
+            return "died"
 
 
 @contextmanager

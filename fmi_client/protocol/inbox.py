@@ -14,6 +14,7 @@ from fmi_client.protocol.peer import (
     KINDS,
     MAX_HEAD,
     MAX_PAYLOAD,
+    WAITING,
     Buffer,
     Key,
 )
@@ -290,7 +291,8 @@ class Inbox:
                 self._stage, start
             )
             head_bytes = HEADER_BYTES + n_sign + n_meta
-            if kind not in KINDS or flags or head_bytes > MAX_HEAD or nbytes > MAX_PAYLOAD:
+            most = 0 if kind == WAITING else MAX_PAYLOAD
+            if kind not in KINDS or flags or head_bytes > MAX_HEAD or nbytes > most:
                 raise ProtocolError("malformed message header from the peer")
             if self._filled - start < head_bytes:
                 break
@@ -298,6 +300,10 @@ class Inbox:
             key = kind, context, number
             signature = bytes(self._stage[at : at + n_sign])
             meta = bytes(self._stage[at + n_sign : body]) if n_meta else b""
+            if kind == WAITING:
+                self._on_unexpected((COLLECTIVE, context, number), signature)
+                start = body
+                continue
             if body + nbytes <= self._filled and key in self._awaited:
                 self._hand_over(key, signature, meta, self._stage[body : body + nbytes])
                 start = body + nbytes

@@ -18,7 +18,8 @@ A message is a 32-byte header, then signature, meta and payload::
     context uint64 · sequence or tag uint64 · payload length uint64
 
 `signature` says what the sender is doing ("allreduce sum <f4 (10,)"); the receiver
-compares it with its own, so that ranks which call different things find out.
+compares it with its own, so that ranks which call different things find out. Where each
+waits for the other, no message would tell: who has waited for a while says in what (`WAITING`).
 """
 
 from __future__ import annotations
@@ -137,7 +138,10 @@ HEADER_BYTES = HEADER.size
 
 COLLECTIVE = 1
 POINT_TO_POINT = 2
-KINDS = (COLLECTIVE, POINT_TO_POINT)
+WAITING = 3
+"""No message of an operation: its sender has waited for a while for ours of this collective."""
+
+KINDS = (COLLECTIVE, POINT_TO_POINT, WAITING)
 
 MAX_HEAD = 16 * 1024 * 1024
 """Signature and meta: a bundle of 100,000 small items describes itself in less."""

@@ -8,6 +8,7 @@ kernel reads from the caller's memory and writes to the receiver's.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import socket
 from collections import deque
@@ -17,7 +18,9 @@ from typing import Protocol
 from fmi_client.errors import ProtocolError
 from fmi_client.protocol.inbox import Inbox, Pending, Receive
 from fmi_client.protocol.peer import Buffer, Key, Payload, head
+from fmi_client.transport.pulse import Pulse
 from fmi_client.transport.reactor import Reactor
+from fmi_client.transport.sockets import system_error
 
 JOIN_BYTES = 16 * 1024
 """Payloads up to this size are copied behind their header: one write instead of a gather."""
@@ -105,6 +108,7 @@ class SocketLink:
         self._room = False
         self._interest = (False, False)
         self._worth = 1
+        self._pulse = Pulse()
         self._sent: list[Send] | None = None
         """What the peer may have to be sent again; None: it was there, or that is too much."""
 
@@ -115,6 +119,7 @@ class SocketLink:
         `revive`.
         """
         self._sock = sock
+        self._pulse = Pulse()
         self._worth = 1
         self.kind = kind
         self._sent = None if first else []
@@ -274,6 +279,12 @@ class SocketLink:
         if worth != self._worth and self._sock is not None:
             self._worth = worth
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, worth)
+
+    def check(self) -> None:
+        """Find out whether what we wait for can still come; keepalive cannot always tell."""
+        sock = self._sock
+        if sock is not None and self.busy and self._pulse.lost(sock, self._reactor.now()):
+            self._lose(system_error(errno.ETIMEDOUT))
 
     def _malformed(self, error: ProtocolError) -> None:
         self._lose(error.at(peer=self.peer))

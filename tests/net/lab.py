@@ -78,6 +78,18 @@ table ip lab {
 }
 """
 
+_HOLE = """
+table ip hole {{
+  counter hole {{ }}
+  chain pass {{
+    type filter hook forward priority filter
+    ip saddr {server} accept
+    ip daddr {server} accept
+    meta l4proto tcp counter name hole drop
+  }}
+}}
+"""
+
 _CUT = """
 table ip cut {{ }}
 delete table ip cut
@@ -173,6 +185,11 @@ class Lab:
         _write(core, "netfilter/nf_conntrack_acct", 1)
         rules = _CUT.format(server=self.server.split(":")[0], nbytes=nbytes)
         _run("ip", "netns", "exec", core, "nft", "-f", "-", text=rules)
+
+    def black_hole(self) -> None:
+        """From now on, drop what sites send to each other; the server hears and is heard."""
+        rules = _HOLE.format(server=self.server.split(":")[0])
+        _run("ip", "netns", "exec", self.prefix + "core", "nft", "-f", "-", text=rules)
 
     def namespace(self, name: str) -> str:
         full = self.prefix + name

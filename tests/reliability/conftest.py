@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import pytest
+
+from tests.processes import serve_rendezvous
 
 
 class Figure(NamedTuple):
@@ -21,6 +24,13 @@ class Measured(Protocol):
     """Take down a figure before it is compared with its limit: a miss is worth reading, too."""
 
     def __call__(self, what: str, value: float, unit: str, limit: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A server in a process of its own."""
+    with serve_rendezvous("--allow-anonymous") as address:
+        yield address
 
 
 _FIGURES = pytest.StashKey[list[Figure]]()

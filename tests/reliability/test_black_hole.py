@@ -1,0 +1,81 @@
+"""A link that swallows everything is noticed within 15 s, whatever its ranks are doing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from tests.net.lab import ROOT, Lab, Site, build, counters, why_not
+from tests.reliability.conftest import Measured
+
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(why_not() is not None, reason=f"{why_not()}"),
+    pytest.mark.row(9),
+]
+
+LIMIT = 15.0
+"""Seconds, of which a second is for the server's word on who died."""
+
+CASES = {
+    "both wait": ("receive", "receive"),
+    "both send and wait": ("exchange", "exchange"),
+    "one sends much, the other waits": ("send", "receive"),
+    "one waits, the other computes": ("receive", "compute"),
+    "one sends much, the other computes": ("send", "compute"),
+    "one computes with data on its way": ("told", "receive"),
+}
+
+
+class Rank:
+    """See `tests.reliability.hole`."""
+
+    def __init__(self, lab: Lab, number: int, what: str, driver: str) -> None:
+        words = [lab.server, f"pair{number // 2}", str(number % 2), what, driver]
+        command = lab.hosts[number].command(sys.executable, "-m", "tests.reliability.hole", *words)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        print(file=self.process.stdin, flush=True)
+
+
+def swallow(lab: Lab, cases: list[tuple[str, str]], driver: str) -> list[dict[str, Any]]:
+    """Let a pair of hosts do each of these, open the hole, return how all ranks ended."""
+    with ExitStack() as stack:
+        ranks = []
+        for pair, whats in enumerate(cases):
+            for number, what in enumerate(whats):
+                ranks.append(Rank(lab, 2 * pair + number, what, driver))
+                stack.callback(ranks[-1].process.communicate)
+                stack.callback(ranks[-1].process.kill)
+        for rank in ranks:
+            assert rank.line() == "linked"
+        lab.black_hole()
+        for rank in ranks:
+            rank.go()
+        return [json.loads(rank.line()) for rank in ranks]
+
+
+@pytest.mark.parametrize("driver", ["blocking", "awaited"])
+def test_a_black_hole_is_noticed(driver: str, measured: Measured) -> None:
+    """All at once, for they take as long as one: each pair is a job of its own."""
+    sites = [Site("none") for _ in range(2 * len(CASES))]
+    with build(*sites) as lab:
+        ends = swallow(lab, list(CASES.values()), driver)
+        assert counters(lab.prefix + "core")["hole"] > 0
+    for number, (name, whats) in enumerate(CASES.items()):
+        for what, end in zip(whats, ends[2 * number : 2 * number + 2], strict=True):
+            measured(f"{name} ({driver}): {what} ends", end["took"], "s", f"< {LIMIT:g}")
+            assert end["error"] == "RankFailed", end
+            assert end["took"] < LIMIT
