@@ -10,11 +10,9 @@ import argparse
 import os
 import select
 import socket
-import statistics
 import struct
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -43,7 +41,9 @@ class Rank:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Each process has an address of its own, or thousands of closed connections in a second
         # would leave no port of the one.
-        sock.bind((f"127.{1 + (os.getpid() >> 16)}.{os.getpid() >> 8 & 255}.{os.getpid() & 255}", 0))
+        sock.bind(
+            (f"127.{1 + (os.getpid() >> 16)}.{os.getpid() >> 8 & 255}.{os.getpid() & 255}", 0)
+        )
         self.began = time.perf_counter()
         sock.connect(server)
         sock.setblocking(False)
@@ -134,26 +134,53 @@ class Burst(NamedTuple):
         return self.joins / self.cpu
 
 
-def _be_process(
-    rank: int, size: int, server: Address, count: int, job_size: int, in_flight: int
-) -> tuple[float, float, list[float]]:
+def _burst(_rank: int, _size: int, server: Address, count: int) -> tuple[float, float]:
     start = time.monotonic()
-    seconds = join_all(server, jobs(f"burst-{os.getpid()}", count, job_size), in_flight)
-    return start, time.monotonic(), seconds
+    join_all(server, jobs(f"burst-{os.getpid()}", count, JOB_SIZE), IN_FLIGHT)
+    return start, time.monotonic()
 
 
 def burst(server: Watched, count: int, processes: int = PROCESSES) -> Burst:
-    """Let `count` ranks in jobs of `JOB_SIZE` join as fast as the server takes them."""
-    before = server.cpu()
-    each = count // processes
-    results = run_ranks(processes, _be_process, parse_endpoint(server.address), each, JOB_SIZE, IN_FLIGHT)
-    wall = max(end for _, end, _ in results) - min(start for start, _, _ in results)
+    """Let `count` ranks in jobs of `JOB_SIZE` join and leave as fast as the server takes them."""
+    before, each = server.cpu(), count // processes
+    times = run_ranks(processes, _burst, parse_endpoint(server.address), each)
+    wall = max(end for _, end in times) - min(start for start, _ in times)
     return Burst(each * processes, wall, server.cpu() - before)
 
 
-if __name__ == "__main__":
-    from benchmarks.start import watch
+def sequence(server: Watched, count: int, name: str) -> list[float]:
+    """Seconds that each of `count` jobs of one rank took, one after the other."""
+    return sorted(join_all(parse_endpoint(server.address), jobs(name, count, 1), 1))
+
+
+def _crowd(process: int, processes: int, server: Address, size: int) -> tuple[float, float, int]:
+    start = time.monotonic()
+    mine = ((f"crowd-{size}", rank, size) for rank in range(process, size, processes))
+    seconds = join_all(server, mine, size, die_every=1)
+    return start, start + max(seconds), len(seconds)
+
+
+def crowd(server: Watched, size: int, processes: int = PROCESSES) -> float:
+    """Seconds in which all `size` ranks of one job join: from the first packet to "ready"."""
+    times = run_ranks(processes, _crowd, parse_endpoint(server.address), size)
+    assert sum(ready for *_, ready in times) == size
+    return max(end for _, end, _ in times) - min(start for start, *_ in times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--joins", type=int, default=20_000)
+    parser.add_argument("--crowd", type=int, default=10_000, help="ranks of one job")
+    arguments = parser.parse_args()
     with watch() as server:
-        for _ in range(4):
-            b = burst(server, 8000)
-            print(b, b.joins / b.wall, b.per_core)
+        done = burst(server, arguments.joins)
+        print(f"{done.joins / done.wall:,.0f} joins/s, {done.per_core:,.0f} per core of the server")
+        seconds = sequence(server, 1000, "sequence")
+        print(
+            f"one after the other: p50 {seconds[500] * 1e3:.2f} ms, p99 {seconds[990] * 1e3:.2f} ms"
+        )
+        print(f"{arguments.crowd} ranks of one job: {crowd(server, arguments.crowd):.2f} s")
+
+
+if __name__ == "__main__":
+    main()

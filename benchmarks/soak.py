@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import multiprocessing
 import os
 import random
@@ -217,10 +216,15 @@ class _Soak:
         return Record(samples, self._jobs, self._ranks, self._ends["killed"], self._ends)
 
 
-def _held(pid: int, tasks: int) -> Held:
+def resident(pid: int) -> int:
+    """Return the resident memory of a process in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
-    rss = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-    return Held(tasks, len(os.listdir(f"/proc/{pid}/fd")), int(rss.split()[1]) * 1024)
+    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+def _held(pid: int, tasks: int) -> Held:
+    return Held(tasks, len(os.listdir(f"/proc/{pid}/fd")), resident(pid))
 
 
 def soak(rounds: int, seconds: float, count: int, seed: int = 0) -> Record:
