@@ -19,7 +19,7 @@ DAY_OF_JOINS = 8000
 @pytest.mark.parametrize(
     ("rounds", "seconds", "count"),
     [
-        pytest.param(1, 2.0, 25),
+        pytest.param(1, 1.5, 15),
         pytest.param(
             30, 57.0, 100, marks=[pytest.mark.nightly, pytest.mark.timeout(2700)], id="30min"
         ),
@@ -61,7 +61,7 @@ def _tell(record: Record, measured: Measured) -> None:
 def test_twenty_minutes_of_joins_leave_no_memory_behind(measured: Measured) -> None:
     with watch() as server:
         at = parse_endpoint(server.address)
-        join_all(at, jobs("warm", DAY_OF_JOINS // 2, 4), 32, die_every=20)
+        join_all(at, jobs("warm", DAY_OF_JOINS // 4, 4), 32, die_every=20)
         before = resident(server.pid)
         join_all(at, jobs("day", DAY_OF_JOINS, 4), 32, die_every=20)
         grown = resident(server.pid) - before
