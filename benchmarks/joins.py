@@ -164,7 +164,8 @@ def crowd(server: Watched, size: int, processes: int = PROCESSES) -> float:
     """Seconds in which all `size` ranks of one job join: from the first packet to "ready"."""
     times = run_ranks(processes, _crowd, parse_endpoint(server.address), size)
     assert sum(ready for *_, ready in times) == size
-    return max(end for _, end, _ in times) - min(start for start, *_ in times)
+    first = min(start for start, *_ in times)
+    return float(max(end for _, end, _ in times) - first)
 
 
 def main() -> None:
