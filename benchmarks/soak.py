@@ -166,12 +166,11 @@ async def _be_first(address: str, order: Order) -> str:
 
 
 class _Soak:
-    def __init__(self, server: Watched, forker: Connection, seed: int) -> None:
-        self._server, self._forker = server, forker
+    def __init__(self, server: Watched, forker: Connection, seed: int, idle: int) -> None:
+        self._server, self._forker, self._idle = server, forker, idle
         self._random = random.Random(seed)
         self._ends: Counter[str] = Counter()
         self._jobs = self._ranks = 0
-        self._idle = _held(server.pid, 0).descriptors
 
     def _order(self) -> Order:
         draw, size = self._random, self._random.choice(SIZES)
@@ -210,8 +209,8 @@ class _Soak:
         return Sample(time.monotonic() - start, server, client)
 
     async def _settled(self, tasks: int) -> Held:
-        """Look once more while there are more descriptors than before the first job: the relay's
-        legs are no connections of ranks, and may end a little later. A leak stays."""
+        """Look once more while there are more descriptors than before the first rank: what is
+        closed just now, as our own question, is not held. A leak stays."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while (held := _held(self._server.pid, tasks)).descriptors > self._idle:
             if time.monotonic() > deadline:
@@ -242,8 +241,9 @@ def _held(pid: int, tasks: int) -> Held:
 def soak(rounds: int, seconds: float, count: int, seed: int = 0) -> Record:
     """Run `count` jobs in each of `rounds` of so many `seconds`, after one to warm up."""
     with watch() as server, _forker(server.address) as forker:
+        idle = _held(server.pid, 0).descriptors
         join_all(parse_endpoint(server.address), jobs("warm", WARM_UP, 4), 32, die_every=20)
-        return asyncio.run(_Soak(server, forker, seed).run(rounds, seconds, count))
+        return asyncio.run(_Soak(server, forker, seed, idle).run(rounds, seconds, count))
 
 
 def slope(samples: list[Sample], seconds: float = 1200.0) -> float:
