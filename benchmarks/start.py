@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
 import platform
 import random
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from fmi_client import sync
 
 ROOT = Path(__file__).parents[1]
+SERVER = (sys.executable, "-m", "rendezvous_server")
+SECRET = b"only for what we measure"
 
 
 @contextmanager
@@ -25,12 +30,59 @@ def serve() -> Iterator[str]:
     """Run a rendezvous server; ranks come back until it listens."""
     port = random.randrange(20_000, 30_000)  # below those that the system gives to ranks
     options = ["--port", str(port), "--admin-port", "-1", "--log-level", "error"]
-    command = [sys.executable, "-m", "rendezvous_server", *options]
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, cwd=ROOT, stderr=log) as server:
+    with subprocess.Popen([*SERVER, *options], cwd=ROOT, stderr=subprocess.DEVNULL) as server:
         try:
             yield f"127.0.0.1:{port}"
         finally:
             server.terminate()
+
+
+class Watched(NamedTuple):
+    """A server that is looked at while it works."""
+
+    address: str
+    pid: int
+    admin: str
+    """Where its metrics are: http://host:port."""
+
+    def cpu(self) -> float:
+        """Seconds of CPU that it has used."""
+        nanoseconds, *_ = Path(f"/proc/{self.pid}/schedstat").read_text().split()
+        return int(nanoseconds) / 1e9
+
+    def metrics(self) -> dict[str, float]:
+        """What it tells of itself, by name."""
+        with urllib.request.urlopen(f"{self.admin}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+
+@contextmanager
+def watch(*options: str) -> Iterator[Watched]:
+    """Run a server as users do: with its log, its metrics and a secret, which is `SECRET`."""
+    with tempfile.TemporaryFile() as log:
+        command = [*SERVER, "--port", "0", "--admin-port", "0", "--host", "127.0.0.1"]
+        secret = {"RENDEZVOUS_SECRET": SECRET.decode()}
+        with subprocess.Popen(
+            [*command, *options], cwd=ROOT, stderr=log, env=os.environ | secret
+        ) as server:
+            try:
+                said = _listening(server, log)
+                admin = f"http://127.0.0.1:{said['admin_port']}"
+                yield Watched(f"127.0.0.1:{said['port']}", server.pid, admin)
+            finally:
+                server.kill()
+
+
+def _listening(server: subprocess.Popen[bytes], log: IO[bytes]) -> dict[str, Any]:
+    """Wait for the line of the log that names the ports."""
+    while server.poll() is None:
+        for line in os.pread(log.fileno(), 65536, 0).splitlines(keepends=True):
+            if line.endswith(b"\n") and (said := json.loads(line))["event"] == "listening":
+                return dict(said)
+        time.sleep(0.01)
+    raise RuntimeError(os.pread(log.fileno(), 65536, 0).decode())
 
 
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

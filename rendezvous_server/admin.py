@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 from aiohttp import web
@@ -46,6 +47,7 @@ class _Metrics:
             ("open_connections", "Connections open now", len(server.open)),
             ("ranks", "Ranks present now", server.registry.ranks),
             ("jobs", "Jobs present now", len(server.registry.jobs)),
+            ("tasks", "Tasks of the event loop now", len(asyncio.all_tasks())),
             ("legacy_waiting", "TCPunch clients that wait now", len(server.legacy.pool)),
         ):
             yield GaugeMetricFamily(f"rendezvous_{name}", text, value=value)

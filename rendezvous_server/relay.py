@@ -52,6 +52,12 @@ class Traffic:
             if leg.pair.job is job:
                 leg.abort()
 
+    def forget(self, job: Job) -> None:
+        """A job is over: nobody will come any more to legs that wait alone."""
+        for leg in list(self.legs):
+            if leg.pair.job is job and leg.waiting:
+                leg.abort()
+
 
 class Leg(asyncio.BufferedProtocol):
     """One of the two connections of a relayed pair; takes over from `Connection`.

@@ -366,6 +366,8 @@ class Connection(asyncio.Protocol):
         why = "left" if self._clean else str(exc or "its connection to the server closed")
         outbox = self._server.registry.leave(member, clean=self._clean, why=why, now=time.time())
         self._server.deliver(outbox)
+        if not member.job.members:
+            self._server.relayed.forget(member.job)
         if not self._server.registry.ranks:
             self._server.emptied.set()
         if not self._clean:

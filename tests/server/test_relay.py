@@ -191,3 +191,19 @@ async def test_a_ticket_is_needed_and_good_for_once() -> None:
             writer.close()
         first[1].close()
         await close(ranks)
+
+
+async def test_a_leg_that_waits_alone_ends_with_its_job() -> None:
+    async with serving() as (server, address):
+        ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
+        member = next(iter(server.registry.jobs)).members[0]
+        server.registry._introduce(member, member.job.members[1], time.time())
+        ticket = next(iter(server.registry._tickets))
+        host, port = address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(relay_request(ticket))
+        await until(lambda: len(server.relayed.legs) == 1)
+        await close(ranks)  # its peer never came: nobody will
+        await until(lambda: not server.relayed.legs)
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
