@@ -36,7 +36,7 @@ def _handshake(data: bytes, step: int) -> object:
                     picked = True
                     handshake.pick()
         except FmiError as error:
-            return repr(error), bytes(handshake.outgoing)
+            return repr(error)  # what the whole had still to send depends on when it is asked
     rest = handshake.rest() if handshake.complete else b""
     return handshake.proven, handshake.complete, bytes(handshake.outgoing), rest
 
@@ -153,6 +153,8 @@ def _store(data: bytes, step: int) -> object:
     raw, _, content = data.partition(b"\n")
     name = raw.decode("utf-8", "surrogateescape")
     found: list[Any] = [SCHEME.tickets("", [name]), objects.event_rank(name)]
+    if not name.isascii():  # no name of ours, so nothing of that name is read
+        return found
     try:
         body = SCHEME.unseal(name, content)
     except ProtocolError as error:
