@@ -33,6 +33,10 @@ class EventError(ValueError):
     """An event that a handler cannot accept; one line says which field, what it was, what it
     should be."""
 
+    def __init__(self, text: str) -> None:
+        # Names of fields are the event's own: line feeds, or halves of characters.
+        super().__init__("".join(c if c.isprintable() else "?" for c in text))
+
 
 def _number(value: object) -> object:
     # pydantic would read True as 1, and a flag in a number's place is always a mistake.

@@ -105,7 +105,13 @@ def server() -> Entries:
 def proxy() -> Entries:
     signature, good = b"\r\n\r\n\x00\r\nQUIT\n", join()
     four = b"\x21\x11\0\x0c" + bytes([198, 51, 100, 7, 10, 0, 0, 1]) + b"\x10\x92\x27\x10"
-    six = b"\x21\x21\0\x24" + bytes(10) + b"\xff\xff\xc6\x33\x64\x07" + bytes(16) + b"\x10\x92\x27\x10"
+    six = (
+        b"\x21\x21\0\x24"
+        + bytes(10)
+        + b"\xff\xff\xc6\x33\x64\x07"
+        + bytes(16)
+        + b"\x10\x92\x27\x10"
+    )
     return {
         "ipv4": signature + four + good,
         "ipv4-in-ipv6": signature + six + good,
@@ -409,7 +415,13 @@ def events() -> Entries:
     rank |= {"shard": [["data/1.pt", 0, 10]], "fmi_enabled": True}
     rank |= {"rendezvous_endpoint": "localhost:10000", "epoch": 0}
     run = {"run": "r", "world_size": 2, "batch_size": 8, "rows": 3, "results": "s3://b/r"}
-    run |= {"fmi_enabled": False, "init_id": "i", "model": "m", "data": "d", "error": {"Error": "x"}}
+    run |= {
+        "fmi_enabled": False,
+        "init_id": "i",
+        "model": "m",
+        "data": "d",
+        "error": {"Error": "x"},
+    }
     found: dict[str, object] = {
         "init": init,
         "init-of-the-original": {"bucket": "b", "world_size": "4", "batch_size": 128, "run": "a.b"}
@@ -442,7 +454,10 @@ def results() -> dict[str, Entries]:
     log = "received: {'WORLD_SIZE': 2, 'RESULT_PATH': 'result-partition-25MB/1GB/1'}\n"
     made: dict[str, dict[str, object]] = {
         "results-records": {"ours": ours, "theirs": theirs, "empty": [], "mixed": [*ours, 1, "x"]},
-        "results-summary": {"ours": {**summary, "metrics": {"mae": 0.1}}, "short": {"MAE": 1, "R2": 0}},
+        "results-summary": {
+            "ours": {**summary, "metrics": {"mae": 0.1}},
+            "short": {"MAE": 1, "R2": 0},
+        },
         "results-run": {
             "ours": {**main, "spans": [[None, "init", 1.0, 2.0]], "environment": {"cpu": "EPYC"}},
             "environment-of-lists": {**main, "environment": {"cpu": [1], "cores": {}}},
@@ -474,7 +489,14 @@ def results() -> dict[str, Entries]:
 def _infer_report() -> dict[str, Any]:
     times = {"seconds": {"load": 1.0, "inference": 2.0, "cpu": 3.0}, "memory_mb": {"peak": 300.0}}
     counts = {"rows": 50, "batches": 2, "batch_size": 32, "batch_seconds": [1.0]}
-    return {**times, **counts, "bits_per_second": 1e6, "metrics": {}, "data": "d", "engine": "torch"}
+    return {
+        **times,
+        **counts,
+        "bits_per_second": 1e6,
+        "metrics": {},
+        "data": "d",
+        "engine": "torch",
+    }
 
 
 def corpus() -> dict[str, Entries]:

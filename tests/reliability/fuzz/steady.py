@@ -124,7 +124,9 @@ class Scene:
         registry = self.server.registry
         jobs = [(job.name, job.size, job.running, sorted(job.members)) for job in registry.jobs]
         told = [(each.written, each.ended) for each in self.wires]
-        refused = [(each.kind, each.why) for each in self.server.refusals._kept]
+        # The words are for the log; a relay's are of whichever fault is seen first.
+        refused = [each.why for each in self.server.refusals._kept if each.kind == "Legacy"]
+        refused.append(str(self.server.counters.refused))
         return type(wire.protocol).__name__, told, jobs, registry.ranks, refused
 
     def end(self) -> None:
