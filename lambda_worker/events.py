@@ -381,6 +381,8 @@ def parse(form: type[Event], event: object) -> Event:
         return form.model_validate(_lower_names(form, event))
     except ValidationError as error:
         raise EventError("; ".join(_describe(e) for e in error.errors())) from None
+    except UnicodeError:  # pydantic has no words for a text that cannot be encoded
+        raise EventError("a text in it has half a character (a lone surrogate)") from None
 
 
 def parse_rank(event: object) -> RankTask:
