@@ -89,9 +89,10 @@ class NameReader:
             raise ProtocolError(f"a name of more than {MAX_NAME} bytes")
         if self.version == 1 or len(self._data) < _REQUEST.size:
             return None
+        request = _decode(self._data[: _REQUEST.size])
         if len(self._data) > _REQUEST.size:
             raise ProtocolError("bytes after the request")
-        return _decode(self._data)
+        return request
 
     def quiet(self) -> Request | None:
         """Nothing has come for QUIET_SECONDS: returns the request if that completes it."""

@@ -156,10 +156,13 @@ def _token(data: bytes, step: int) -> object:
 
 
 def _key(data: bytes, step: int) -> object:
-    try:
-        return parse_key(data), parse_key(data.decode("utf-8", "surrogateescape"))
-    except ValueError as error:
-        return str(error)
+    found: list[object] = []
+    for key in (data, data.decode("utf-8", "surrogateescape")):
+        try:
+            found.append(parse_key(key))
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 def _endpoint(data: bytes, step: int) -> object:
