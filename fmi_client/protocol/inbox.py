@@ -312,11 +312,11 @@ class Inbox:
         """Deliver a message that is whole and awaited: what most small ones are."""
         receive = self._next_awaited(key)
         self.waiting -= 1
+        nbytes = len(data)
+        self.messages += 1
+        self.payload_bytes += nbytes
         if not self._agrees(receive, signature):
             return
-        self.messages += 1
-        nbytes = len(data)
-        self.payload_bytes += nbytes
         fits = receive.fold is not None or (receive.into and len(receive.into) == nbytes)
         if nbytes and not fits:
             place = self._memory(nbytes)

@@ -217,8 +217,8 @@ class ServerSide:
                 raise ProtocolError("not a version 3 client")
             self._preface_seen = True
             data = data[1:]
-        parts = (self._handle(message, body, now) for message, body in self._reader.feed(data))
-        events, self.failure = _up_to_error(parts)
+        feed = self._reader.feed(data)
+        events, self.failure = _up_to_error(self._handle(*frame, now) for frame in feed)
         return events
 
     def _handle(
@@ -401,8 +401,8 @@ class ClientSide:
             AuthenticationFailed: the server could not prove that it knows our token's secret.
             ProtocolError: it sent what the protocol forbids.
         """
-        parts = (self._handle(message) for message, _ in self._reader.feed(data))
-        events, self.failure = _up_to_error(parts)
+        feed = self._reader.feed(data)
+        events, self.failure = _up_to_error(self._handle(message) for message, _ in feed)
         return events
 
     def _handle(self, message: Message) -> Event | None:

@@ -334,7 +334,7 @@ def store() -> Entries:
     good = SCHEME.ticket("", 1, "ab" * 16)
     return {
         "ticket": good.encode() + b"\n",
-        "ticket-of-other-digits": good.replace("1-", "١-", 1).encode() + b"\n",
+        "ticket-of-other-digits": good.replace("1-", "\u0661-", 1).encode() + b"\n",
         "run": sealed("x.answer", b"ab" * 16),
         "event": sealed("1-2", said),
         "event-left": sealed("1-left", said),

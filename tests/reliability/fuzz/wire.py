@@ -24,7 +24,8 @@ def _frames(data: bytes, step: int) -> object:
     reader, found = frames.FrameReader(frames.MAX_FRAME_BEFORE_AUTH), []
     try:
         for start in range(0, len(data), step):
-            found += [body for _, body in reader.feed(data[start : start + step])]
+            for _, body in reader.feed(data[start : start + step]):
+                found.append(body)  # before the next one fails
     except FmiError as error:
         return found, repr(error)
     return found
