@@ -229,7 +229,7 @@ class Archive:
 
 def _end(tail: bytes, size: int, get: Read) -> tuple[int, int, int]:
     """Number of parts, and length and offset of the directory, from the end of the file."""
-    at = tail.rfind(b"PK\x05\x06", 0, len(tail) - 18)
+    at = tail.rfind(b"PK\x05\x06", 0, max(len(tail) - 18, 0))
     if at < 0:
         raise Damaged("no zip directory at its end")
     count, length, start = struct.unpack("<10xH2L2x", tail[at : at + 22])

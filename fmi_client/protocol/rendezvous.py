@@ -218,6 +218,7 @@ class ServerSide:
             self._preface_seen = True
             data = data[1:]
         feed = self._reader.feed(data)
+        events: list[Authenticated | RelayLeg | Request]
         events, self.failure = _up_to_error(self._handle(*frame, now) for frame in feed)
         return events
 
@@ -402,6 +403,7 @@ class ClientSide:
             ProtocolError: it sent what the protocol forbids.
         """
         feed = self._reader.feed(data)
+        events: list[Event]
         events, self.failure = _up_to_error(self._handle(message) for message, _ in feed)
         return events
 

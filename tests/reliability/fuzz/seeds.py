@@ -134,6 +134,7 @@ def legacy() -> Entries:
         "v2-token": again,
         "v2-name-without-end": b"x" * 100 + again[100:],
         "v2-zero-after-a-long-name": b"x" * 120 + bytes(21),
+        "v2-no-text-and-more": b"\x80" + request,
         "v2-and-more": request + b"x",
         "v3": join(),
     }
@@ -268,6 +269,7 @@ def inbox() -> Entries:
         "folded-in-parts": b"\x04" + message(2, bytes(range(64))),
         "wrong-sizes": b"\x1f" + message(1, b"x") + message(2, b"x") + message(3, b"x"),
         "wrong-signature": b"\x1f" + message(1, b"x" * 40, sign=b"bcast"),
+        "wrong-signature-whole": b"\x0c" + message(2, b"x", sign=b"gxs"),
         "long-head": b"\0" + message(0, b"x", meta=b"m" * 3000, sign=b"s" * 2000),
         "terabyte-awaited": b"\x01" + huge,
         "terabyte": b"\0" + huge,
@@ -387,6 +389,7 @@ def ptfile() -> dict[str, Entries]:
         "ptfile": {
             "dataset": good,
             "cut": good[:-30],
+            "nothing-but-its-end": b"PK\3\4PK\5\6\0\0\0\0\0\0\0",
             "state-dict": state,
             "old-format": b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.",
         },
@@ -502,6 +505,7 @@ def _infer_report() -> dict[str, Any]:
 def corpus() -> dict[str, Entries]:
     """All entries, by target and name."""
     wire = {"frames": {"two": frames.encode(WHO) * 2, "no-map": b"\0\0\0\1\1", "nil": b"\0\0\0\0"}}
+    wire["frames"]["good-then-bad"] = frames.encode(WHO) + b"\0\0\0\0"
     wire["frames"]["lists-in-lists"] = struct.pack("!I", len(DEEP)) + DEEP
     protocol = {"server": server(), "proxy": proxy(), "legacy": legacy(), "member": member()}
     protocol |= {"relay": relay(), "client": client(), "told": told_entries(), **texts()}
