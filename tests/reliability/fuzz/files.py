@@ -140,9 +140,9 @@ def _results(data: bytes, step: int, name: str) -> object:
 
 
 add(Target("ptfile", _ptfile))
-add(Target("ptfile-pickle", _ptpickle, memory=64 * MB))
-add(Target("checkpoint", _checkpoint, memory=64 * MB))
-add(Target("checkpoint-pickle", _inertpickle, memory=64 * MB))
+add(Target("ptfile-pickle", _ptpickle, memory=8 * MB))
+add(Target("checkpoint", _checkpoint, memory=8 * MB))
+add(Target("checkpoint-pickle", _inertpickle, memory=8 * MB))
 add(Target("event", _event))
 for _target, _name in (
     ("results-records", "combined_data.json"),
@@ -154,4 +154,4 @@ for _target, _name in (
     ("results-table", "state_machine_logs.csv"),
     ("results-log", "log.txt"),
 ):
-    add(Target(_target, partial(_results, name=_name), memory=64 * MB))
+    add(Target(_target, partial(_results, name=_name), memory=8 * MB))

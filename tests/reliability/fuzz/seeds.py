@@ -30,8 +30,11 @@ from tests.workflow.result_files import original_record, our_record
 Entries = Mapping[str, bytes]
 
 FOREVER = 4102444800  # the year 2100, in Unix seconds
-DEEP = b"\xdc\x0f\xf0" * 1300
-"""Lists of 4,080 items in each other: each would be made before its first item is read."""
+DEEP = b"\xdc\x0f\x00" * 1300
+"""Lists of 3,840 items in each other: each would be made before its first item is read."""
+
+DEEPER = b"\xdc\x1e\0" * 1100 + bytes(4700)
+"""The same of 7,680 items, for where more than 4 KiB may come."""
 
 
 def body(message: Mapping[str, Any]) -> bytes:
@@ -149,7 +152,7 @@ def member() -> Entries:
         "link-with-itself": framed([body({"t": "link", "peer": 0})]),
         "abort-of-no-ranks": framed([body({**ABORT, "ranks": ["x"]})]),
         "unknown": framed([body({"t": "nonsense"})]),
-        "lists-in-lists": framed([b"\xdc\xff\0" * 20_000]),
+        "lists-in-lists": framed([DEEPER]),
     }
 
 
@@ -184,7 +187,7 @@ def client() -> Entries:
         "refused": refused,
         "refused-after-ready": welcome() + frames.encode({"t": "ready"}) + refused,
         "wrong-server": welcome()[:-3] + b"xyz",
-        "lists-in-lists": struct.pack("!I", 60_000) + b"\xdc\xff\0" * 20_000,
+        "lists-in-lists": struct.pack("!I", len(DEEPER)) + DEEPER,
     }
 
 
@@ -265,7 +268,7 @@ def inbox() -> Entries:
     return {
         "awaited": b"\x1f" + all_of_them + message(0, b"again"),
         "unexpected": b"\0" + all_of_them,
-        "held": b"\x80" + message(0, b"x" * 40_000),
+        "held": b"\x80" + message(0, b"x" * 33_000),
         "folded-in-parts": b"\x04" + message(2, bytes(range(64))),
         "wrong-sizes": b"\x1f" + message(1, b"x") + message(2, b"x") + message(3, b"x"),
         "wrong-signature": b"\x1f" + message(1, b"x" * 40, sign=b"bcast"),
@@ -303,7 +306,7 @@ def payload() -> Entries:
         "dtype-of-nothing": of(["n", "|V0", [1]]),
         "deep-tuples": of(["o"], nested(1000)),
         "deep-meta": len(nested(400)).to_bytes(2, "big") + nested(400),
-        "lists-in-lists": of(["o"], b"\xdd\0\0\xff\0" * 1000 + bytes(65_000)),
+        "lists-in-lists": of(["o"], DEEPER),
         "complex-beyond-float": of(["o"], msgpack.packb(_complex())),
         "integer-of-letters": of(["o"], msgpack.packb(msgpack.ExtType(4, b"abc"))),
         "key-of-list": of(["o"], b"\x81\x90\xc0"),
@@ -325,7 +328,7 @@ def objects() -> Entries:
         "invalid": b"\xc1",
         "not-utf8": b"\xa1\xff",
         "deep-tuples": nested(1000),
-        "lists-in-lists": b"\xdd\0\0\xff\0" * 1000 + bytes(65_000),
+        "lists-in-lists": DEEPER,
     }
 
 
@@ -388,7 +391,7 @@ def ptfile() -> dict[str, Entries]:
     return {
         "ptfile": {
             "dataset": good,
-            "cut": good[:-30],
+            "cut": good[:6000],
             "nothing-but-its-end": b"PK\3\4PK\5\6\0\0\0\0\0\0\0",
             "state-dict": state,
             "old-format": b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.",
@@ -398,7 +401,7 @@ def ptfile() -> dict[str, Entries]:
             "list": pickled(plain),
             "state-dict": pickled(state),
             "many-tensors-of-a-long-shape": tensor(wide, 1000),
-            "long-names": b"\x80\x02(" + long_name + b"h\0h\1\x93" * 5000 + b"t.",
+            "long-names": b"\x80\x02(" + long_name + b"h\0h\1\x93" * 2000 + b"t.",
             "calls-os": b"\x80\x02cos\nsystem\nX\x02\0\0\0ls\x85R.",
         },
         "checkpoint": {"state-dict": state, "dataset": good, "cut": state[: len(state) // 2]},
