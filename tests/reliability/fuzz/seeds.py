@@ -386,7 +386,7 @@ def ptfile() -> dict[str, Entries]:
     state = saved(model)
     wide = b"(" + b"K\1" * 3000 + b"t"
     long_name = text("torch._utils") + b"q\0" + text("_rebuild_" + "a" * 10_000) + b"q\1"
-    many = b"\x80\x02(" + b"(" + b"".join(text(f"{n}") + b"K\1" for n in range(300)) + b"dq\0"
+    many = b"\x80\x02(}(" + b"".join(text(f"{n}") + b"K\1" for n in range(300)) + b"uq\0"
     module = b"cblocks.model_vit_inception\nViT_Astro\nq\1"
     return {
         "ptfile": {
