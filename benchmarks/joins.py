@@ -19,7 +19,8 @@ from typing import NamedTuple
 from benchmarks.start import SECRET, Watched, run_ranks, watch
 from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address
-from fmi_client.protocol.rendezvous import ClientSide, Hello, Ready
+from fmi_client.protocol.hello import Hello
+from fmi_client.protocol.rendezvous import ClientSide, Ready
 from fmi_client.transport.sockets import parse_endpoint
 
 EXPIRES = 2**32

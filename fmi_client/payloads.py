@@ -7,6 +7,9 @@ Containers may hold arrays, tuples and complex numbers: they are msgpack extensi
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import msgpack
@@ -22,6 +25,15 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 _NDARRAY, _TUPLE, _COMPLEX, _BIG_INT = 1, 2, 3, 4  # msgpack extension codes
+
+MAX_DEPTH = 32
+"""Tuples, or arrays in containers, in each other: msgpack takes 40 KB of the stack for each, and
+a stack that is full ends the process."""
+
+_TOO_DEEP = f"more than {MAX_DEPTH} tuples or arrays are nested in each other"
+
+# What numpy, torch and msgpack raise about bytes that are not what their description says.
+_UNREADABLE = (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, SyntaxError)
 
 
 def allocate(nbytes: int) -> memoryview:
@@ -96,19 +108,39 @@ def unpack(meta: bytes, data: Buffer) -> Any:
     Raises:
         ProtocolError: the description does not fit the bytes.
     """
+    with _from_peer():
+        return _unpack(meta, data, 0)
+
+
+def unpack_object(data: Buffer) -> Any:
+    """Return the plain object that `pack_object` packed.
+
+    Raises:
+        ProtocolError: the bytes are none.
+    """
+    with _from_peer():
+        return _unpack_object(data, 0)
+
+
+@contextmanager
+def _from_peer() -> Iterator[None]:
     try:
-        match unpack_object(meta):
-            case ["n", (str() | list() | tuple()) as name, list(shape)]:
-                return _array(name, shape, data)
-            case ["t", str(name), list(shape)]:
-                return _tensor(name, shape, data)
-            case ["b"]:
-                return bytes(data)
-            case ["o"]:
-                return unpack_object(data)
-    except (ValueError, TypeError, AttributeError, RecursionError, msgpack.UnpackException) as why:
+        yield
+    except (*_UNREADABLE, MemoryError, msgpack.UnpackException) as why:
         raise ProtocolError(f"cannot read the peer's object: {why}") from why
-    raise ProtocolError("cannot read the peer's object: unknown kind")
+
+
+def _unpack(meta: bytes, data: Buffer, depth: int) -> Any:
+    match _unpack_object(meta, depth):
+        case ["n", (str() | list() | tuple()) as name, list(shape)]:
+            return _array(name, shape, data)
+        case ["t", str(name), list(shape)]:
+            return _tensor(name, shape, data)
+        case ["b"]:
+            return bytes(data)
+        case ["o"]:
+            return _unpack_object(data, depth)
+    raise ValueError("unknown kind")
 
 
 def pack_object(obj: object) -> bytes:
@@ -126,8 +158,11 @@ def pack_object(obj: object) -> bytes:
         ) from None
 
 
-def unpack_object(data: Buffer) -> Any:
-    return msgpack.unpackb(data, strict_map_key=False, ext_hook=_from_extension)
+def _unpack_object(data: Buffer, depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise ValueError(_TOO_DEEP)
+    hook = partial(_from_extension, depth=depth + 1)
+    return msgpack.unpackb(data, strict_map_key=False, ext_hook=hook)
 
 
 def dtype_name(dtype: np.dtype[Any]) -> Any:
@@ -151,7 +186,7 @@ def _dtype(name: Any) -> np.dtype[Any]:
 def _array(name: Any, shape: list[int], data: Buffer) -> Array:
     dtype = _dtype(name)
     if len(data) == 0:
-        return np.empty(shape, dtype)
+        return np.ndarray(shape, dtype, bytearray())  # takes no memory, whatever the shape says
     raw = np.frombuffer(data, np.uint8)
     if raw.ctypes.data % dtype.alignment:
         raw = raw.copy()  # an item inside a bundle may start anywhere
@@ -164,7 +199,7 @@ def _tensor(name: str, shape: list[int], data: Buffer) -> torch.Tensor:
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"unknown torch dtype {name!r}")
-    if len(data) == 0:
+    if len(data) == 0 and 0 in shape:
         return torch.empty(shape, dtype=dtype)
     raw = np.frombuffer(data, np.uint8)
     if not raw.flags.writeable or raw.ctypes.data % 16:
@@ -172,17 +207,20 @@ def _tensor(name: str, shape: list[int], data: Buffer) -> torch.Tensor:
     return torch.from_numpy(raw).view(dtype).reshape(shape)
 
 
-def _packb(obj: object) -> bytes:
-    return bytes(msgpack.packb(obj, default=_to_extension, strict_types=True))
+def _packb(obj: object, depth: int = 0) -> bytes:
+    if depth > MAX_DEPTH:
+        raise ValueError(_TOO_DEEP)
+    default = partial(_to_extension, depth=depth + 1)
+    return bytes(msgpack.packb(obj, default=default, strict_types=True))
 
 
-def _to_extension(obj: object) -> object:
+def _to_extension(obj: object, depth: int) -> object:
     if is_array(obj):
         payload = pack(obj)
         body = _packb(payload.meta) + b"".join(payload.parts)
         return msgpack.ExtType(_NDARRAY, body)
     if isinstance(obj, tuple):
-        return msgpack.ExtType(_TUPLE, _packb(list(obj)))
+        return msgpack.ExtType(_TUPLE, _packb(list(obj), depth))
     if isinstance(obj, complex):
         return msgpack.ExtType(_COMPLEX, _packb([obj.real, obj.imag]))
     return _plain(obj)
@@ -202,16 +240,16 @@ def _plain(obj: object) -> object:
     raise TypeError(f"no msgpack form for {type(obj).__name__}")
 
 
-def _from_extension(code: int, body: bytes) -> Any:
+def _from_extension(code: int, body: bytes, depth: int) -> Any:
     if code == _TUPLE:
-        return tuple(unpack_object(body))
+        return tuple(_unpack_object(body, depth))
     if code == _COMPLEX:
-        return complex(*unpack_object(body))
+        return complex(*_unpack_object(body, depth))
     if code == _BIG_INT:
         return int(body)
     if code == _NDARRAY:
         unpacker = msgpack.Unpacker(max_buffer_size=len(body))
         unpacker.feed(body)
         meta = unpacker.unpack()
-        return unpack(meta, bytearray(body[unpacker.tell() :]))
+        return _unpack(meta, bytearray(body[unpacker.tell() :]), depth)
     raise ValueError(f"unknown extension {code}")

@@ -252,8 +252,8 @@ class _Tensors:
         raise ModelError(f"{name} is no dense tensor")
 
     def _view(self, storage: Storage, offset: int, shape: Any, stride: Any, name: str) -> Array:
-        numbers = (offset, *shape, *stride)
-        if len(shape) != len(stride) or len(shape) > 4 or any(type(n) is not int for n in numbers):
+        same = len(shape) == len(stride) <= 4
+        if not same or any(type(n) is not int for n in (offset, *shape, *stride)):
             raise ModelError(f"{name} has no shape of a tensor")
         if min(shape, default=1) < 1 or min(offset, *stride, 0) < 0:
             raise ModelError(f"{name} has an empty or negative shape")

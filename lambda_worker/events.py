@@ -33,6 +33,10 @@ class EventError(ValueError):
     """An event that a handler cannot accept; one line says which field, what it was, what it
     should be."""
 
+    def __init__(self, text: str) -> None:
+        # Names of fields are the event's own: line feeds, or halves of characters.
+        super().__init__("".join(c if c.isprintable() else "?" for c in text))
+
 
 def _number(value: object) -> object:
     # pydantic would read True as 1, and a flag in a number's place is always a mistake.
@@ -377,6 +381,8 @@ def parse(form: type[Event], event: object) -> Event:
         return form.model_validate(_lower_names(form, event))
     except ValidationError as error:
         raise EventError("; ".join(_describe(e) for e in error.errors())) from None
+    except UnicodeError:  # pydantic has no words for a text that cannot be encoded
+        raise EventError("a text in it has half a character (a lone surrogate)") from None
 
 
 def parse_rank(event: object) -> RankTask:

@@ -259,7 +259,9 @@ class _Machine:
         if not isinstance(target, Made) or type(state) is not dict:
             what = target.name if isinstance(target, Made) else type(target).__name__
             raise InertError(f"refused: it gives {what} a state that is no plain dict")
-        target.state.update(state)
+        if target.state:
+            raise InertError(f"refused: it gives {target.name} a state twice")
+        target.state = state  # no copy: one large state can be given to all that is made
 
     def _store(self, words: Any) -> None:
         match words:

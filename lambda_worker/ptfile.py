@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 EDGE = 4096  # bytes at either end that are read at once; torch's directory takes some 700
 LIMIT = 1 << 20  # bytes of pickle or directory; a dataset's pickle has 1,500
+MAX_NAME = 100  # characters of a class's or function's name, which few bytes of pickle repeat
+MAX_LENGTH = 64  # arguments of a call, dimensions of a tensor: the same
 ZIP = b"PK\x03\x04"
 OLD = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled: until 1.5
 
@@ -227,7 +229,7 @@ class Archive:
 
 def _end(tail: bytes, size: int, get: Read) -> tuple[int, int, int]:
     """Number of parts, and length and offset of the directory, from the end of the file."""
-    at = tail.rfind(b"PK\x05\x06", 0, len(tail) - 18)
+    at = tail.rfind(b"PK\x05\x06", 0, max(len(tail) - 18, 0))
     if at < 0:
         raise Damaged("no zip directory at its end")
     count, length, start = struct.unpack("<10xH2L2x", tail[at : at + 22])
@@ -300,7 +302,8 @@ def describe(pickled: bytes) -> Any:
         (content,) = stack
     except Refused:
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+    # A warning is one where the program says so; genops warns of odd escapes.
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, Warning) as error:
         raise Damaged(f"its pickle: {str(error)[:100]}") from error
     return content
 
@@ -381,6 +384,8 @@ def _set_items(target: Any, items: list[Any]) -> None:
 
 
 def _named(name: str) -> _Name:
+    if len(name) > MAX_NAME:
+        raise Refused(f"it needs {name[:MAX_NAME]}... to be loaded")
     known = name in DTYPES or name in (TENSOR, PARAMETER, DATASET, "collections.OrderedDict")
     if not known and not OTHER_TENSOR.fullmatch(name):
         raise Refused(f"it needs {name} to be loaded")
@@ -390,6 +395,8 @@ def _named(name: str) -> _Name:
 def _call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, _Name):
         raise Refused(f"it calls a {type(function).__name__}")
+    if type(arguments) is not tuple or len(arguments) > MAX_LENGTH:
+        raise ValueError("a call with something else than a few arguments")
     if function == "collections.OrderedDict" and arguments == ():
         return OrderedDict()
     if function == DATASET and arguments == ():
@@ -424,8 +431,10 @@ def _storage(identity: Any) -> _Storage:
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> Tensor | Other:
     if not isinstance(storage, _Storage) or storage.place == "meta":
         return Other()
-    numbers = (offset, *shape, *stride)
     same = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
-    if not same or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+    if not same or len(shape) > MAX_LENGTH:
+        raise ValueError("a tensor of impossible shape or strides")
+    numbers = (offset, *shape, *stride)
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
         raise ValueError("a tensor of impossible shape, strides or offset")
     return Tensor(storage.dtype, shape, stride, offset, storage.key, storage.numel)

@@ -75,8 +75,8 @@ class NameReader:
 
     @property
     def version(self) -> int:
-        """A zero byte makes it 2: version 1 sends none, version 2 ends with some."""
-        return 2 if 0 in self._data else 1
+        """A zero byte where a name must have ended makes it 2: version 1 sends none."""
+        return 2 if 0 in self._data[: MAX_NAME + 1] else 1
 
     def receive(self, data: bytes) -> Request | None:
         """Take bytes; returns the request when it is complete without doubt.
@@ -89,9 +89,10 @@ class NameReader:
             raise ProtocolError(f"a name of more than {MAX_NAME} bytes")
         if self.version == 1 or len(self._data) < _REQUEST.size:
             return None
+        request = _decode(self._data[: _REQUEST.size])
         if len(self._data) > _REQUEST.size:
             raise ProtocolError("bytes after the request")
-        return _decode(self._data)
+        return request
 
     def quiet(self) -> Request | None:
         """Nothing has come for QUIET_SECONDS: returns the request if that completes it."""

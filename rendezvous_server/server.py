@@ -219,7 +219,12 @@ class Connection(asyncio.Protocol):
             self._become_legacy(data)
             return
         for event in side.receive(data, time.time()):
+            self._flush()  # the challenge, before what follows from its answer
             self._handle(event)
+            if self._transport is None or self._transport.is_closing():
+                return  # what follows is for a leg, or came after the end
+        if side.failure is not None:
+            raise side.failure
 
     def _take_header(self, side: ServerSide, data: bytes) -> bytes:
         """Learn whom the balancer connects to us; returns the rank's own bytes."""

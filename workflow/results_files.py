@@ -56,7 +56,7 @@ def text(path: Path) -> str:
         if status.st_size > LARGEST:
             raise Unreadable(f"{status.st_size / MB:,.0f} MB; {LARGEST / MB:.0f} MB is the limit")
         with path.open("rb") as file:
-            data = file.read(LARGEST + 1)[:LARGEST]  # it may have grown since
+            data = file.read(status.st_size)  # not what it may have grown by since
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Unreadable(f"not UTF-8 at byte {error.start:,}") from None

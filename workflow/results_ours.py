@@ -231,7 +231,7 @@ def _odd(place: str, names: set[str]) -> list[Finding]:
 
 def _last_word(failed: Path) -> str | None:
     """What the first failed rank of the last attempt says, as its record does."""
-    attempts = [p for p in failed.iterdir() if p.is_dir() and p.name.isdigit()]
+    attempts = [p for p in failed.iterdir() if p.is_dir() and re.fullmatch("[0-9]+", p.name)]
     for attempt in sorted(attempts, key=lambda p: -int(p.name[:9])):
         words = [Fields(_object(path, [])) for path in sorted(attempt.glob("*.json"))[:100]]
         own = [f for f in words if f.word("type") and f.content.get("blamed") is None]

@@ -10,6 +10,7 @@ import ast
 import io
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -298,7 +299,9 @@ def _clock(text: str) -> float | None:
 def _event(text: str) -> Mapping[str, object] | None:
     """The event of a log line, which is Python's print of a dictionary."""
     try:
-        found = ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice for whoever wrote the text as a program
+            found = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return None
     return found if isinstance(found, dict) else None

@@ -29,6 +29,9 @@ MAC_BYTES = 32
 KEY_BYTES = 32
 COOKIE_BYTES = 16
 
+MAX_EXPIRES = 2**63
+"""What the wire has room for."""
+
 ANONYMOUS = b""
 """The admission key where the server admits anybody: proves nothing, keeps one handshake."""
 
@@ -76,11 +79,15 @@ class Token:
             ValueError: it is not such a text (the text itself is not repeated: it is secret).
         """
         try:
-            label, expires, key = text.strip().split(".")
+            _, expires, key = text.strip().split(".")
             raw = base64.urlsafe_b64decode(key + "=" * (-len(key) % 4))
-            if label != "fmi3" or len(raw) != MAC_BYTES:
-                raise ValueError("wrong label or length")
-            return cls(int(expires), raw)
+            token = cls(int(expires), raw)
+            # One text for each token: no junk that base64 skips, no underscores between digits.
+            if len(raw) != MAC_BYTES or not 0 < token.expires < MAX_EXPIRES:
+                raise ValueError("wrong length, or no time")
+            if token.encode() != text.strip():
+                raise ValueError("written in another way")
+            return token
         except (ValueError, binascii.Error):
             raise ValueError(
                 "the token is not of the form fmi3.<expires>.<key>; make it with make_token()"

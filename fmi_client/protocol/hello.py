@@ -71,7 +71,7 @@ def read_address(pair: object) -> Address:
         ProtocolError: it is not a pair of IP address and port.
     """
     match pair:
-        case [str(host), int(port)] if 0 < port < 65536:
+        case [str(host), int(port)] if port is not True and 0 < port < 65536:
             # A name would be looked up by whoever connects there, at our command.
             with contextlib.suppress(ValueError):
                 return plain(host), port

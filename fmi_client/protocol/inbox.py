@@ -318,14 +318,14 @@ class Inbox:
         """Deliver a message that is whole and awaited: what most small ones are."""
         receive = self._next_awaited(key)
         self.waiting -= 1
+        nbytes = len(data)
+        self.messages += 1
+        self.payload_bytes += nbytes
         if not self._agrees(receive, signature):
             return
-        self.messages += 1
-        nbytes = len(data)
-        self.payload_bytes += nbytes
         fits = receive.fold is not None or (receive.into and len(receive.into) == nbytes)
         if nbytes and not fits:
-            place = self._allocate(nbytes)
+            place = self._memory(nbytes)
             place[:] = data
             data = place
         self._deliver(receive, meta, data)
@@ -390,7 +390,13 @@ class Inbox:
             self._unexpected.setdefault(arrival.key, deque()).append(arrival)
             self.unexpected_bytes += arrival.nbytes
             self._on_unexpected(arrival.key, arrival.signature)
-        arrival.data = self._allocate(arrival.nbytes)
+        arrival.data = self._memory(arrival.nbytes)
+
+    def _memory(self, nbytes: int) -> memoryview:
+        try:
+            return self._allocate(nbytes)
+        except MemoryError:
+            raise ProtocolError(f"no memory for a message of {nbytes:,} bytes") from None
 
     def _place(self, arrival: _Arrival, receive: Receive) -> bool:
         """Put the payload where it is wanted, if it has the size that is wanted."""

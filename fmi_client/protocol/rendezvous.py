@@ -31,9 +31,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fmi_client.errors import (
     AuthenticationFailed,
+    FmiError,
     JobFull,
     ProtocolError,
     RankTaken,
@@ -44,6 +46,8 @@ from fmi_client.protocol import auth, frames
 from fmi_client.protocol.addresses import Address, plain
 from fmi_client.protocol.frames import Message, encode
 from fmi_client.protocol.hello import MAX_SIZE, Hello, read_address, read_addresses, sixteen
+
+_E = TypeVar("_E")
 
 AUTH_SECONDS = 5.0
 """From accept to proof; absolute, so that a byte a second does not help."""
@@ -119,6 +123,7 @@ class ServerSide:
         "_preface_seen",
         "_reader",
         "deadline",
+        "failure",
         "observed",
         "outgoing",
     )
@@ -132,12 +137,17 @@ class ServerSide:
         self._challenge = b""
         self._joined = self._leg = False
         self.observed = plain(observed[0]), observed[1]
+        self.failure: FmiError | None = None
+        """What is wrong behind the events that `receive` returned; no more bytes are taken."""
         self.deadline = now + AUTH_SECONDS
         self.outgoing = bytearray()
         """Bytes to write; the caller takes and clears them."""
 
     def receive(self, data: bytes, now: float) -> list[Authenticated | RelayLeg | Request]:
         """Take bytes from the rank and return what they mean.
+
+        What is wrong behind an event is in `failure`: however the bytes were cut, what came
+        before it counts.
 
         Raises:
             AuthenticationFailed, ProtocolError: send what `refusal` says, if anything; close.
@@ -147,11 +157,9 @@ class ServerSide:
                 raise ProtocolError("not a version 3 client")
             self._preface_seen = True
             data = data[1:]
-        events = []
-        for message, body in self._reader.feed(data):
-            event = self._handle(message, body, now)
-            if event:
-                events.append(event)
+        feed = self._reader.feed(data)
+        events: list[Authenticated | RelayLeg | Request]
+        events, self.failure = _up_to_error(self._handle(*frame, now) for frame in feed)
         return events
 
     def _handle(
@@ -162,6 +170,8 @@ class ServerSide:
         if self._joined:
             return Request(message)
         if self._hello is None and message["t"] == "relay":
+            if self._reader.waiting:
+                raise ProtocolError("relay: bytes that came before the word to begin")
             self._leg = True
             return RelayLeg(sixteen(message, "ticket"))
         if self._hello is None:
@@ -192,6 +202,18 @@ class ServerSide:
         if self._hello is None:
             return None
         return error_message(error if self._joined else AuthenticationFailed(_GENERIC))
+
+
+def _up_to_error(events: Iterable[_E | None]) -> tuple[list[_E], FmiError | None]:
+    """Return the events up to the first error, and the error; raise it where it comes first."""
+    found: list[_E] = []
+    try:
+        found.extend(event for event in events if event is not None)
+    except FmiError as error:
+        if not found:
+            raise
+        return found, error
+    return found, None
 
 
 def encode_address(address: Address) -> bytes:
@@ -308,19 +330,23 @@ class ClientSide:
         self._body = self._frame[4:]
         self._challenge: bytes | None = None
         self._welcome = False
+        self.failure: FmiError | None = None
+        """What is wrong behind the events that `receive` returned; no more bytes are taken."""
         self.outgoing = bytearray(frames.PREFACE + self._frame)
         """Bytes to write; the caller takes and clears them."""
 
     def receive(self, data: bytes | memoryview) -> list[Event]:
-        """Take bytes from the server and return what they mean.
+        """Take bytes from the server and return what they mean; see `ServerSide.receive`.
 
         Raises:
             RendezvousError: the server refused us (its subclass says why).
             AuthenticationFailed: the server could not prove that it knows our token's secret.
             ProtocolError: it sent what the protocol forbids.
         """
-        events = [self._handle(message) for message, _ in self._reader.feed(data)]
-        return [event for event in events if event is not None]
+        feed = self._reader.feed(data)
+        events: list[Event]
+        events, self.failure = _up_to_error(self._handle(message) for message, _ in feed)
+        return events
 
     def _handle(self, message: Message) -> Event | None:
         kind = message["t"]

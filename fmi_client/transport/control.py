@@ -156,9 +156,10 @@ class Control:
             self._handle(data)
 
     def _handle(self, data: bytes) -> None:
-        assert self.side is not None
+        side = self.side
+        assert side is not None
         try:
-            events = self.side.receive(data)
+            events = side.receive(data)
         except FmiError as error:
             self._lose(error)
             return
@@ -167,6 +168,8 @@ class Control:
             self.welcomed = self.welcomed or isinstance(event, Welcome)
             self.joined = self.joined or isinstance(event, Ready)
             self._on_event(event)
+        if side.failure is not None:
+            self._lose(side.failure)
 
     def _open_socket(self) -> socket.socket:
         assert self._sock is not None, "no callback outlives its socket"

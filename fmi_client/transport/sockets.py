@@ -136,17 +136,25 @@ def parse_endpoint(text: str, default_port: int = 10000) -> Address:
     """Split "host:port", "host" or "[v6]:port".
 
     Raises:
-        ValueError: the port is not a number from 1 to 65535, or the host is empty.
+        ValueError: the port is not a number from 1 to 65535, or the host cannot be one.
     """
     host, port = text, str(default_port)
     if text.startswith("["):
-        host, _, given = text[1:].partition("]:")
-        host, port = host.removesuffix("]"), given or port
+        host, _, given = text[1:].partition("]")
+        host, port = (host, given[1:] or port) if given[:1] in ("", ":") else ("", port)
     elif text.count(":") == 1:
         host, port = text.split(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+    if not _is_name(host) or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r} is not an address of the form host:port")
     return host, int(port)
+
+
+def _is_name(host: str) -> bool:
+    """Whether a host can be looked up at all."""
+    try:
+        return bool(host.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def system_error(code: int) -> OSError:
