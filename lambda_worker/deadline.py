@@ -155,6 +155,14 @@ class Watch:
         self._progress(stage, rows, of)
         if stage == "done":
             return  # all is written, whatever has happened meanwhile
+        self.look()
+
+    def look(self) -> None:
+        """Go on if that makes sense; for whoever waits for something, every now and then.
+
+        Raises:
+            OutOfTime: the time is over. FmiError: the job is.
+        """
         self._deadline.check()
         if self._comm is not None:
             self._comm.poll()

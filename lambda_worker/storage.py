@@ -10,12 +10,11 @@ import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from lambda_worker import s3
+from lambda_worker import aside, s3
 from lambda_worker.atomic import replacing
 from lambda_worker.s3 import StorageError as StorageError
 
@@ -129,10 +128,9 @@ def in_parallel(do: Callable[[Item], Result], items: Sequence[Item]) -> list[Res
     """What `do` returns for each item, in order, for `s3.READERS` of them at a time.
 
     Raises:
-        Exception: what `do` has raised first; what has not begun by then never does.
+        Exception: what `do` has raised first; nobody waits for the rest.
     """
-    with ThreadPoolExecutor(max(1, min(s3.READERS, len(items))), "storage") as pool:
-        return list(pool.map(do, items))
+    return aside.in_parallel(do, items, s3.READERS)
 
 
 def write(url: str, data: bytes) -> None:
@@ -308,14 +306,13 @@ class _RangedObject(Ranged):
     def _some(self, offset: int, buffer: memoryview) -> int:
         done = 0
         with s3.errors("read", self.url):
-            body = self._ask(offset, len(buffer))
             try:
-                while done < len(buffer) and (count := body.readinto(buffer[done:])):
-                    done += count
-            except s3.broken() as error:
-                raise s3.BrokenOff(str(error), done) from error
+                for piece in s3.pieces(self._ask(offset, len(buffer))):
+                    buffer[done : (done := done + len(piece))] = piece
             finally:
                 self.bytes_read += done
+        if done < len(buffer):
+            raise s3.BrokenOff(f"{done:,} of {len(buffer):,} bytes came", done)
         return done
 
     def _ask(self, offset: int, length: int) -> Any:
