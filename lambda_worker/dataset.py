@@ -17,7 +17,6 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -186,8 +185,8 @@ def count(url: str) -> int:
                 archive.check(tensor)
         return tensors[0].shape[0]
     except ptfile.Unusual:
-        with TemporaryDirectory(prefix="cosmic-") as folder:
-            return _Whole(url, Path(folder)).rows
+        with storage.scratch() as folder:
+            return _Whole(url, folder).rows
 
 
 class _ByRange:

@@ -88,7 +88,8 @@ class Deadline:
                 with self._armed():
                     yield
         except OutOfTime as ring:
-            raise DeadlineError(str(ring), self.stage in WAITING) from None
+            text = "; ".join([str(ring), *getattr(ring, "__notes__", ())])  # what it waited for
+            raise DeadlineError(text, self.stage in WAITING) from None
 
     def check(self) -> None:
         """Stop here if it is time: for threads that no alarm reaches.

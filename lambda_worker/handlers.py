@@ -12,7 +12,6 @@ import json
 import logging
 import re
 import secrets
-import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from lambda_worker.events import (
     parse,
     parse_rank,
 )
+from lambda_worker.scarce import memory_told
 from lambda_worker.telemetry import observed
 from lambda_worker.timing import Stopwatch, init_seconds, ready
 
@@ -109,6 +109,7 @@ def infer(event: object, context: object = None, progress: Progress = _silent) -
     Raises:
         EventError, DatasetError, ModelError, EngineError, StorageError: this rank cannot do its
             part; the others are told so at once (`Aborted`).
+        OutOfMemory: this process got no more; the others are told so, too.
         SecretError, SecretUnavailable: a secret that an ARN names cannot be read.
         DeadlineError: the function's time is almost over; the others are told so, too.
         FmiError: the job cannot go on. After any error this rank has written no record, but
@@ -127,12 +128,13 @@ def _infer(task: RankTask, deadline: Deadline, progress: Progress) -> dict[str, 
     Watch(deadline, None, progress)("join", 0, 0)
     with (
         _joined(task) as comm,
-        tempfile.TemporaryDirectory(prefix="cosmic-", ignore_cleanup_errors=True) as scratch,
+        memory_told(lambda: deadline.stage),
+        storage.scratch() as scratch,
     ):
         clock.lap("join" if comm else None)
         watch = Watch(deadline, comm, progress)
         try:
-            return _work(task, comm, Path(scratch), watch, clock)
+            return _work(task, comm, scratch, watch, clock)
         finally:
             deadline.disarm()  # what follows is goodbye
 
@@ -155,7 +157,8 @@ def summarize(event: object, context: object = None) -> dict[str, Any]:
     """
     from lambda_worker import summary
 
-    return summary.summarize(parse(RunInfo, event))
+    with memory_told(lambda: "summarize"):
+        return summary.summarize(parse(RunInfo, event))
 
 
 @observed

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -196,6 +199,29 @@ def fetch(url: str, folder: Path) -> Path:
     except OSError as error:
         raise StorageError(f"{error.strerror}: {_advice(error)}choose another TMPDIR") from error
     return path
+
+
+def temporary() -> Path:
+    """A new folder for what is temporary, which the caller removes.
+
+    Raises:
+        StorageError: there is no place for it.
+    """
+    try:
+        return Path(tempfile.mkdtemp(prefix="cosmic-"))
+    except OSError as error:
+        why = f"cannot make a temporary folder: {error.strerror or error}"
+        raise StorageError(f"{why}: {_advice(error)}choose another TMPDIR") from error
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for what is temporary, gone with the block; errors are those of `temporary`."""
+    folder = temporary()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def version(url: str) -> str:

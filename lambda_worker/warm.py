@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ class Loaded(NamedTuple):
 class _File(NamedTuple):
     key: tuple[str, str]
     path: Path
-    folder: str
+    folder: Path
 
 
 # One of each: a function's memory, and its /tmp, are sized for one model.
@@ -89,9 +88,9 @@ def _kept(url: str, version: str, look: aside.Look) -> Path:
     old, _file = _file, None
     if old is not None:
         shutil.rmtree(old.folder, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix="cosmic-model-")
+    folder = storage.temporary()
     try:
-        path = _waited(partial(storage.fetch, url, Path(folder)), url, look)
+        path = _waited(partial(storage.fetch, url, folder), url, look)
         _file = _File((url, version), path, folder)
     except BaseException:  # also the alarm of a function that runs out of time
         shutil.rmtree(folder, ignore_errors=True)
