@@ -201,14 +201,14 @@ def fetch(url: str, folder: Path) -> Path:
     return path
 
 
-def temporary() -> Path:
+def temporary(prefix: str = "cosmic-") -> Path:
     """A new folder for what is temporary, which the caller removes.
 
     Raises:
         StorageError: there is no place for it.
     """
     try:
-        return Path(tempfile.mkdtemp(prefix="cosmic-"))
+        return Path(tempfile.mkdtemp(prefix=prefix))
     except OSError as error:
         why = f"cannot make a temporary folder: {error.strerror or error}"
         raise StorageError(f"{why}: {_advice(error)}choose another TMPDIR") from error

@@ -88,7 +88,7 @@ def _kept(url: str, version: str, look: aside.Look) -> Path:
     old, _file = _file, None
     if old is not None:
         shutil.rmtree(old.folder, ignore_errors=True)
-    folder = storage.temporary()
+    folder = storage.temporary("cosmic-model-")
     try:
         path = _waited(partial(storage.fetch, url, folder), url, look)
         _file = _File((url, version), path, folder)
