@@ -86,6 +86,7 @@ async def _refuse(trouble: Trouble, method: str, receive: Any, send: Send) -> No
     while (await receive()).get("more_body"):
         pass
     text = f"<Error><Code>{trouble.code}</Code><Message>as the test wants it</Message></Error>"
+    text = text if trouble.code else "<html>as a proxy has it"
     body = b"" if method == "HEAD" else text.encode()
     headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": trouble.status, "headers": headers})
@@ -102,13 +103,14 @@ def _cut(trouble: Trouble, send: Send) -> Send:
     async def cut(message: Message) -> None:
         nonlocal left
         if message["type"] == "http.response.body":
-            message["body"] = message.get("body", b"")[:left]
+            body = message.get("body", b"")
+            message["body"], rest = body[:left], body[left:]
             left -= len(message["body"])
             await send({**message, "more_body": True})
             if not left and trouble.trickle:
-                while True:
+                for byte in rest:
                     await asyncio.sleep(trouble.trickle)
-                    await send({**message, "body": b"x", "more_body": True})
+                    await send({**message, "body": bytes((byte,)), "more_body": True})
             if not left and trouble.reset:
                 _reset(send)
             if not left:
