@@ -20,6 +20,7 @@ from typing import NoReturn, TextIO
 
 from lambda_worker import handlers
 from lambda_worker.events import EventError
+from lambda_worker.failures import words
 
 PROGRESS_EVERY = 0.1  # seconds; more lines than that nobody can see
 
@@ -80,8 +81,7 @@ class Output:
         ours = kind.__module__.startswith(("lambda_worker", "fmi_client"))
         if not ours and kind not in (Stopped, KeyboardInterrupt):
             traceback.print_exception(error)  # a defect: say where
-        message = str(error) or kind.__name__
-        self.put("error", {"type": kind.__name__, "message": message, "rank": self.rank})
+        self.put("error", {"type": kind.__name__, "message": words(error), "rank": self.rank})
 
 
 def _take_stdout() -> TextIO:

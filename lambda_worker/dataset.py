@@ -14,16 +14,15 @@ import re
 import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lambda_worker import ptfile, storage
+from lambda_worker import aside, ptfile, storage
 from lambda_worker.shard import Piece, cut
 
 log = logging.getLogger("lambda_worker")
@@ -85,8 +84,7 @@ class Shard:
     def __init__(self, pieces: Sequence[Piece], folder: Path) -> None:
         self.pieces = [piece for piece in pieces if piece.start < piece.stop]
         urls = sorted({piece.file for piece in self.pieces})
-        with ThreadPoolExecutor(OPENERS) as pool:
-            files = list(pool.map(lambda url: _open(url, folder), urls))
+        files = aside.in_parallel(lambda url: _open(url, folder), urls, OPENERS)
         self._files = dict(zip(urls, files, strict=True))
         for piece in self.pieces:
             _check_rows(piece, self._files[piece.file].rows)
@@ -111,12 +109,15 @@ class Shard:
         """Of each column the widest number format of all files."""
         return [array.dtype for array in _empty(0, list(self._files.values()))]
 
-    def batches(self, batch_size: int) -> Generator[tuple[int, int, Rows]]:
+    def batches(
+        self, batch_size: int, look: aside.Look = aside.nothing
+    ) -> Generator[tuple[int, int, Rows]]:
         """All rows in order as (start, stop, rows `start` to `stop` of the shard).
 
         They are views of blocks of 8 MiB, or of one batch if that is larger, and the next block is
         read meanwhile, in a thread that ends with the iterator: close that, if it is left early. At
         most three blocks are in memory, one of which is that of the rows that the caller keeps.
+        `look` is called now and then while a block is waited for; it may raise to end that.
 
         Raises:
             StorageError: a file cannot be read, or was changed meanwhile.
@@ -125,7 +126,7 @@ class Shard:
         step = batch_size * max(1, BLOCK // (batch_size * row))
         total = len(self)
         blocks = (self._block(at, min(at + step, total)) for at in range(0, total, step))
-        for first, block in _ahead(blocks):
+        for first, block in _ahead(blocks, look):
             for at in range(0, len(block.redshift), batch_size):
                 part = block.part(at, at + batch_size)
                 yield first + at, first + at + len(part.redshift), part
@@ -184,8 +185,8 @@ def count(url: str) -> int:
                 archive.check(tensor)
         return tensors[0].shape[0]
     except ptfile.Unusual:
-        with TemporaryDirectory(prefix="cosmic-") as folder:
-            return _Whole(url, Path(folder)).rows
+        with storage.scratch() as folder:
+            return _Whole(url, folder).rows
 
 
 class _ByRange:
@@ -327,18 +328,17 @@ def _flaws(rows: Rows) -> dict[int, str]:
     return found
 
 
-def _ahead(items: Iterator[Item]) -> Generator[Item]:
+def _ahead(items: Iterator[Item], look: aside.Look) -> Generator[Item]:
     """The items, each made in a thread while the one before is in use."""
-    thread = ThreadPoolExecutor(1, "read")
-    following = thread.submit(next, items, None)
+    reader = aside.Helper("read")
+    following = reader.start(partial(next, items, None))
     try:
-        while (item := following.result()) is not None:
-            following = thread.submit(next, items, None)
+        while (item := aside.result(following, look, "rows to be read")) is not None:
+            following = reader.start(partial(next, items, None))
             yield item
     finally:
         # Whoever stops early has a reason, and a read may hang for minutes: then it is left alone.
-        ended = wait([following], READER_SECONDS).done
-        thread.shutdown(wait=bool(ended), cancel_futures=True)
+        reader.end(READER_SECONDS)
 
 
 def _tensors(content: object, name: str) -> list[ptfile.Tensor]:

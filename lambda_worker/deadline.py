@@ -88,7 +88,8 @@ class Deadline:
                 with self._armed():
                     yield
         except OutOfTime as ring:
-            raise DeadlineError(str(ring), self.stage in WAITING) from None
+            text = "; ".join([str(ring), *getattr(ring, "__notes__", ())])  # what it waited for
+            raise DeadlineError(text, self.stage in WAITING) from None
 
     def check(self) -> None:
         """Stop here if it is time: for threads that no alarm reaches.
@@ -155,6 +156,14 @@ class Watch:
         self._progress(stage, rows, of)
         if stage == "done":
             return  # all is written, whatever has happened meanwhile
+        self.look()
+
+    def look(self) -> None:
+        """Go on if that makes sense; for whoever waits for something, every now and then.
+
+        Raises:
+            OutOfTime: the time is over. FmiError: the job is.
+        """
         self._deadline.check()
         if self._comm is not None:
             self._comm.poll()

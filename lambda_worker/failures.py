@@ -33,7 +33,9 @@ WAVE = 256  # records that are read before those are looked for that they name
 READ_SECONDS = 20.0  # a verdict on what was read by then is one, too
 LONGEST = 1000  # characters: Step Functions shows a cause in one line
 
-PERMANENT = {"EventError", "DatasetError", "ModelError", "EngineError", "SecretError"}
+PERMANENT = {
+    *("EventError", "DatasetError", "ModelError", "EngineError", "SecretError", "OutOfMemory")
+}
 """Own errors of a rank that another attempt would only repeat."""
 
 
@@ -171,18 +173,22 @@ def _write(event: object, error: Exception) -> None:
     place = whereabouts(event)
     if place is None:
         return  # an event that names no folder and rank
-    text = str(error) or type(error).__name__
     failure = Failure(
         rank=place.rank,
         epoch=place.epoch,
         type=type(error).__name__,
-        message=text,
+        message=words(error),
         blamed=_blames(error),
         init_id=place.init_id,
         waiting=getattr(error, "waiting", False),
     )
     content = json.dumps(asdict(failure)).encode()
     storage.write(f"{place.results}/failed/{place.epoch}/{place.rank}.json", content)
+
+
+def words(error: BaseException) -> str:
+    """An error's text, with what was noted of it on its way (`aside.result`)."""
+    return "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
 
 
 def _blames(error: Exception) -> int | None:

@@ -12,14 +12,12 @@ import json
 import logging
 import re
 import secrets
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lambda_worker import failures, shard, storage
+from lambda_worker import aside, failures, shard, storage
 from lambda_worker.deadline import Deadline, Progress, Watch
 from lambda_worker.events import (
     CheckTask,
@@ -30,6 +28,7 @@ from lambda_worker.events import (
     parse,
     parse_rank,
 )
+from lambda_worker.scarce import memory_told
 from lambda_worker.telemetry import observed
 from lambda_worker.timing import Stopwatch, init_seconds, ready
 
@@ -73,8 +72,8 @@ def init(event: object, context: object = None) -> dict[str, Any]:
 
     files, data_map, world_size = _plan(payload)
     storage.check_writable(payload.results_url("run"))
-    with ThreadPoolExecutor(dataset.OPENERS) as pool:
-        rows = dict(zip(files, pool.map(dataset.count, files), strict=True))
+    counts = aside.in_parallel(dataset.count, files, dataset.OPENERS)
+    rows = dict(zip(files, counts, strict=True))
     run = payload.run_name()
     # Chosen here and nowhere else: ranks that chose for themselves would not predict the same.
     engine, model = _engine(payload)
@@ -110,6 +109,7 @@ def infer(event: object, context: object = None, progress: Progress = _silent) -
     Raises:
         EventError, DatasetError, ModelError, EngineError, StorageError: this rank cannot do its
             part; the others are told so at once (`Aborted`).
+        OutOfMemory: this process got no more; the others are told so, too.
         SecretError, SecretUnavailable: a secret that an ARN names cannot be read.
         DeadlineError: the function's time is almost over; the others are told so, too.
         FmiError: the job cannot go on. After any error this rank has written no record, but
@@ -128,12 +128,13 @@ def _infer(task: RankTask, deadline: Deadline, progress: Progress) -> dict[str, 
     Watch(deadline, None, progress)("join", 0, 0)
     with (
         _joined(task) as comm,
-        tempfile.TemporaryDirectory(prefix="cosmic-", ignore_cleanup_errors=True) as scratch,
+        memory_told(lambda: deadline.stage),
+        storage.scratch() as scratch,
     ):
         clock.lap("join" if comm else None)
         watch = Watch(deadline, comm, progress)
         try:
-            return _work(task, comm, Path(scratch), watch, clock)
+            return _work(task, comm, scratch, watch, clock)
         finally:
             deadline.disarm()  # what follows is goodbye
 
@@ -156,7 +157,8 @@ def summarize(event: object, context: object = None) -> dict[str, Any]:
     """
     from lambda_worker import summary
 
-    return summary.summarize(parse(RunInfo, event))
+    with memory_told(lambda: "summarize"):
+        return summary.summarize(parse(RunInfo, event))
 
 
 @observed
@@ -340,11 +342,11 @@ def _work(
         comm.barrier()  # so that the ranks' inference times are of one moment
         clock.lap("barrier")
     watch.at("infer")
-    inferred = inference.run(predict, rows, batch_size, partial(watch, "infer"))
+    inferred = inference.run(predict, rows, batch_size, partial(watch, "infer"), watch.look)
     clock.lap("infer")
     if warning := inference.judge(inferred, rows.pieces, task.strict):
         log.warning("%s", warning)
-    deviation = _deviation(task, model, rows, inferred)
+    deviation = _deviation(task, model, rows, inferred, watch)
     total = metrics.sums(inferred.z_phot, inferred.z_spec)
     watch("gather", len(rows), len(rows))
     clock.lap(None)
@@ -359,25 +361,48 @@ def _work(
     return record
 
 
-def _load(task: RankTask, scratch: Path, progress: Progress) -> tuple[Path, Predict, Shard]:
+def _load(task: RankTask, scratch: Path, watch: Watch) -> tuple[Path, Predict, Shard]:
     from lambda_worker import dataset, warm
     from lambda_worker.engine import DEMO_MODEL
     from lambda_worker.exported import export_of
 
-    pieces = [shard.Piece(*piece) for piece in task.shard or ()]
-    if task.shard is None:
-        pieces = [shard.Piece(file, 0, dataset.count(file)) for file in task.whole_files]
+    def opened() -> Shard:
+        return dataset.Shard(pieces, scratch)
+
+    pieces = _pieces(task, watch)
     of = sum(piece.stop - piece.start for piece in pieces)
-    progress("load", 0, of)
+    watch("load", 0, of)
     place = task.model or str(DEMO_MODEL)
     url = place if task.engine == "torch" else export_of(place)
     model, predict = warm.load(
-        url, scratch, engine=task.engine, precision=task.precision, threads=task.threads
+        url,
+        scratch,
+        engine=task.engine,
+        precision=task.precision,
+        threads=task.threads,
+        look=watch.look,
     )
-    return model, predict, dataset.Shard(pieces, scratch)
+    rows = aside.result(aside.start(opened, "open"), watch.look, "the data files to be opened")
+    return model, predict, rows
 
 
-def _deviation(task: RankTask, model: Path, rows: Shard, inferred: Inferred) -> Deviation | None:
+def _pieces(task: RankTask, watch: Watch) -> list[shard.Piece]:
+    """This rank's rows; without a shard, all of its files."""
+    from lambda_worker import dataset
+
+    if task.shard is not None:
+        return [shard.Piece(*piece) for piece in task.shard]
+
+    def counted() -> list[int]:
+        return aside.in_parallel(dataset.count, task.whole_files, dataset.OPENERS)
+
+    counts = aside.result(aside.start(counted, "open"), watch.look, "the data files to be opened")
+    return [shard.Piece(file, 0, n) for file, n in zip(task.whole_files, counts, strict=True)]
+
+
+def _deviation(
+    task: RankTask, model: Path, rows: Shard, inferred: Inferred, watch: Watch
+) -> Deviation | None:
     """What the precision costs on this rank's own rows."""
     if task.precision == "fp32" or not len(rows):
         return None
@@ -385,7 +410,7 @@ def _deviation(task: RankTask, model: Path, rows: Shard, inferred: Inferred) -> 
     from lambda_worker.engine import open_engine
 
     exact = open_engine(model, engine=task.engine, threads=task.threads)
-    return inference.deviation(exact, rows, inferred.z_phot)
+    return inference.deviation(exact, rows, inferred.z_phot, watch.look)
 
 
 def _batch_size(

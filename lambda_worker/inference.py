@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lambda_worker import metrics
+from lambda_worker import aside, metrics
 from lambda_worker.dataset import DatasetError, Rows, Shard
 from lambda_worker.engine import Predict
 from lambda_worker.shard import Piece, place
@@ -89,6 +90,7 @@ def run(
     shard: Shard,
     batch_size: int,
     progress: Progress = lambda done, total: None,
+    look: aside.Look = aside.nothing,
 ) -> Inferred:
     """Predict every row of the shard, in order.
 
@@ -97,6 +99,7 @@ def run(
         shard: may be empty.
         batch_size: rows at a time; the last batch may be smaller. Batches span files.
         progress: called after each batch with rows done and rows in all.
+        look: called now and then while rows are waited for; it may raise to end that.
     """
     total, bits, waited = len(shard), 0, 0.0
     z_phot = np.empty(total, np.float32)
@@ -104,7 +107,7 @@ def run(
     flaws = np.empty(total, np.uint8)
     wall, cpu = time.perf_counter(), time.process_time()
     moments = [wall]
-    with closing(shard.batches(batch_size)) as parts:
+    with closing(shard.batches(batch_size, look)) as parts:
         while part := _timed_next(parts):
             (start, stop, rows), seconds = part
             waited += seconds
@@ -144,11 +147,14 @@ def _timed_next(items: Iterator[Item]) -> tuple[Item, float] | None:
     return None if item is None else (item, time.perf_counter() - start)
 
 
-def deviation(exact: Predict, shard: Shard, z_phot: NDArray[np.float32]) -> Deviation:
+def deviation(
+    exact: Predict, shard: Shard, z_phot: NDArray[np.float32], look: aside.Look = aside.nothing
+) -> Deviation:
     """Predict a sample of the shard again in full precision, 256 rows at most.
 
     Args:
         z_phot: of all rows of the shard, in lower precision. Rows that are NaN do not count.
+        look: as of `run`.
     """
     starts = list(range(0, len(shard), SAMPLE_RUN))
     if len(starts) > SAMPLE_RUNS:
@@ -156,7 +162,9 @@ def deviation(exact: Predict, shard: Shard, z_phot: NDArray[np.float32]) -> Devi
     largest, count = 0.0, 0
     for start in starts:
         stop = min(start + SAMPLE_RUN, len(shard))
-        off = np.abs(_predict(exact, shard.batch(start, stop)) - z_phot[start:stop])
+        reading = aside.start(partial(shard.batch, start, stop), "read")
+        rows = aside.result(reading, look, "rows to be read again")
+        off = np.abs(_predict(exact, rows) - z_phot[start:stop])
         off = off[~np.isnan(off)]
         largest, count = max(largest, float(off.max(initial=0))), count + len(off)
     return Deviation(largest, count)

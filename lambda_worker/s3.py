@@ -13,12 +13,16 @@ from typing import Any
 
 TRIES = 8  # of a request: where the answer is SlowDown, they take up to 70 s, on average 35
 ATTEMPTS = 5  # to get a body whole, whose connection breaks off
+ANSWER_SECONDS = 10.0  # S3 answers within 0.2 s: asked again, it may be another server that does
+SLOWEST = 10_000  # bytes per second: what comes slower than that for so long does not come
+PIECE = 1 << 18  # bytes of a body that are taken at once, if so many are there
 READERS = 16  # concurrent requests: an S3 GET waits some 20 ms, and there may be thousands
 CHANGED = "it was changed while it was read: leave data alone during a run, and run again"
 DENIED = "access denied: check the credentials and the role's policy"
 # What S3 answers about an object that is not there to those who may not list the bucket.
 OR_MISSING = " (or the name: S3 answers so, too, if there is no such object)"
 BUSY = "too many requests, even after waiting: use fewer ranks, or try again later"
+FAILED = f"the server failed at it {TRIES} times: try again later"
 HINTS = {
     "NoSuchKey": "no such object: check the name",
     "NoSuchBucket": "no such bucket: create it, or check the name and AWS_ENDPOINT_URL",
@@ -34,6 +38,7 @@ HINTS = {
     "NoSuchUpload": "another upload to the same place has ended this one: wait for it",
     "SlowDown": BUSY,
     "503": BUSY,
+    **dict.fromkeys(("InternalError", "500", "502", "504"), FAILED),
 }
 
 
@@ -70,6 +75,28 @@ class BrokenOff(Exception):
         self.done = done
 
 
+def pieces(body: Any) -> Iterator[bytes]:
+    """A body as it comes, to its end.
+
+    Raises:
+        BrokenOff: the connection breaks or stalls, or a trickle comes that would take days.
+    """
+    # As much as is there: botocore's own `read` waits until all that is asked for has come.
+    read, done = getattr(body._raw_stream, "read1", body.read), 0
+    since, before = time.monotonic(), 0
+    try:
+        while piece := read(PIECE):
+            yield piece
+            done, seconds = done + len(piece), time.monotonic() - since
+            if seconds > ANSWER_SECONDS and done - before < SLOWEST * seconds:
+                body.close()  # else the connection would be used again
+                raise BrokenOff(f"{done - before:,} bytes came in {seconds:.0f} s", done)
+            if seconds > ANSWER_SECONDS:
+                since, before = time.monotonic(), done
+    except broken() as error:
+        raise BrokenOff(str(error), done) from error
+
+
 def wait(url: str, failures: int, error: Exception) -> None:
     """Wait before another try to read a body, or raise if there were enough of them."""
     if failures == ATTEMPTS:
@@ -84,11 +111,13 @@ def read_object(url: str, failures: int = 0) -> bytes:
     bucket, key = split(url)
     while True:
         with errors("read", url):
-            body = client().get_object(Bucket=bucket, Key=key)["Body"]
+            answer = client().get_object(Bucket=bucket, Key=key)
             try:
-                data: bytes = body.read()
+                data = b"".join(pieces(answer["Body"]))
+                if len(data) != answer.get("ContentLength", len(data)):
+                    raise BrokenOff(f"{len(data):,} of {answer['ContentLength']:,} bytes came")
                 return data
-            except broken() as error:
+            except BrokenOff as error:
                 failures += 1
                 wait(url, failures, error)
 
@@ -135,8 +164,8 @@ def client() -> Any:
     # Checksums only where S3 demands them: servers other than AWS often know no trailers.
     config = Config(
         max_pool_connections=READERS,  # else those above ten are closed after each request
-        connect_timeout=10,
-        read_timeout=30,
+        connect_timeout=ANSWER_SECONDS,
+        read_timeout=ANSWER_SECONDS,
         retries={"mode": "standard", "total_max_attempts": TRIES},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -151,7 +180,12 @@ def errors(doing: str, url: str) -> Iterator[None]:
     Raises:
         StorageError: "cannot <doing> <url>: ..."
     """
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        ConnectionClosedError,
+        ReadTimeoutError,
+    )
 
     try:
         yield
@@ -164,4 +198,6 @@ def errors(doing: str, url: str) -> Iterator[None]:
         raise StorageError(f"cannot {doing} {url}: {hint}{more}") from error
     except BotoCoreError as error:
         hint = "check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the credentials"
+        if isinstance(error, ReadTimeoutError | ConnectionClosedError):  # somebody is there
+            hint = f"{TRIES} times: check the network, or try again later"
         raise StorageError(f"cannot {doing} {url}: {error} ({hint})") from error

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from lambda_worker import s3
+from lambda_worker import aside, s3
 from lambda_worker.atomic import replacing
 from lambda_worker.s3 import StorageError as StorageError
 
@@ -129,10 +131,9 @@ def in_parallel(do: Callable[[Item], Result], items: Sequence[Item]) -> list[Res
     """What `do` returns for each item, in order, for `s3.READERS` of them at a time.
 
     Raises:
-        Exception: what `do` has raised first; what has not begun by then never does.
+        Exception: what `do` has raised first; nobody waits for the rest.
     """
-    with ThreadPoolExecutor(max(1, min(s3.READERS, len(items))), "storage") as pool:
-        return list(pool.map(do, items))
+    return aside.in_parallel(do, items, s3.READERS)
 
 
 def write(url: str, data: bytes) -> None:
@@ -198,6 +199,29 @@ def fetch(url: str, folder: Path) -> Path:
     except OSError as error:
         raise StorageError(f"{error.strerror}: {_advice(error)}choose another TMPDIR") from error
     return path
+
+
+def temporary(prefix: str = "cosmic-") -> Path:
+    """A new folder for what is temporary, which the caller removes.
+
+    Raises:
+        StorageError: there is no place for it.
+    """
+    try:
+        return Path(tempfile.mkdtemp(prefix=prefix))
+    except OSError as error:
+        why = f"cannot make a temporary folder: {error.strerror or error}"
+        raise StorageError(f"{why}: {_advice(error)}choose another TMPDIR") from error
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for what is temporary, gone with the block; errors are those of `temporary`."""
+    folder = temporary()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def version(url: str) -> str:
@@ -308,14 +332,13 @@ class _RangedObject(Ranged):
     def _some(self, offset: int, buffer: memoryview) -> int:
         done = 0
         with s3.errors("read", self.url):
-            body = self._ask(offset, len(buffer))
             try:
-                while done < len(buffer) and (count := body.readinto(buffer[done:])):
-                    done += count
-            except s3.broken() as error:
-                raise s3.BrokenOff(str(error), done) from error
+                for piece in s3.pieces(self._ask(offset, len(buffer))):
+                    buffer[done : (done := done + len(piece))] = piece
             finally:
                 self.bytes_read += done
+        if done < len(buffer):
+            raise s3.BrokenOff(f"{done:,} of {len(buffer):,} bytes came", done)
         return done
 
     def _ask(self, offset: int, length: int) -> Any:

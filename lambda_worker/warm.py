@@ -8,17 +8,20 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from lambda_worker import storage
+from lambda_worker import aside, storage
 from lambda_worker.engine import Predict, open_engine
 
 if TYPE_CHECKING:
     from lambda_worker.names import Engine, Precision
 
 log = logging.getLogger("lambda_worker")
+
+Result = TypeVar("Result")
 
 
 class Loaded(NamedTuple):
@@ -31,7 +34,7 @@ class Loaded(NamedTuple):
 class _File(NamedTuple):
     key: tuple[str, str]
     path: Path
-    folder: str
+    folder: Path
 
 
 # One of each: a function's memory, and its /tmp, are sized for one model.
@@ -46,6 +49,7 @@ def load(
     engine: Engine,
     precision: Precision,
     threads: int | None,
+    look: aside.Look = aside.nothing,
 ) -> Loaded:
     """Give a model loaded into an engine: the one of the event before, where it is the same.
 
@@ -54,28 +58,29 @@ def load(
             and the times of a local file.
         scratch: folder for a download, where nothing is kept.
         engine, precision, threads: as `open_engine` takes them.
+        look: called now and then while the file is waited for; it may raise to end that.
 
     Raises:
         ModelError, EngineError: as `open_engine`. StorageError: the file cannot be read.
     """
     global _engine
     if "AWS_LAMBDA_RUNTIME_API" not in os.environ:
-        path = storage.fetch(url, scratch)
+        path = _waited(partial(storage.fetch, url, scratch), url, look)
         return Loaded(path, open_engine(path, engine=engine, precision=precision, threads=threads))
-    version = storage.version(url)
+    version = _waited(partial(storage.version, url), url, look)
     key = (url, version, engine, precision, threads)
     if _engine is not None and _engine[0] == key:
         log.info("model: the loaded one is used again: %s", url)
         return _engine[1]
     _engine = None  # before the next one is loaded: memory may not take both
-    path = _kept(url, version)
+    path = _kept(url, version, look)
     predict = open_engine(path, engine=engine, precision=precision, threads=threads)
     log.info("model: loaded into %s: %s", engine, url)
     _engine = (key, Loaded(path, predict))
     return _engine[1]
 
 
-def _kept(url: str, version: str) -> Path:
+def _kept(url: str, version: str, look: aside.Look) -> Path:
     """A local path of this version of a file; a download stays for the events to come."""
     global _file
     if _file is not None and _file.key == (url, version):
@@ -83,10 +88,15 @@ def _kept(url: str, version: str) -> Path:
     old, _file = _file, None
     if old is not None:
         shutil.rmtree(old.folder, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix="cosmic-model-")
+    folder = storage.temporary("cosmic-model-")
     try:
-        _file = _File((url, version), storage.fetch(url, Path(folder)), folder)
+        path = _waited(partial(storage.fetch, url, folder), url, look)
+        _file = _File((url, version), path, folder)
     except BaseException:  # also the alarm of a function that runs out of time
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return _file.path
+
+
+def _waited(work: Callable[[], Result], url: str, look: aside.Look) -> Result:
+    return aside.result(aside.start(work, "model"), look, f"the model {url} to be read")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 import threading
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,17 @@ App = Callable[[Message, Callable[[], Awaitable[Message]], Send], Awaitable[None
 @dataclass
 class Trouble:
     """What happens to a request: first a delay in seconds; then an error of S3 (status and code)
-    in place of an answer, or an answer that breaks off after so many bytes of its body."""
+    in place of an answer, or an answer that breaks off after so many bytes of its body, or from
+    there on comes one byte every `trickle` seconds. `reset` lets it break off by RST, not by FIN;
+    `headers` take the place of the answer's own."""
 
     delay: float = 0
     status: int = 0
     code: str = ""
     cut: int | None = None
+    reset: bool = False
+    trickle: float = 0
+    headers: Mapping[bytes, bytes] = field(default_factory=dict)
 
 
 SLOW_DOWN = Trouble(status=503, code="SlowDown")
@@ -71,6 +77,8 @@ class S3Server:
         self.busy -= 1  # now: a client that has its answer may be here again before this ends
         if trouble.status:
             return await _refuse(trouble, scope["method"], receive, send)
+        if trouble.headers:
+            send = _other_headers(trouble, send)
         return await self._app(scope, receive, send if trouble.cut is None else _cut(trouble, send))
 
 
@@ -78,6 +86,7 @@ async def _refuse(trouble: Trouble, method: str, receive: Any, send: Send) -> No
     while (await receive()).get("more_body"):
         pass
     text = f"<Error><Code>{trouble.code}</Code><Message>as the test wants it</Message></Error>"
+    text = text if trouble.code else "<html>as a proxy has it"
     body = b"" if method == "HEAD" else text.encode()
     headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": trouble.status, "headers": headers})
@@ -94,15 +103,39 @@ def _cut(trouble: Trouble, send: Send) -> Send:
     async def cut(message: Message) -> None:
         nonlocal left
         if message["type"] == "http.response.body":
-            message["body"] = message.get("body", b"")[:left]
+            body = message.get("body", b"")
+            message["body"], rest = body[:left], body[left:]
             left -= len(message["body"])
             await send({**message, "more_body": True})
+            if not left and trouble.trickle:
+                for byte in rest:
+                    await asyncio.sleep(trouble.trickle)
+                    await send({**message, "body": bytes((byte,)), "more_body": True})
+            if not left and trouble.reset:
+                _reset(send)
             if not left:
                 raise _Cut  # uvicorn closes the connection, as its answer is not complete
         else:
             await send(message)
 
     return cut
+
+
+def _reset(send: Any) -> None:
+    transport = send.__self__.transport
+    sock = transport.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
+def _other_headers(trouble: Trouble, send: Send) -> Send:
+    async def changed(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            kept = [pair for pair in message["headers"] if pair[0].lower() not in trouble.headers]
+            message["headers"] = [*kept, *trouble.headers.items()]
+        await send(message)
+
+    return changed
 
 
 @contextmanager
@@ -124,7 +157,7 @@ def serve_s3(folder: Path) -> Iterator[S3Server]:
         thread.start()
         s3.endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
         yield s3
-        server.should_exit = True
+        server.should_exit = server.force_exit = True  # an answer may be on its way for ever
         thread.join()
 
 

@@ -102,7 +102,7 @@ def write(
         "configurations.csv": _configurations_csv(configurations, usd),
         **{f"plots/{drawing.name}.png": drawing.picture.png for drawing in drawings},
     }
-    for name, content in files.items():
+    for name, content in reversed(files.items()):  # the page last: it says that the rest is there
         storage.write(f"{folder}/{name}", content)
     _remove_old(folder, {drawing.name for drawing in drawings})
     return Report(folder, tuple(f"{folder}/{name}" for name in files), len(results.findings))

@@ -94,7 +94,7 @@ def test_waiting_for_rows_is_told_apart_from_predicting(
     clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0)
     shard = Shard([Piece(str(make_pt("a.pt", 6)), 0, 6)], tmp_path)
 
-    def slow(batch_size: int) -> Iterator[tuple[int, int, Rows]]:
+    def slow(batch_size: int, look: object) -> Iterator[tuple[int, int, Rows]]:
         for start in range(0, 6, batch_size):
             now[0] += 3
             yield start, start + batch_size, shard.batch(start, start + batch_size)
