@@ -56,7 +56,7 @@ test-full: env ## what needs root, Docker, an emulator or many minutes; ARGS as 
 	$(BIN)/python -m pytest -m "full and not nightly" $(ARGS)
 
 nightly: env ## the long tests of docs/reliability.md, about an hour; ARGS="-k soak"
-	$(BIN)/python -m pytest -m nightly $(ARGS)
+	$(BIN)/python -m pytest -m nightly --timeout 3000 $(ARGS)
 
 bench: env ## our collectives beside gloo and Open MPI, some ten minutes; ARGS="--rounds 2"
 	$(PIP) install -q -e ".[bench]"
