@@ -20,7 +20,8 @@ def server() -> Iterator[Watched]:
         yield watched
 
 
-@pytest.mark.nightly  # 2,700 to 4,200 here, by what neighbours do: too near the limit for every change
+# 2,700 to 4,200 here, by what neighbours do: too near the limit to judge every change by it.
+@pytest.mark.nightly
 @pytest.mark.row(6)
 def test_a_core_takes_three_thousand_joins_a_second(server: Watched, measured: Measured) -> None:
     # The server's own CPU time, for the load takes what is left of a small machine; the best of
