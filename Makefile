@@ -13,11 +13,11 @@ STAMP := .venv/.ready
 
 TOOLS := .tools
 
-.PHONY: help env tools run sweep test test-full nightly bench bench-inference lint format clean
+.PHONY: help env tools run sweep test test-full nightly fuzz soak bench-joins bench bench-inference lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 env: $(STAMP) ## make .venv with all that run, test and bench need
 
@@ -57,6 +57,16 @@ test-full: env ## what needs root, Docker, an emulator or many minutes; ARGS as 
 
 nightly: env ## the long tests of docs/reliability.md, about an hour; ARGS="-k soak"
 	$(BIN)/python -m pytest -m nightly --timeout 3000 $(ARGS)
+
+fuzz: env ## every parser, ten minutes in all; ARGS="--minutes 30 server"
+	-$(PIP) install -q atheris
+	$(BIN)/python -m tests.reliability.fuzz $(ARGS)
+
+soak: env ## half an hour of jobs whose ranks are killed; ARGS="--minutes 5"
+	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+bench-joins: env ## how many joins a second, and 10,000 ranks of one job
+	$(BIN)/python -m benchmarks.joins $(ARGS)
 
 bench: env ## our collectives beside gloo and Open MPI, some ten minutes; ARGS="--rounds 2"
 	$(PIP) install -q -e ".[bench]"
