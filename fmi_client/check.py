@@ -243,8 +243,6 @@ class _Check:
             because = error.__context__
             again = isinstance(because, socket.gaierror) and because.errno == socket.EAI_AGAIN
             raise _Failed("name_server" if again else "no_such_name", error.message) from None
-        except UnicodeError:
-            raise _Failed("no_such_name", f"{host!r} is no host name") from None
         self._servers = found
         self.report.facts["ip"] = found[0][0]
         hosts = ", ".join(address for address, _ in found)

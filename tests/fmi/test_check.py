@@ -234,8 +234,9 @@ async def test_a_name_that_is_not_known(
     assert statuses(report) == {"resolve": "failed"}
 
 
-async def test_a_name_that_is_none() -> None:
-    assert causes(await checked(f"{'x' * 64}.example.org")) == ["no_such_name"]
+async def test_a_name_that_cannot_be_one() -> None:
+    with pytest.raises(ValueError, match="is not an address of the form host:port"):
+        await checked(f"{'x' * 64}.example.org")
 
 
 async def test_a_name_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
