@@ -216,7 +216,7 @@ class Connection(asyncio.Protocol):
     """One TCP connection; before authentication it has until a fixed moment to prove itself."""
 
     __slots__ = (
-        *("_clean", "_header", "_heard", "_member"),
+        *("_clean", "_credit", "_header", "_heard", "_member"),
         *("_server", "_side", "_transport"),
     )
 
@@ -227,6 +227,8 @@ class Connection(asyncio.Protocol):
         self._member: Member | None = None
         self._clean = False
         self._heard = False
+        self._credit = 0
+        """Bytes that it sent, less those that it was told while a stranger."""
         self._header: bytes | None = b"" if server.config.proxy_protocol else None
         """What has come of the balancer's header; None when there is none to come."""
 
@@ -251,6 +253,7 @@ class Connection(asyncio.Protocol):
         side = self._side
         if side is None or self._transport is None or self._transport.is_closing():
             return
+        self._credit += len(data)
         try:
             if self._header is not None:
                 data = self._take_header(side, data)
@@ -378,8 +381,14 @@ class Connection(asyncio.Protocol):
             self._side.outgoing.clear()
 
     def write(self, frame: bytes) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(frame)
+        """Queue a frame; to a stranger no more bytes than it sent, or nothing."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._side is not None and not self._side.proven:
+            if len(frame) > self._credit:
+                return
+            self._credit -= len(frame)
+        self._transport.write(frame)
 
     def pause_writing(self) -> None:
         """It does not read what it is told: it is dead, or means harm."""
