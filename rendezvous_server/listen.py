@@ -29,7 +29,7 @@ def raise_limit() -> None:
 
 
 def room_for_ranks() -> float:
-    """Return the descriptor from which on those that are left are reserved."""
+    """Return how many connections of ranks and strangers there are descriptors for."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return math.inf if soft == resource.RLIM_INFINITY else max(soft - RESERVED, soft // 2)
 

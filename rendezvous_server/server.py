@@ -88,7 +88,7 @@ class Server:
         self.started = time.time()
         self.open: set[Connection] = set()
         self.strangers: Strangers[Connection] = Strangers()
-        self._descriptors = room_for_ranks()
+        self._room = room_for_ranks()
         self._patience: asyncio.TimerHandle | None = None
         self.emptied = asyncio.Event()
         """Set whenever the last rank has gone; for draining."""
@@ -107,18 +107,19 @@ class Server:
         self._ticker = asyncio.create_task(self._tick())
         return port
 
-    def expect(self, stranger: Connection, host: str, descriptor: int, deadline: float) -> bool:
-        """Give a connection until `deadline`, by the loop's clock, to prove itself.
+    @property
+    def held(self) -> int:
+        """Connections that are open now, whatever became of them."""
+        return len(self.open) + len(self.relayed.legs) + len(self.legacy.open)
 
-        Args:
-            descriptor: its number. The kernel gives the lowest that is free: no other count of
-                what is open is needed, whoever opened it.
+    def expect(self, stranger: Connection, host: str, deadline: float) -> bool:
+        """Give a connection until `deadline`, by the loop's clock, to prove itself.
 
         Returns:
             Whether there is room for it.
         """
         whence = source(host)
-        if self.strangers.crowded or descriptor >= self._descriptors:
+        if self.strangers.crowded or self.held > self._room:
             self.counters.crowded_out += 1
             oldest = self.strangers.next_to_go(whence)
             if oldest is None:
@@ -238,14 +239,14 @@ class Connection(asyncio.Protocol):
         server = self._server
         server.counters.connections += 1
         server.open.add(self)
-        peer, sock = (transport.get_extra_info(name) for name in ("peername", "socket"))
+        peer = transport.get_extra_info("peername")
         if peer is None:  # it has gone between accept and here
             transport.abort()
             return
         now = time.time()
         self._side = ServerSide(server.admission, (peer[0], peer[1]), now)
         deadline = asyncio.get_running_loop().time() + (self._side.deadline - now)
-        if not server.expect(self, peer[0], sock.fileno(), deadline):
+        if not server.expect(self, peer[0], deadline):
             transport.abort()
         transport.set_write_buffer_limits(high=WRITE_LIMIT)
 

@@ -87,17 +87,23 @@ def enter(port: int, job: str, rank: int = 0, size: int = 1) -> tuple[socket.soc
     hello = replace(
         HELLO, job=job, rank=rank, size=size, candidates=own, nonce=os.urandom(auth.NONCE_BYTES)
     )
-    side = ClientSide(hello, None)
+    try:
+        return sock, _converse(sock, ClientSide(hello, None))
+    except Exception:
+        sock.close()
+        raise
+
+
+def _converse(sock: socket.socket, side: ClientSide) -> list[Event]:
     while True:
         sock.sendall(side.outgoing)
         side.outgoing.clear()
         data = sock.recv(65536)
         if not data:
-            sock.close()
             raise ConnectionError("closed before the welcome")
         events = side.receive(data)
         if any(isinstance(event, Welcome) for event in events):
-            return sock, events
+            return events
 
 
 def reset(sock: socket.socket) -> None:
