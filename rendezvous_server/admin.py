@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
@@ -100,7 +100,8 @@ def make_app(server: Server, host: str) -> web.Application:
 
 async def start(server: Server, host: str, port: int) -> tuple[web.AppRunner, int]:
     """Serve HTTP; returns what to clean up, and the port."""
-    app, listeners = make_app(server, host), list[asyncio.Server]()
+    app, crowd, listeners = make_app(server, host), _Crowd(), list[asyncio.Server]()
+    app.middlewares.append(crowd.watch)
     app.on_shutdown.append(lambda _: _stop_listening(listeners))
     runner = web.AppRunner(
         app,
@@ -113,11 +114,7 @@ async def start(server: Server, host: str, port: int) -> tuple[web.AppRunner, in
 
     def accept() -> asyncio.Protocol:
         assert runner.server is not None
-        here = runner.server.connections
-        if len(here) >= MAX_HTTP:
-            # The older half: at once where no request is under way, which viewers always have.
-            for each in here[: MAX_HTTP // 2]:
-                each.close()
+        crowd.make_room(runner.server)
         return runner.server()
 
     sockets = listen(host, port)
@@ -125,6 +122,33 @@ async def start(server: Server, host: str, port: int) -> tuple[web.AppRunner, in
         listeners.append(await asyncio.get_running_loop().create_server(accept, sock=sock))
     bound: int = sockets[0].getsockname()[1]
     return runner, bound
+
+
+class _Crowd:
+    """Bounds the connections: those without a request make room, the older half of them."""
+
+    def __init__(self) -> None:
+        self._busy: set[asyncio.BaseProtocol] = set()
+
+    @web.middleware
+    async def watch(
+        self,
+        request: web.Request,
+        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        self._busy.add(request.protocol)
+        try:
+            return await handler(request)
+        finally:
+            self._busy.discard(request.protocol)
+
+    def make_room(self, http: web.Server) -> None:
+        """Close some, if there are many: before another comes."""
+        here = http.connections
+        if len(here) >= MAX_HTTP:
+            idle = [each for each in here if each not in self._busy]
+            for each in idle[: max(1, len(idle) // 2)]:
+                each.force_close()
 
 
 async def _stop_listening(listeners: list[asyncio.Server]) -> None:
