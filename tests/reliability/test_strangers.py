@@ -186,7 +186,7 @@ def test_five_thousand_wait_in_little_memory_and_operators_are_answered(
 ) -> None:
     if why := need_descriptors(6000):
         pytest.skip(why)
-    with victim("--log-level", "warning") as server:
+    with victim() as server:
         pair_joins(server.port, "first")
         ask(server, "/metrics")
         before = server.memory("VmRSS")
@@ -264,7 +264,7 @@ async def test_strangers_are_told_no_more_than_they_say(said: bytes) -> None:
 
 @pytest.mark.row(7)
 def test_frames_over_the_limit_are_not_allocated(measured: Measured) -> None:
-    with victim("--log-level", "warning") as server:
+    with victim() as server:
         pair_joins(server.port, "first")
         before = server.memory("VmHWM")
         for announced in (4097, 2**32 - 1):
@@ -281,7 +281,7 @@ def test_frames_over_the_limit_are_not_allocated(measured: Measured) -> None:
 # ----------------------------------------------------------------------- dead waiters
 @pytest.mark.row(8)
 def test_nobody_is_paired_with_the_dead(measured: Measured) -> None:
-    with victim("--log-level", "warning") as server:
+    with victim() as server:
         paired = 0
         for n in range(1000):
             dead, _ = enter(server.port, f"job {n}", 0, 2)
@@ -299,7 +299,7 @@ def test_nobody_is_paired_with_the_dead(measured: Measured) -> None:
 
 @pytest.mark.row(8)
 def test_a_dead_waiter_is_gone_at_once(measured: Measured) -> None:
-    with victim("--log-level", "warning") as server:
+    with victim() as server:
         times = []
         for n in range(20):
             dead, _ = enter(server.port, f"job {n}", 0, 2)
