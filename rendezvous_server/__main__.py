@@ -25,6 +25,7 @@ from rendezvous_server.config import (
     read_networks,
     read_secret,
 )
+from rendezvous_server.listen import raise_limit
 from rendezvous_server.registry import RELAY_BYTES, RELAY_PAIRS
 from rendezvous_server.server import Server
 
@@ -200,6 +201,7 @@ def main(
             proxy_protocol=proxy_protocol,
             legacy=read_networks(legacy or ()),
         )
+        raise_limit()
         uvloop.run(_serve(config))
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None

@@ -9,11 +9,11 @@ itself without the server having to remember it.
 from __future__ import annotations
 
 from collections import deque
-from ipaddress import IPv6Network
 from urllib.parse import urlsplit
 
 from fmi_client.protocol import auth
 from rendezvous_server.config import is_loopback
+from rendezvous_server.strangers import source
 
 COOKIE = "rendezvous"
 SESSION_SECONDS = 12 * 3600
@@ -43,7 +43,7 @@ class Access:
     def __init__(self, token: bytes | None, loopback: bool) -> None:
         self._token = token
         self._loopback = loopback
-        self._failures: deque[tuple[float, str]] = deque()
+        self._failures: deque[tuple[float, bytes]] = deque()
         """When and whence wrong tokens came lately, the oldest first."""
 
     @property
@@ -74,18 +74,18 @@ class Access:
         """
         if self._token is None:
             return False
-        source = _source(host)
-        self._slow_down(source, now)
+        whence = source(host)
+        self._slow_down(whence, now)
         if auth.same(token, self._token):
             return True
-        self._failures.append((now, source))
+        self._failures.append((now, whence))
         return False
 
-    def _slow_down(self, source: str, now: float) -> None:
+    def _slow_down(self, whose: bytes, now: float) -> None:
         while self._failures and now - self._failures[0][0] >= TRIES_SECONDS:
             self._failures.popleft()
         times = [at for at, _ in self._failures]
-        own = [at for at, whence in self._failures if whence == source]
+        own = [at for at, whence in self._failures if whence == whose]
         for found, limit in ((own, TRIES), (times, ALL_TRIES)):
             if len(found) >= limit:
                 raise TooManyTries(TRIES_SECONDS - (now - found[0]))
@@ -105,10 +105,3 @@ class Access:
     def _sign(self, expires: str) -> str:
         code = auth.mac(self._token or b"", "rendezvous page", expires.encode())
         return f"{expires}.{code.hex()}"
-
-
-def _source(host: str) -> str:
-    """Return whom an address stands for: of IPv6 whoever has one has its /64."""
-    if ":" not in host:
-        return host
-    return str(IPv6Network((host.partition("%")[0], 64), strict=False))

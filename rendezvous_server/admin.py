@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from rendezvous_server.access import Access
 from rendezvous_server.config import is_loopback
-from rendezvous_server.listen import listen
+from rendezvous_server.listen import MAX_HTTP, listen
 from rendezvous_server.live import Pages
 from rendezvous_server.server import Server
 
@@ -30,10 +30,13 @@ class _Metrics:
 
     def collect(self) -> Iterator[Metric]:
         server, counters = self._server, self._server.counters
+        crowded_out = counters.crowded_out
         for name, text, value in (
             ("connections", "Connections accepted", counters.connections),
             ("joins", "Ranks that joined", counters.joined),
             ("refusals", "Connections refused", counters.refused + server.legacy.refused),
+            ("handshake_timeouts", "Connections that proved nothing in time", counters.late),
+            ("crowded_out", "Connections cut before their time for want of room", crowded_out),
             ("lost_ranks", "Ranks whose connection ended without goodbye", counters.lost),
             ("jobs_started", "Jobs whose ranks were all present", counters.jobs_started),
             ("punches", "Pairs told to punch", server.registry.punches),
@@ -45,6 +48,7 @@ class _Metrics:
             yield CounterMetricFamily(f"rendezvous_{name}", text, value=value)
         for name, text, value in (
             ("open_connections", "Connections open now", len(server.open)),
+            ("strangers", "Connections that have proved nothing yet", len(server.strangers)),
             ("ranks", "Ranks present now", server.registry.ranks),
             ("jobs", "Jobs present now", len(server.registry.jobs)),
             ("tasks", "Tasks of the event loop now", len(asyncio.all_tasks())),
@@ -96,15 +100,57 @@ def make_app(server: Server, host: str) -> web.Application:
 
 async def start(server: Server, host: str, port: int) -> tuple[web.AppRunner, int]:
     """Serve HTTP; returns what to clean up, and the port."""
+    app, crowd, listeners = make_app(server, host), _Crowd(), list[asyncio.Server]()
+    app.middlewares.append(crowd.watch)
+    app.on_shutdown.append(lambda _: _stop_listening(listeners))
     runner = web.AppRunner(
-        make_app(server, host),
+        app,
         access_log=None,
         keepalive_timeout=IDLE_SECONDS,
         shutdown_timeout=STOP_SECONDS,
         auto_decompress=False,  # nobody has a reason to send us more than some bytes
     )
     await runner.setup()
-    for sock in listen(host, port):
-        await web.SockSite(runner, sock).start()
-    bound: int = runner.addresses[0][1]
+
+    def accept() -> asyncio.Protocol:
+        assert runner.server is not None
+        crowd.make_room(runner.server)
+        return runner.server()
+
+    sockets = listen(host, port)
+    for sock in sockets:
+        listeners.append(await asyncio.get_running_loop().create_server(accept, sock=sock))
+    bound: int = sockets[0].getsockname()[1]
     return runner, bound
+
+
+class _Crowd:
+    """Bounds the connections: those without a request make room, the older half of them."""
+
+    def __init__(self) -> None:
+        self._busy: set[asyncio.BaseProtocol] = set()
+
+    @web.middleware
+    async def watch(
+        self,
+        request: web.Request,
+        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        self._busy.add(request.protocol)
+        try:
+            return await handler(request)
+        finally:
+            self._busy.discard(request.protocol)
+
+    def make_room(self, http: web.Server) -> None:
+        """Close some, if there are many: before another comes."""
+        here = http.connections
+        if len(here) >= MAX_HTTP:
+            idle = [each for each in here if each not in self._busy]
+            for each in idle[: max(1, len(idle) // 2)]:
+                each.force_close()
+
+
+async def _stop_listening(listeners: list[asyncio.Server]) -> None:
+    for each in listeners:
+        each.close()

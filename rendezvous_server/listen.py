@@ -1,15 +1,37 @@
-"""Sockets to listen on: of both IP versions, at one port."""
+"""Sockets to listen on, of both IP versions at one port, and how many there may be."""
 
 from __future__ import annotations
 
 import errno
+import math
+import resource
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 EVERYWHERE = "::"
 """The host that stands for all interfaces and both versions of IP, or the one there is."""
 
 NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+
+MAX_HTTP = 64
+"""Connections of operators at once: twice the viewers that the live page has."""
+
+RESERVED = MAX_HTTP + 32
+"""Descriptors that are none of ranks': also listeners, the loop's own, and those of a burst, which
+the loop accepts before we can close any."""
+
+
+def raise_limit() -> None:
+    """Use all descriptors that this process may have: the soft limit is often 1,024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # some kernels allow less than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def room_for_ranks() -> float:
+    """Return how many connections of ranks and strangers there are descriptors for."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if soft == resource.RLIM_INFINITY else max(soft - RESERVED, soft // 2)
 
 
 def listen(host: str, port: int, backlog: int = 128) -> list[socket.socket]:

@@ -208,7 +208,7 @@ def _facts(server: Server) -> dict[str, Any]:
     return {
         "version": _version(),
         "started": round(server.started, 1),
-        "connections_now": len(server.open) + len(relayed.legs) + len(server.legacy.open),
+        "connections_now": server.held,
         "connections": counters.connections,
         "joins": counters.joined,
         "lost": counters.lost,

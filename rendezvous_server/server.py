@@ -24,11 +24,12 @@ from fmi_client.protocol.rendezvous import (
 )
 from rendezvous_server.config import Config
 from rendezvous_server.legacy_connection import Legacy, LegacyConnection
-from rendezvous_server.listen import listen
+from rendezvous_server.listen import listen, room_for_ranks
 from rendezvous_server.proxy import split_header
 from rendezvous_server.registry import Job, Member, Outbox, Registry, RelayFull
 from rendezvous_server.relay import Leg, Traffic
 from rendezvous_server.status import Refusals
+from rendezvous_server.strangers import Strangers, source
 
 log = structlog.get_logger()
 
@@ -58,6 +59,8 @@ class Counters:
         self.lost = 0
         self.jobs_started = 0
         self.relay_limits = 0
+        self.late = 0
+        self.crowded_out = 0
 
 
 class Server:
@@ -84,6 +87,9 @@ class Server:
         self.counters = Counters()
         self.started = time.time()
         self.open: set[Connection] = set()
+        self.strangers: Strangers[Connection] = Strangers()
+        self._room = room_for_ranks()
+        self._patience: asyncio.TimerHandle | None = None
         self.emptied = asyncio.Event()
         """Set whenever the last rank has gone; for draining."""
         self._listeners: list[asyncio.Server] = []
@@ -101,9 +107,49 @@ class Server:
         self._ticker = asyncio.create_task(self._tick())
         return port
 
+    @property
+    def held(self) -> int:
+        """Connections that are open now, whatever became of them."""
+        return len(self.open) + len(self.relayed.legs) + len(self.legacy.open)
+
+    def expect(self, stranger: Connection, host: str, deadline: float) -> bool:
+        """Give a connection until `deadline`, by the loop's clock, to prove itself.
+
+        Returns:
+            Whether there is room for it.
+        """
+        whence = source(host)
+        if self.strangers.crowded or self.held > self._room:
+            self.counters.crowded_out += 1
+            oldest = self.strangers.next_to_go(whence)
+            if oldest is None:
+                return False  # all places are those of ranks
+            oldest.cut()
+        self.strangers.add(stranger, whence, deadline)
+        if self._patience is None:
+            self._await_next()
+        return True
+
+    def _await_next(self) -> None:
+        """Have one timer for all strangers: the first to come is the first to be late."""
+        first = self.strangers.next_deadline
+        loop = asyncio.get_running_loop()
+        self._patience = None if first is None else loop.call_at(first, self._cut_late)
+
+    def _cut_late(self) -> None:
+        for stranger in self.strangers.late(asyncio.get_running_loop().time()):
+            self.counters.late += 1
+            stranger.cut()
+        self._await_next()
+
     async def _tick(self) -> None:
+        crowded_out = 0
         while True:
             await asyncio.sleep(EXPIRY_PERIOD)
+            if self.counters.crowded_out > crowded_out:
+                now = self.counters.crowded_out
+                log.warning("no room", cut=now - crowded_out, ranks=self.registry.ranks)
+                crowded_out = now
             self._end(self.registry.expire(time.time()))
             self.legacy.expire(asyncio.get_running_loop().time())
 
@@ -150,6 +196,8 @@ class Server:
         """Cut what is still open."""
         if self._ticker is not None:
             self._ticker.cancel()
+        if self._patience is not None:
+            self._patience.cancel()
         for connection in list(self.open):
             connection.close_soon()
         for leg in list(self.relayed.legs):
@@ -169,7 +217,7 @@ class Connection(asyncio.Protocol):
     """One TCP connection; before authentication it has until a fixed moment to prove itself."""
 
     __slots__ = (
-        *("_clean", "_deadline", "_header", "_heard", "_member"),
+        *("_clean", "_credit", "_header", "_heard", "_member"),
         *("_server", "_side", "_transport"),
     )
 
@@ -180,7 +228,8 @@ class Connection(asyncio.Protocol):
         self._member: Member | None = None
         self._clean = False
         self._heard = False
-        self._deadline: asyncio.TimerHandle | None = None
+        self._credit = 0
+        """Bytes that it sent, less those that it was told while a stranger."""
         self._header: bytes | None = b"" if server.config.proxy_protocol else None
         """What has come of the balancer's header; None when there is none to come."""
 
@@ -196,14 +245,16 @@ class Connection(asyncio.Protocol):
             return
         now = time.time()
         self._side = ServerSide(server.admission, (peer[0], peer[1]), now)
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.call_later(self._side.deadline - now, self._expire)
+        deadline = asyncio.get_running_loop().time() + (self._side.deadline - now)
+        if not server.expect(self, peer[0], deadline):
+            transport.abort()
         transport.set_write_buffer_limits(high=WRITE_LIMIT)
 
     def data_received(self, data: bytes) -> None:
         side = self._side
         if side is None or self._transport is None or self._transport.is_closing():
             return
+        self._credit += len(data)
         try:
             if self._header is not None:
                 data = self._take_header(side, data)
@@ -261,7 +312,7 @@ class Connection(asyncio.Protocol):
             server.counters.relay_limits += 1
             self.write(RELAY_FULL)
             raise
-        self._cancel_deadline()
+        server.strangers.discard(self)
         self._keep_alive(user_timeout_ms=0)
         server.open.discard(self)
         leg = Leg(transport, pair, server.relayed)
@@ -274,14 +325,14 @@ class Connection(asyncio.Protocol):
 
     def _become_legacy(self, data: bytes) -> None:
         """Hand the connection over to TCPunch's protocol; its deadline stays."""
-        server, transport, deadline = self._server, self._transport, self._deadline
+        server, transport = self._server, self._transport
         assert transport is not None
         assert self._side is not None
+        deadline = server.strangers.discard(self)
         assert deadline is not None
-        self._cancel_deadline()
         self._keep_alive()
         server.open.discard(self)
-        client = LegacyConnection(transport, server.legacy, self._side.observed, deadline.when())
+        client = LegacyConnection(transport, server.legacy, self._side.observed, deadline)
         transport.set_protocol(client)
         self._transport = self._side = None
         client.data_received(data)
@@ -291,7 +342,7 @@ class Connection(asyncio.Protocol):
         hello, server = event.hello, self._server
         member, outbox = server.registry.join(hello, self._side.observed, self, time.time())
         self._member = member
-        self._cancel_deadline()
+        server.strangers.discard(self)
         self._keep_alive()
         server.counters.joined += 1
         self.write(encode(event.welcome))
@@ -331,8 +382,14 @@ class Connection(asyncio.Protocol):
             self._side.outgoing.clear()
 
     def write(self, frame: bytes) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(frame)
+        """Queue a frame; to a stranger no more bytes than it sent, or nothing."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._side is not None and not self._side.proven:
+            if len(frame) > self._credit:
+                return
+            self._credit -= len(frame)
+        self._transport.write(frame)
 
     def pause_writing(self) -> None:
         """It does not read what it is told: it is dead, or means harm."""
@@ -344,14 +401,11 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
-    def _expire(self) -> None:
+    def cut(self) -> None:
+        """Close at once, without a word."""
+        self._server.strangers.discard(self)
         if self._transport is not None:
             self._transport.abort()
-
-    def _cancel_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
 
     def _keep_alive(self, user_timeout_ms: int = USER_TIMEOUT_MS) -> None:
         sock: Any = self._transport.get_extra_info("socket") if self._transport else None
@@ -363,7 +417,7 @@ class Connection(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_deadline()
+        self._server.strangers.discard(self)
         self._server.open.discard(self)
         member, self._member = self._member, None
         if member is None:

@@ -143,6 +143,11 @@ class ServerSide:
         self.outgoing = bytearray()
         """Bytes to write; the caller takes and clears them."""
 
+    @property
+    def proven(self) -> bool:
+        """Whether the rank has proved its right to join."""
+        return self._joined
+
     def receive(self, data: bytes, now: float) -> list[Authenticated | RelayLeg | Request]:
         """Take bytes from the rank and return what they mean.
 

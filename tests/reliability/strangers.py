@@ -1,0 +1,130 @@
+"""A server process to attack, what it takes, and raw connections to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fmi_client.protocol import auth
+from fmi_client.protocol.rendezvous import ClientSide, Event, Hello, Welcome
+
+HELLO = Hello("job", 1, 0, 0, 0, (("::", 1),), b"")
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A server process: its ports, and what the kernel knows of it."""
+
+    pid: int
+    port: int
+    admin_port: int
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def memory(self, line: str) -> float:
+        """Return what a line of its status says, in KiB: VmRSS, or VmHWM, the most ever."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return float(status.split(f"{line}:")[1].split()[0])
+
+
+@contextmanager
+def victim(*options: str, descriptors: int | None = None) -> Iterator[Victim]:
+    """Run a server, with a limit of `descriptors`."""
+    command = [sys.executable, "-m", "rendezvous_server", "--port", "0", "--admin-port", "0"]
+    limited = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh"] if descriptors else []
+    arguments = [*limited, *command, *options]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        events = (json.loads(line) for line in process.stderr)
+        at = next(event for event in events if event["event"] == "listening")
+        reader = threading.Thread(target=lambda: [None for _ in events])  # or the pipe fills
+        reader.start()
+        try:
+            yield Victim(process.pid, at["port"], at["admin_port"])
+            assert process.poll() is None
+        finally:
+            process.kill()
+            reader.join()
+
+
+def need_descriptors(count: int) -> str | None:
+    """Allow this process so many; returns why it cannot be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        return f"this test opens {count} sockets; the hard limit is {hard} files"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
+    return None
+
+
+def knock(port: int, data: bytes = b"") -> socket.socket:
+    """Connect and say something."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+    if data:
+        sock.sendall(data)
+    return sock
+
+
+def enter(port: int, job: str, rank: int = 0, size: int = 1) -> tuple[socket.socket, list[Event]]:
+    """Join as a rank, by hand; returns the connection and what came with the welcome.
+
+    Raises:
+        ConnectionError: the server did not let it finish.
+    """
+    sock = knock(port)
+    own = (sock.getsockname(), ("10.0.0.1", sock.getsockname()[1]))
+    hello = replace(
+        HELLO, job=job, rank=rank, size=size, candidates=own, nonce=os.urandom(auth.NONCE_BYTES)
+    )
+    try:
+        return sock, _converse(sock, ClientSide(hello, None))
+    except Exception:
+        sock.close()
+        raise
+
+
+def _converse(sock: socket.socket, side: ClientSide) -> list[Event]:
+    while True:
+        sock.sendall(side.outgoing)
+        side.outgoing.clear()
+        data = sock.recv(65536)
+        if not data:
+            raise ConnectionError("closed before the welcome")
+        events = side.receive(data)
+        if any(isinstance(event, Welcome) for event in events):
+            return events
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def ended(sock: socket.socket) -> bytes:
+    """Return what comes before the end; a reset is one, too."""
+    said = b""
+    with suppress(ConnectionResetError, BrokenPipeError):
+        while data := sock.recv(65536):
+            said += data
+    return said
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> float:
+    """Wait for it; returns the seconds that it took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, "it did not come to pass"
+        time.sleep(0.002)  # a look costs the victim's core some time
+    return time.monotonic() - start
