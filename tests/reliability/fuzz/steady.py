@@ -35,6 +35,16 @@ def steady() -> Iterator[None]:
         yield
 
 
+class NoSocket:
+    """What a server asks of the socket below a transport."""
+
+    def fileno(self) -> int:
+        return 3
+
+    def setsockopt(self, *option: object) -> None:
+        pass
+
+
 class Wire(asyncio.Transport):
     """The other end of a connection: gives bytes to its protocol, and keeps what it writes."""
 
@@ -47,7 +57,7 @@ class Wire(asyncio.Transport):
         self.paused = False
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return self.address if name == "peername" else default
+        return {"peername": self.address, "socket": NoSocket()}.get(name, default)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self.protocol = protocol
