@@ -29,7 +29,8 @@ from fmi_client.errors import (
     RendezvousError,
 )
 from fmi_client.findings import Credentials, Report, Status, Step, plain, time_text
-from fmi_client.joining import JoinRequest, SocketEndpoint, resolve
+from fmi_client.join_request import JoinRequest
+from fmi_client.joining import SocketEndpoint, resolve
 from fmi_client.payloads import allocate
 from fmi_client.protocol import addresses, auth
 from fmi_client.protocol.addresses import Address, format_address

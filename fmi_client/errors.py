@@ -120,7 +120,13 @@ class RankTaken(RendezvousError):
 
 
 class ServerDraining(RendezvousError):
-    """The server is shutting down and takes no new ranks."""
+    """The server is shutting down and takes no new ranks.
+
+    `connect` raises it only after some seconds in which no other server took its place.
+    """
+
+    retry_after = 1.0
+    """Seconds after which the server wants to be asked again, or another one in its place."""
 
 
 class _Missing(FmiError):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Self
 
-from fmi_client.endpoint import MAX_SECONDS, Allocate, Endpoint, left_error, some_ranks
-from fmi_client.errors import FmiError, JoinTimeout, RankFailed, RendezvousError
-from fmi_client.hints import HINTS, Choice, settle
-from fmi_client.protocol import auth
+from fmi_client.endpoint import Allocate, Endpoint, left_error
+from fmi_client.errors import (
+    AuthenticationFailed,
+    FmiError,
+    RankFailed,
+    RendezvousError,
+)
+from fmi_client.join_request import JoinRequest
 from fmi_client.protocol.addresses import Address, format_address, plain, version
-from fmi_client.protocol.hello import MAX_JOB_NAME, MAX_SIZE, Hello
+from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.rendezvous import (
+    LEFT,
+    REJOIN_SECONDS,
     Draining,
     Event,
     Gone,
@@ -33,8 +35,7 @@ from fmi_client.transport.lobby import Lobby
 from fmi_client.transport.pulse import CHECK_SECONDS
 from fmi_client.transport.punch import Punch as PunchAttempt
 from fmi_client.transport.reactor import Reactor, Timer
-from fmi_client.transport.sockets import bound_pair, parse_endpoint
-from fmi_client.transport.store import parse_store
+from fmi_client.transport.sockets import bound_pair
 
 VERDICT_SECONDS = 1.0
 """A broken link means that somebody died, but not who: the neighbour may only have noticed
@@ -49,102 +50,12 @@ that give up at the same moment would otherwise name each other."""
 MAX_SERVERS = 8
 """Addresses of the server that are tried: each may cost a moment."""
 
-NOWHERE = ("", 0)
-"""The server of a job that has none."""
-
-CHANNELS = ("auto", "direct", "relay", "object")
+REPLACE_SECONDS = 0.5
+"""A connection that the peer has only to confirm gets so long, before a new attempt takes its
+place because the peer asked for one."""
 
 LEAVE_SECONDS = 0.5
 """How long the server may take to hear our goodbye."""
-
-
-@dataclass(frozen=True, slots=True)
-class JoinRequest:
-    """What `connect` was asked for, checked."""
-
-    server: Address
-    job: str
-    rank: int
-    size: int
-    epoch: int
-    timeout: float
-    key: bytes | None = field(repr=False)
-    token: auth.Token | None = field(repr=False)
-    channel: str = "auto"
-    store: str = ""
-
-    @classmethod
-    def make(
-        cls,
-        server: str | None,
-        job: str,
-        rank: int,
-        size: int,
-        key: bytes | str | None,
-        token: str | None,
-        epoch: int,
-        timeout: float,
-        channel: str | Choice = "auto",
-        store: str | None = None,
-    ) -> Self:
-        """Check the arguments; key and token default to FMI_KEY and FMI_TOKEN.
-
-        Raises:
-            ValueError: the text names the argument.
-        """
-        if not 1 <= len(job) <= MAX_JOB_NAME:
-            raise ValueError(f"job must be a name of 1 to {MAX_JOB_NAME} characters")
-        if not 1 <= size <= MAX_SIZE:
-            raise ValueError(f"size={size}: a job has 1 to {MAX_SIZE} ranks")
-        if not 0 <= rank < size:
-            raise ValueError(f"rank={rank} is not a rank of a job of {size}: 0 … {size - 1}")
-        if not 0 <= epoch < 2**31:
-            raise ValueError(f"epoch={epoch} is not from 0 to 2**31 - 1")
-        if not 0 < timeout < math.inf:
-            raise ValueError(f"timeout={timeout} s: joining needs a positive, finite time")
-        channel, server, store = settle(channel, server, store, size)
-        _check_channel(channel, server, store)
-        key = key if key is not None else os.environ.get("FMI_KEY") or None
-        token = token or os.environ.get("FMI_TOKEN") or None
-        return cls(
-            parse_endpoint(server) if server is not None else NOWHERE,
-            job,
-            int(rank),
-            int(size),
-            int(epoch),
-            min(float(timeout), MAX_SECONDS),
-            auth.parse_key(key),
-            auth.Token.parse(token) if token else None,
-            channel,
-            store or "",
-        )
-
-    def not_all_came(self, missing: list[int]) -> JoinTimeout:
-        """Return what to raise when the time was not enough for `missing`; none: unknown ranks."""
-        who = f": {some_ranks(missing)}" if missing else ""
-        return JoinTimeout(
-            f"job {self.job!r}: {len(missing) or 'some'} of {self.size} ranks "
-            f"did not join within {self.timeout:.3g} s{who}",
-            missing=missing,
-            rank=self.rank,
-            op="connect",
-        )
-
-    def hello(self, own: tuple[Address, ...]) -> Hello:
-        """Return what the server is told, with a nonce made now: a snapshot has no old one."""
-        expires = self.token.expires if self.token else 0
-        return Hello(self.job, self.size, self.rank, self.epoch, expires, own, auth.nonce())
-
-
-def _check_channel(channel: str, server: str | None, store: str | None) -> None:
-    if channel not in CHANNELS:
-        raise ValueError(f"channel={channel!r} is none of {', '.join(CHANNELS + HINTS)}")
-    if channel == "object":
-        parse_store(store or "")
-    elif store is not None:
-        raise ValueError(f"store={store!r} is for channel='object' or a hint only")
-    elif server is None:
-        raise ValueError(f"channel={channel!r} needs a server")
 
 
 class SocketEndpoint(Endpoint):
@@ -172,11 +83,22 @@ class SocketEndpoint(Endpoint):
         """Our end of the connection to the server, once there is one."""
         self.observed: Address | None = None
         """Where the server sees us, once it has let us in."""
-        self._left: set[int] = set()
+        self._left: dict[int, RankFailed] = {}
+        """Ranks that are not there any more, and what it means to need one."""
         self._leaving = False
         self._punches: dict[int, PunchAttempt] = {}
         self._told: dict[int, Punch] = {}
+        self._asked: set[int] = set()
+        """Peers for a link with which the server has been asked, and has not answered yet."""
+        self._away: FmiError | None = None
+        """Why there is no server just now; another is looked for."""
+        self._patience: Timer | None = None
+        self._untold: list[JobAborted] = []
+        """What the next server is to pass on."""
+        self._relayed: dict[int, int] = {}
+        """The servers that were lost before each relayed link was made."""
         self._lost_control: FmiError | None = None
+        """Why no link can be made: for good, or until a server is found after all."""
         self._checks: Timer | None = None
         self._started = reactor.now()
         listeners = bound_pair(but=request.server[1])
@@ -189,6 +111,7 @@ class SocketEndpoint(Endpoint):
             request.token,
             self._hello,
             self._on_event,
+            self._on_away,
             self._on_lost,
         )
 
@@ -215,6 +138,8 @@ class SocketEndpoint(Endpoint):
     def join_error(self) -> FmiError:
         """Return what to raise when the time for joining was not enough."""
         timeout, where = self._request.timeout, format_address(self._request.server)
+        if self._control.sent_away is not None:
+            return self._control.sent_away.at(rank=self.rank, op="connect")
         if not self._control.welcomed:
             return RendezvousError(
                 f"cannot join through the rendezvous server {where} within {timeout:.3g} s "
@@ -233,6 +158,8 @@ class SocketEndpoint(Endpoint):
         match event:
             case Welcome(seen):
                 self.observed = seen
+            case Ready() if self.join_seconds:
+                self._rejoined()
             case Ready():
                 self.join_seconds = self._reactor.now() - self._started
                 self._check_links()
@@ -240,8 +167,8 @@ class SocketEndpoint(Endpoint):
             case Missing(ranks):
                 self.missing = ranks
                 self.on_change()
-            case Want(peer) if peer not in self.links and 0 <= peer < self.size:
-                self.link(peer)
+            case Want(peer) if 0 <= peer < self.size:
+                self._wanted(peer)
             case Punch():
                 self._punch(event)
             case Gone():
@@ -256,26 +183,70 @@ class SocketEndpoint(Endpoint):
         if self._leaving:
             self.on_change()
             return
-        self._lost_control = error.at(rank=self.rank, op=None if self.ready else "connect")
-        if not self.ready:
-            self.fail(self._lost_control)
-            return
-        for link in list(self.links.values()):
-            if isinstance(link, SocketLink) and link.pending and link.peer not in self._punches:
-                link.fail(self._lost_control)
+        error.at(rank=self.rank, op=None if self.ready else "connect")
+        if self.ready:
+            self._wait_no_more(error)
+        else:
+            self._lost_control = error
+            self.fail(error)
+
+    def _on_away(self, error: FmiError) -> None:
+        """The server is lost, and another is looked for: who needs one waits."""
+        self._away = error.at(rank=self.rank)
+        self._asked.clear()
+        self._stop_waiting()
+        for link in self.links.values():
+            if isinstance(link, SocketLink) and self._lost_with_server(link):
+                self._blame(link)
+        if self.failure is not None and not self._untold:
+            self._control.close()  # the server ended the job, or nothing is left to be said
+        else:
+            self._patience = self._reactor.call_later(REJOIN_SECONDS, self._nobody_came)
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+
+    def _nobody_came(self) -> None:
+        assert self._away is not None
+        why = f"{self._away.message}, and no other came within {REJOIN_SECONDS:.3g} s"
+        self._wait_no_more(RendezvousError(why, rank=self.rank))
+
+    def _wait_no_more(self, error: FmiError) -> None:
+        """No link can be made, unless its connection is on the way already."""
+        self._lost_control = error
+        self._stop_waiting()
+        for link in self._pending():
+            if link.peer not in self._punches:
+                link.fail(error)
         for punch in self._punches.values():
-            punch.hurry(self._lost_control)
+            punch.hurry(error)
+
+    def _rejoined(self) -> None:
+        """There is a server again. It knows nothing of what the last one was asked for."""
+        self._away = self._lost_control = None
+        self._stop_waiting()
+        untold, self._untold = self._untold, []
+        for event in untold:
+            self.tell(event)
+        for link in self._pending():
+            self._ask(link.peer)
+
+    def _pending(self) -> list[SocketLink]:
+        links = self.links.values()
+        return [link for link in links if isinstance(link, SocketLink) and link.pending]
 
     def _gone(self, gone: Gone) -> None:
         if not gone.clean:
             self.fail(RankFailed(f"rank {gone.rank} was lost: {gone.why}", rank=gone.rank))
             return
-        self._left.add(gone.rank)
+        error = RankFailed(f"rank {gone.rank} {gone.why}", rank=gone.rank)
+        self._left[gone.rank] = left_error(gone.rank) if gone.why == LEFT else error
         link = self.links.get(gone.rank)
         if not isinstance(link, SocketLink):
             return
         if link.lost:
-            link.fail(left_error(gone.rank))
+            link.fail(self._left[gone.rank].fresh())
             return
         punch = self._punches.get(gone.rank)
         if punch is not None and punch.chosen:
@@ -287,7 +258,7 @@ class SocketEndpoint(Endpoint):
     def _never_linked(self, link: SocketLink) -> None:
         if link.pending:
             self._forget_punch(link.peer)
-            link.fail(left_error(link.peer))
+            link.fail(self._left[link.peer].fresh())
 
     def _forget_punch(self, peer: int) -> None:
         punch = self._punches.pop(peer, None)
@@ -298,20 +269,44 @@ class SocketEndpoint(Endpoint):
     def _make(self, peer: int) -> SocketLink:
         link = SocketLink(peer, self._reactor, self._inbox(peer, hold=True), self._link_lost)
         if peer in self._left:
-            link.fail(left_error(peer))
+            link.fail(self._left[peer].fresh())
         elif self._lost_control is not None:
             link.fail(self._lost_control)
-        elif self._control.side is not None:
-            self._control.side.link(peer)
-            self._control.flush()
+        else:
+            self._ask(peer)
         return link
+
+    def _ask(self, peer: int) -> None:
+        """Ask for a link; where there is no server, that is done when there is one."""
+        if self._control.present and self._control.side is not None:
+            link = self.links.get(peer)
+            got = link.received if isinstance(link, SocketLink) and link.suspended else 0
+            self._asked.add(peer)
+            self._control.side.link(peer, got)
+            self._control.flush()
+
+    def _wanted(self, peer: int) -> None:
+        link = self.links.get(peer)
+        if link is None:
+            self._left.pop(peer, None)  # it came back so late that we had given it up
+            self.link(peer)
+        elif isinstance(link.error, FmiError):
+            self.give_up(link.error)  # the peer would wait for it in vain
+        elif link in self._pending() and peer not in self._asked:
+            self._ask(peer)  # it has lost what it was told, so our own punch is in vain
 
     def _punch(self, instruction: Punch) -> None:
         peer = instruction.peer
+        self._asked.discard(peer)
         link = self.links.get(peer)
-        if not isinstance(link, SocketLink) or not link.pending or peer in self._punches:
+        if not isinstance(link, SocketLink) or not link.pending:
             return
         self._told[peer] = instruction
+        old = self._punches.get(peer)
+        if old is not None and old.chosen:
+            self._reactor.call_later(REPLACE_SECONDS, lambda: self._replace(old, instruction))
+            return
+        self._forget_punch(peer)
         punch = PunchAttempt(
             self._reactor,
             instruction,
@@ -330,17 +325,34 @@ class SocketEndpoint(Endpoint):
         punch.start()
         self._lobby.call(punch)
 
+    def _replace(self, old: PunchAttempt, instruction: Punch) -> None:
+        if self._punches.get(old.peer) is old:
+            self._forget_punch(old.peer)
+            self._punch(instruction)
+
     def _linked(self, link: SocketLink, sock: socket.socket, kind: str, first: bytes) -> None:
         del self._punches[link.peer]
+        if link.suspended and not link.resume(self._told[link.peer].got):
+            sock.close()
+            self.give_up(relay_error(link))
+            return
+        self._relayed[link.peer] = self._control.losses
         link.attach(sock, kind, first)
 
     def _unlinked(self, link: SocketLink, error: FmiError) -> None:
         del self._punches[link.peer]
-        link.fail(error)
+        looks = self._away is not None and self._lost_control is None
+        # With a server's next word there may be another attempt.
+        waits = looks or link.peer in self._asked
+        if not waits or isinstance(error, AuthenticationFailed):
+            link.fail(error)
 
     def excuse(self, peer: int) -> FmiError | None:
         punch = self._punches.get(peer)
-        return punch.error() if punch is not None and not punch.connected else None
+        if punch is not None and not punch.connected:
+            return punch.error()
+        link = self.links.get(peer)
+        return self._away if self._away is not None and link in self._pending() else None
 
     def _check_links(self) -> None:
         """Every second: notice a link that leads nowhere any more."""
@@ -352,8 +364,8 @@ class SocketEndpoint(Endpoint):
     def _link_lost(self, link: SocketLink) -> None:
         """A link broke: wait for the server to say who died before blaming the neighbour."""
         if link.peer in self._left:
-            link.fail(left_error(link.peer))
-        elif self._lost_control is not None:
+            link.fail(self._left[link.peer].fresh())
+        elif self._lost_control is not None or self._lost_with_server(link):
             self._blame(link)
         elif link.revive():
             self._punch(self._told[link.peer])
@@ -361,17 +373,29 @@ class SocketEndpoint(Endpoint):
         else:
             self._reactor.call_later(VERDICT_SECONDS, lambda: self._blame(link))
 
+    def _lost_with_server(self, link: SocketLink) -> bool:
+        now = self._control.losses
+        return link.kind == "relay" and (self._relayed[link.peer] < now or self._control.closed)
+
     def _blame(self, link: SocketLink) -> None:
-        if link.kind == "relay" and self._lost_control is not None:
-            link.fail(self._lost_control)  # it led through the server
+        if not link.lost:
+            return  # it has another connection by now, or waits for one
+        if self._lost_with_server(link) and link.error is None:
+            link.suspend()
+            if self._lost_control is not None:
+                link.fail(self._lost_control)
+            else:
+                self._ask(link.peer)
         elif link.error is None:
             link.fail(broken_error(link))
 
     # --------------------------------------------------------------------- ending
     def tell(self, event: JobAborted) -> None:
-        if self._control.side is not None:
+        if self._control.welcomed and self._control.side is not None:
             self._control.side.abort(event)
             self._control.flush()
+        elif self.ready and not self._control.closed:
+            self._untold.append(event)
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         self._reactor.call_later(seconds, call)
@@ -401,6 +425,14 @@ class SocketEndpoint(Endpoint):
 
 def broken_error(link: SocketLink) -> RankFailed:
     return RankFailed(f"the link to rank {link.peer} broke: {link.lost_because}", rank=link.peer)
+
+
+def relay_error(link: SocketLink) -> RendezvousError:
+    return RendezvousError(
+        f"the connection to the server was lost that relayed the link to rank {link.peer}, "
+        "and data with it",
+        peer=link.peer,
+    )
 
 
 def ask_before(timeout: float) -> float:

@@ -12,7 +12,7 @@ from fmi_client.errors import (
     ProtocolError,
     RendezvousError,
 )
-from fmi_client.joining import JoinRequest
+from fmi_client.join_request import JoinRequest
 from fmi_client.meeting import Host, Meeting
 from fmi_client.protocol import frames
 from fmi_client.protocol.objects import Scheme, event_rank

@@ -20,7 +20,8 @@ from fmi_client.collectives import Step
 from fmi_client.endpoint import Endpoint
 from fmi_client.errors import FmiError
 from fmi_client.hints import Choice
-from fmi_client.joining import LEAVE_SECONDS, JoinRequest, ask_before
+from fmi_client.join_request import JoinRequest
+from fmi_client.joining import LEAVE_SECONDS, ask_before
 from fmi_client.operations import Operations, OpLike
 from fmi_client.ops import SUM
 from fmi_client.payloads import allocate

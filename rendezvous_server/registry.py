@@ -10,6 +10,11 @@ A job lives through two states::
 
 and ends when its last rank leaves. Its name is free again at once, and for a rank that said
 goodbye even before: a loop of jobs under one name does not depend on who is fastest.
+
+A run of a job has a name of its own, random, that its ranks are told. They bring it when their
+server died and they come to us: a run that we do not know is made anew, RUNNING if one of them
+heard "ready". Who has not come back to it some time later may have finished meanwhile: whoever
+wants a link with it is told so, and links that exist show whether it lives.
 """
 
 from __future__ import annotations
@@ -17,7 +22,6 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
 
 from fmi_client.errors import (
     AuthenticationFailed,
@@ -25,19 +29,21 @@ from fmi_client.errors import (
     ProtocolError,
     RankTaken,
     RendezvousError,
-    ServerDraining,
 )
 from fmi_client.protocol import auth, frames
-from fmi_client.protocol.addresses import Address, Version
+from fmi_client.protocol.addresses import Address
 from fmi_client.protocol.frames import Message
 from fmi_client.protocol.hello import MAX_CANDIDATES, Hello
 from fmi_client.protocol.rendezvous import (
+    REJOIN_SECONDS,
     JobAborted,
     abort_message,
-    pack_ranks,
+    error_message,
     read_abort,
 )
-from rendezvous_server.reach import Reach, can_punch, sort_addresses
+from rendezvous_server.jobs import Job, Member, RelayPair
+from rendezvous_server.messages import READY, draining, not_back, want
+from rendezvous_server.reach import can_punch, sort_addresses
 
 RELAY_BYTES = 2**40
 """What one job may have passed on: no job of a few hours needs 1 TiB, and at AWS's list price
@@ -52,9 +58,6 @@ TICKET_SECONDS = 120.0
 SERVER = -1
 """The `by` of an abort that no rank asked for."""
 
-LOST_KEPT = 16
-"""Lost ranks of a job of which is kept when and why: the first is the cause of the others."""
-
 SPARE_LINKS = 16
 """A rank may ask twice for a link with each of the others, and so many times more."""
 
@@ -64,88 +67,6 @@ ENDED_KEPT = 50
 
 class RelayFull(RendezvousError):
     """A job has as many pairs on the server as it may."""
-
-
-@dataclass(slots=True, eq=False)
-class Member:
-    """One rank of a job. `connection` is the caller's own handle to it."""
-
-    job: Job
-    rank: int
-    connection: Hashable
-    reach: dict[Version, Reach]
-    """By version of IP; where it has both, the one that it came by is first."""
-    address: Address
-    """Where it came from, as we see it."""
-    joined: float
-    tickets: list[bytes] = field(default_factory=list)
-    """For its legs on the server: what it has not used goes with it."""
-
-
-@dataclass(slots=True, eq=False)
-class RelayPair:
-    """Two ranks that may meet on the server; `first` is the handle of the leg that waits."""
-
-    job: Job
-    ranks: tuple[int, int]
-    expires: float
-    first: Hashable | None = None
-    legs: int = 0
-    refused: bool = False
-    """One leg came when there was no room: the other must not wait for it in vain."""
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    name: str
-    size: int
-    epoch: int
-    began: float
-    """When its first rank came."""
-    expires: float
-    members: dict[int, Member] = field(default_factory=dict)
-    running: bool = False
-    gone: dict[int, Message] = field(default_factory=dict)
-    """Ranks that left or were lost while the job ran, with what was said of them."""
-    wanted: set[tuple[int, int]] = field(default_factory=set)
-    """Links asked for by one side: (who asked, with whom)."""
-    relay_bytes: int = 0
-    relay_pairs: int = 0
-    """Pairs with a leg on the server now."""
-    ready: float = 0.0
-    """When its last rank came, if it is running."""
-    links: int = 0
-    """Pairs told to punch."""
-    relayed: int = 0
-    """Of these, pairs that met on the server."""
-    came: bytearray = field(default_factory=bytearray)
-    """Ranks that went away again before all were there, as a bitmap."""
-    left: int = 0
-    lost_count: int = 0
-    """Ranks that left, and that were lost, while the job ran."""
-    lost: dict[int, tuple[float, str]] = field(default_factory=dict)
-    """When and why ranks were lost that did not come back; `LOST_KEPT` of them."""
-    aborted: JobAborted | None = None
-    """What a rank or the server said when it ended the job for everybody."""
-    ended: float = 0.0
-    absent: Message | None = None
-    """The answer to "who", until somebody comes or goes: at a deadline all ranks ask at once."""
-
-    @property
-    def well(self) -> bool:
-        """Whether nothing went wrong (so far)."""
-        return self.running and not self.lost_count and self.aborted is None
-
-    def lose(self, rank: int, now: float, why: str) -> None:
-        self.lost_count += self.running
-        if len(self.lost) < LOST_KEPT:
-            self.lost[rank] = now, why
-
-    def note(self, rank: int) -> None:
-        """Remember that a rank was here before the job was complete."""
-        if not self.came:
-            self.came = bytearray((self.size + 7) // 8)
-        self.came[rank // 8] |= 1 << rank % 8
 
 
 Outbox = list[tuple[Member, Message]]
@@ -183,6 +104,9 @@ class Registry:
         self._tickets: dict[bytes, RelayPair] = {}
         self.jobs: dict[Job, None] = {}  # a set, in the order of their beginning
         self._by_name: dict[str, Job] = {}
+        self._by_run: dict[tuple[str, bytes], Job] = {}
+        self._awaiting: set[Job] = set()
+        """Jobs that ran on another server, and whose ranks are still coming back."""
         # Those that ended well must not push out the one that somebody looks for.
         self.ended_well: deque[Job] = deque(maxlen=ENDED_KEPT)
         self.ended_badly: deque[Job] = deque(maxlen=ENDED_KEPT)
@@ -197,53 +121,85 @@ class Registry:
     ) -> tuple[Member, Outbox]:
         """Take a rank in.
 
+        Who is told "error" or "aborted" is not in the job any more; its connection is the
+        caller's to close.
+
         Raises:
             ServerDraining, JobFull, RankTaken, RendezvousError: it cannot join.
         """
         if self.draining:
-            raise ServerDraining("the server is shutting down; try again in a few seconds")
+            raise draining()
         if self.ranks >= self._max_ranks:
             raise RendezvousError(f"the server holds {self._max_ranks} ranks already")
         job, outbox = self._find_job(hello, now)
         if hello.rank in job.members:
-            raise RankTaken(f"rank {hello.rank} of job {job.name!r} is here already")
+            outbox += self._replace(job.members[hello.rank], hello)
         reach = sort_addresses(observed, hello.candidates[:MAX_CANDIDATES])
-        member = Member(job, hello.rank, connection, reach, observed, now)
+        member = Member(job, hello.rank, connection, reach, observed, now, hello.identity)
         job.members[hello.rank] = member
         job.absent = None
         self.ranks += 1
         if job.lost:
             job.lost.pop(hello.rank, None)
-        if len(job.members) == job.size:
+        if job.running:
+            return member, outbox + _welcome_back(member)
+        if hello.began:
+            job.back_until = now + REJOIN_SECONDS
+            self._awaiting.add(job)
+        if hello.began or len(job.members) == job.size:
             job.running, job.ready = True, now
-            outbox += [(each, {"t": "ready"}) for each in job.members.values()]
+            outbox += [(each, READY) for each in job.members.values()]
         return member, outbox
 
+    def _replace(self, old: Member, hello: Hello) -> Outbox:
+        """Make room for a rank that is here already, if it is the same one: its line broke, and
+        we have not noticed yet."""
+        if not hello.identity or not auth.same(hello.identity, old.identity):
+            raise RankTaken(f"rank {old.rank} of job {old.job.name!r} is here already")
+        del old.job.members[old.rank]
+        self._void(old)
+        self.ranks -= 1
+        for askers in old.job.wanted.values():
+            askers.pop(old.rank, None)  # what it still wants it asks for again
+        return [(old, {"t": "error", "code": "taken", "why": "you have joined again"})]
+
     def _find_job(self, hello: Hello, now: float) -> tuple[Job, Outbox]:
-        job = self._by_name.get(hello.job)
-        outbox: Outbox = []
-        if job is not None and hello.epoch == job.epoch and _finished(job, hello.rank):
-            job = None  # the next job of that name: this rank is the first to come back
-        if job is not None and hello.epoch > job.epoch:
-            reason = f"job {job.name!r} was started again with epoch {hello.epoch}"
-            outbox = self._end(job, "superseded", reason, now)
-            job = None
-        if job is None:
-            if len(self.jobs) >= self._max_jobs:
-                raise RendezvousError(f"the server holds {self._max_jobs} jobs already")
-            job = Job(hello.job, hello.size, hello.epoch, now, now + self._ttl)
-            self._by_name[hello.job] = job
-            self.jobs[job] = None
-            return job, outbox
-        if hello.epoch < job.epoch:
+        latest = self._by_name.get(hello.job)
+        if latest is not None and hello.epoch < latest.epoch:
             raise RendezvousError(
-                f"job {job.name!r} is at epoch {job.epoch}; a rank of epoch {hello.epoch} is late"
+                f"job {hello.job!r} is at epoch {latest.epoch}; "
+                f"a rank of epoch {hello.epoch} is late"
             )
+        if latest is not None and hello.epoch > latest.epoch:
+            outbox = self._supersede(hello, now)
+            return self._open(hello, now), outbox
+        known = self._by_run.get((hello.job, hello.run))
+        job = known or latest
+        if job is None or (known is None and _another(job, hello)):
+            return self._open(hello, now), []
         if job.size != hello.size:
             raise JobFull(f"job {job.name!r} has {job.size} ranks, not {hello.size}")
-        if job.running and hello.rank not in job.members:
+        if known is not None and hello.rank in known.gone:
+            raise RendezvousError(f"job {job.name!r} goes on without rank {hello.rank}")
+        if known is None and job.running and hello.rank not in job.members:
             raise JobFull(f"job {job.name!r} runs already; a new attempt needs a higher epoch")
-        return job, outbox
+        return job, []
+
+    def _open(self, hello: Hello, now: float) -> Job:
+        if len(self.jobs) >= self._max_jobs:
+            raise RendezvousError(f"the server holds {self._max_jobs} jobs already")
+        run = hello.run or auth.nonce()
+        job = Job(hello.job, hello.size, hello.epoch, now, now + self._ttl, run)
+        self.jobs[job] = None
+        self._by_run[job.name, run] = job
+        # A run that began elsewhere has no need of the name, which the next run may have already.
+        self._by_name[job.name] = self._by_name.get(job.name, job) if hello.began else job
+        return job
+
+    def _supersede(self, hello: Hello, now: float) -> Outbox:
+        reason = f"job {hello.job!r} was started again with epoch {hello.epoch}"
+        old = [job for job in self.jobs if job.name == hello.job and job.epoch < hello.epoch]
+        return [pair for job in old for pair in self._end(job, "superseded", reason, now)]
 
     # -------------------------------------------------------------------- leaving
     def leave(self, member: Member, *, clean: bool, why: str, now: float) -> Outbox:
@@ -275,10 +231,12 @@ class Registry:
 
     def _forget(self, job: Job, now: float) -> None:
         self.jobs.pop(job, None)
+        self._by_run.pop((job.name, job.run), None)
+        self._awaiting.discard(job)
         if self._by_name.get(job.name) is job:
             del self._by_name[job.name]
         job.ended = now
-        job.gone, job.wanted = {}, set()  # what is kept of it must be small
+        job.gone, job.wanted = {}, {}  # what is kept of it must be small
         (self.ended_well if job.well else self.ended_badly).append(job)
 
     def _end(self, job: Job, kind: str, reason: str, now: float) -> Outbox:
@@ -312,6 +270,17 @@ class Registry:
             )
         ]
 
+    def overdue(self, now: float) -> Outbox:
+        """Tell who wants a link with a rank that should have come back by now."""
+        outbox: Outbox = []
+        for job in [job for job in self._awaiting if (job.back_until or 0) <= now]:
+            self._awaiting.discard(job)
+            for peer in [peer for peer in job.wanted if peer not in job.members]:
+                said = job.gone.get(peer) or not_back(peer)
+                askers = [job.members[rank] for rank in job.wanted.pop(peer) if rank in job.members]
+                outbox += [(asker, said) for asker in askers]
+        return outbox
+
     def drain(self) -> Outbox:
         """Take nobody new. Ranks of incomplete jobs are told to come back elsewhere."""
         self.draining = True
@@ -320,8 +289,7 @@ class Registry:
             if job.running:
                 outbox += [(member, {"t": "draining"}) for member in job.members.values()]
             else:
-                why = "the server is shutting down; join again in a few seconds"
-                refusal = {"t": "error", "code": "draining", "why": why}
+                refusal = error_message(draining())
                 outbox += [(member, refusal) for member in job.members.values()]
         return outbox
 
@@ -334,7 +302,8 @@ class Registry:
         """
         match message["t"]:
             case "link":
-                return self._link(member, frames.field(message, "peer", int), now)
+                got = frames.field(message, "got", int) if "got" in message else 0
+                return self._link(member, frames.field(message, "peer", int), got, now)
             case "abort":
                 said = read_abort(message, member.rank)
                 member.job.aborted = member.job.aborted or said
@@ -344,20 +313,23 @@ class Registry:
                 return [(member, self._missing(member.job))]
         raise ProtocolError(f"unknown request {message['t']!r}")
 
-    def _link(self, member: Member, peer: int, now: float) -> Outbox:
+    def _link(self, member: Member, peer: int, got: int, now: float) -> Outbox:
         job = member.job
         if peer >= job.size or peer == member.rank or not job.running:
             raise ProtocolError(f"link: there is no peer {peer}")
         other = job.members.get(peer)
-        if other is None:
-            return [(member, job.gone[peer])]
-        if (peer, member.rank) not in job.wanted:
-            job.wanted.add((member.rank, peer))
-            return [(other, {"t": "want", "peer": member.rank})]
-        job.wanted.discard((peer, member.rank))
+        if other is None and (peer in job.gone or now >= (job.back_until or 0)):
+            return [(member, job.gone.get(peer) or not_back(peer))]
+        asked = job.wanted.get(member.rank, {})
+        if other is None or peer not in asked:
+            job.wanted.setdefault(peer, {})[member.rank] = got
+            return [(other, want(member.rank))] if other is not None else []
         self.punches += 1
         job.links += 1
-        return self._introduce(member, other, now)
+        outbox = self._introduce(member, other, now)
+        for (_, message), has in zip(outbox, (asked.pop(peer), got), strict=True):
+            message |= {"got": has} if has else {}
+        return outbox
 
     def _introduce(self, one: Member, other: Member, now: float) -> Outbox:
         cookie = self._make_cookie()
@@ -427,13 +399,30 @@ class Registry:
     def _missing(self, job: Job) -> Message:
         if job.absent is None:
             absent = set(range(job.size)) - job.members.keys()
-            job.absent = {"t": "missing", "ranks": pack_ranks(absent, job.size)}
+            job.absent = {"t": "missing", "ranks": frames.pack_ranks(absent, job.size)}
         return job.absent
 
 
-def _finished(job: Job, rank: int) -> bool:
-    """Whether a rank said goodbye to a job that the others may still be leaving."""
-    return rank in job.gone and job.gone[rank]["clean"] is True
+def _another(job: Job, hello: Hello) -> bool:
+    """Whether a rank that is not of this run, for all we know, begins another of that name.
+
+    So it is if it said goodbye to this one, which the others may still be leaving, and if it
+    came from a run that has begun elsewhere. A rank that has not come back to a run from
+    elsewhere has left that one, or is a second process in its place: the run takes no harm.
+    """
+    if hello.began or hello.rank in job.gone:
+        return hello.began or job.gone[hello.rank]["clean"] is True
+    return job.back_until is not None and hello.rank not in job.members
+
+
+def _welcome_back(member: Member) -> Outbox:
+    """Tell a rank of a running job what it may have missed."""
+    job = member.job
+    askers = job.wanted.get(member.rank, {}).keys()
+    messages = [READY, *job.gone.values(), *map(want, askers & job.members.keys())]
+    if job.aborted is not None:
+        messages.append(abort_message("aborted", job.aborted))
+    return [(member, message) for message in messages]
 
 
 def _others(member: Member) -> Iterable[Member]:

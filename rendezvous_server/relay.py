@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import structlog
 
 from fmi_client.protocol.relay import RELAY_GO
-from rendezvous_server.registry import TICKET_SECONDS, Job, RelayPair
+from rendezvous_server.jobs import Job, RelayPair
+from rendezvous_server.registry import TICKET_SECONDS
 
 log = structlog.get_logger()
 

@@ -16,6 +16,7 @@ from fmi_client.protocol.addresses import format_address
 from fmi_client.protocol.frames import PREFACE, encode
 from fmi_client.protocol.relay import RELAY_FULL
 from fmi_client.protocol.rendezvous import (
+    LEFT,
     Admission,
     Authenticated,
     RelayLeg,
@@ -23,20 +24,23 @@ from fmi_client.protocol.rendezvous import (
     ServerSide,
 )
 from rendezvous_server.config import Config
+from rendezvous_server.jobs import Job, Member
 from rendezvous_server.legacy_connection import Legacy, LegacyConnection
 from rendezvous_server.listen import listen, room_for_ranks
 from rendezvous_server.proxy import split_header
-from rendezvous_server.registry import Job, Member, Outbox, Registry, RelayFull
+from rendezvous_server.registry import Outbox, Registry, RelayFull
 from rendezvous_server.relay import Leg, Traffic
 from rendezvous_server.status import Refusals
 from rendezvous_server.strangers import Strangers, source
 
 log = structlog.get_logger()
 
-DRAIN_SECONDS = 8.0
-"""ECS kills 30 s after SIGTERM; jobs get this long to finish before their lines are cut."""
+DRAIN_SECONDS = 6.0
+"""ECS kills 30 s after SIGTERM, Docker after 10. Jobs get this long to finish before their lines
+are cut; their ranks then rejoin the next server, if there is one."""
 
-EXPIRY_PERIOD = 5.0
+EXPIRY_PERIOD = 1.0
+"""How often jobs and waiters whose time is over are looked for."""
 
 BACKLOG = 4096
 
@@ -150,6 +154,7 @@ class Server:
                 now = self.counters.crowded_out
                 log.warning("no room", cut=now - crowded_out, ranks=self.registry.ranks)
                 crowded_out = now
+            self.deliver(self.registry.overdue(time.time()))
             self._end(self.registry.expire(time.time()))
             self.legacy.expire(asyncio.get_running_loop().time())
 
@@ -340,25 +345,28 @@ class Connection(asyncio.Protocol):
     def _join(self, event: Authenticated) -> None:
         assert self._side is not None
         hello, server = event.hello, self._server
-        member, outbox = server.registry.join(hello, self._side.observed, self, time.time())
+        now = time.time()
+        member, outbox = server.registry.join(hello, self._side.observed, self, now)
+        job = member.job
         self._member = member
         server.strangers.discard(self)
         self._keep_alive()
         server.counters.joined += 1
-        self.write(encode(event.welcome))
+        self.write(encode(event.welcome | {"run": job.run}))
         server.deliver(outbox)
         for other, message in outbox:
-            if message["t"] == "aborted":  # an older epoch's rank
+            # An older epoch's rank, or this one's dead connection.
+            if other.job is not job or message["t"] == "error":
                 _connection(other).close_soon()
         log.info(
-            "joined",
+            "rejoined" if hello.began else "joined",
             job=hello.job,
             rank=hello.rank,
             size=hello.size,
             epoch=hello.epoch,
             address=format_address(self._side.observed),
         )
-        if member.job.running:
+        if job.running and job.ready == now and job.back_until is None:
             server.counters.jobs_started += 1
             log.info("ready", job=hello.job, size=hello.size, epoch=hello.epoch)
 
@@ -422,7 +430,7 @@ class Connection(asyncio.Protocol):
         member, self._member = self._member, None
         if member is None:
             return
-        why = "left" if self._clean else str(exc or "its connection to the server closed")
+        why = LEFT if self._clean else str(exc or "its connection to the server closed")
         outbox = self._server.registry.leave(member, clean=self._clean, why=why, now=time.time())
         self._server.deliver(outbox)
         if not member.job.members:

@@ -15,7 +15,8 @@ from typing import Any
 
 from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.rendezvous import JobAborted
-from rendezvous_server.registry import SERVER, Job, Registry
+from rendezvous_server.jobs import Job
+from rendezvous_server.registry import SERVER, Registry
 
 Snapshot = dict[str, Any]
 

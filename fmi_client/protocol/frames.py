@@ -12,7 +12,7 @@ A frame longer than the limit is refused from its length alone, before it is rea
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgpack
@@ -104,3 +104,16 @@ def field(message: Message, name: str, kind: type, *, low: int = 0, high: int = 
     if not low <= measure <= high:
         raise ProtocolError(f"{message['t']}: field {name!r} is out of bounds")
     return value
+
+
+def pack_ranks(ranks: Iterable[int], size: int) -> bytes:
+    """Return a set of ranks as a bitmap: 10,000 ranks are 1,250 bytes."""
+    bitmap = bytearray((size + 7) // 8)
+    for rank in ranks:
+        bitmap[rank // 8] |= 1 << rank % 8
+    return bytes(bitmap)
+
+
+def unpack_ranks(bitmap: bytes) -> list[int]:
+    """Return the ranks of a bitmap in order."""
+    return [8 * i + bit for i, byte in enumerate(bitmap) for bit in range(8) if byte >> bit & 1]

@@ -28,8 +28,19 @@ class Hello:
     candidates: tuple[Address, ...]
     """The rank's own addresses; the first is the local end of this connection."""
     nonce: bytes
+    identity: bytes = b""
+    """Random bytes that stay the same while the rank lives, known to it and the server: who comes
+    with them again is the same rank. Empty from older clients."""
+    run: bytes = b""
+    """Where it was in a job before and lost its server: the name of that run, from "welcome"."""
+    began: bool = False
+    """Whether it heard "ready" then: it may have links already."""
 
     def encode(self) -> Message:
+        again = {"run": self.run, "began": self.began} if self.run else {}
+        return self._first() | ({"self": self.identity} if self.identity else {}) | again
+
+    def _first(self) -> Message:
         return {
             "t": "hello",
             "v": frames.VERSION,
@@ -55,6 +66,9 @@ class Hello:
             expires=frames.field(message, "exp", int),
             candidates=read_addresses(message, "at"),
             nonce=sixteen(message, "nonce"),
+            identity=sixteen(message, "self") if "self" in message else b"",
+            run=sixteen(message, "run") if "run" in message else b"",
+            began=frames.field(message, "began", bool) if "run" in message else False,
         )
 
 

@@ -6,17 +6,21 @@
     0x00, hello(job, size, rank, …) ──►
                                     ◄──    challenge(nonce)
     proof(mac)                      ──►
-                                    ◄──    welcome(mac, observed address)   or error(code)
+                                    ◄──    welcome(mac, observed address, run) or error(code)
                                     ◄──    ready                            all ranks are here
-    link(peer)                      ──►
+    link(peer, got)                 ──►
                                     ◄──    want(peer)       that peer asked for a link with you
-                                    ◄──    punch(peer, addresses, cookie, ticket)  to both at once
+                                    ◄──    punch(peer, addresses, cookie, ticket, got)  to both
     abort(kind, reason) / leave     ──►
                                     ◄──    lost(rank) / left(rank) / aborted(by, …) / draining
 
 Both codes cover the entire hello and both nonces, each under its own label, with the
 job's admission key (see `auth`). The connection stays open for the life of the job: its
 end without "leave" is how the server notices that a rank died.
+
+A server may die, too, or be stopped. Its ranks then come to the next one with the name of their
+run, and whether they had heard "ready": of that the next server, which knows nothing, makes
+the job anew. One that lives has announced a rank whose connection ended, and refuses it.
 
 Where a punch fails, both ranks open a second connection to the server::
 
@@ -51,6 +55,15 @@ _E = TypeVar("_E")
 
 AUTH_SECONDS = 5.0
 """From accept to proof; absolute, so that a byte a second does not help."""
+
+REJOIN_SECONDS = 15.0
+"""How long ranks wait for a server to come back, and it for them."""
+
+LEFT = "left"
+"""Why a rank that said goodbye is not there any more."""
+
+MAX_RETRY_SECONDS = 60.0
+"""A server that sends us away for longer than that is not believed."""
 
 MAX_REASON = 2048
 MAX_OPERATION = 64
@@ -230,20 +243,18 @@ def error_message(error: Exception) -> Message:
     """Return the wire form of an error: one generic answer for all that precedes joining."""
     code = _CODES.get(type(error)) if isinstance(error, RendezvousError) else "refused"
     text = error.message if isinstance(error, RendezvousError) else "malformed request"
-    return {"t": "error", "code": code or "refused", "why": text[:MAX_REASON]}
+    message = {"t": "error", "code": code or "refused", "why": text[:MAX_REASON]}
+    return message | ({"after": error.retry_after} if isinstance(error, ServerDraining) else {})
 
 
-def pack_ranks(ranks: Iterable[int], size: int) -> bytes:
-    """Return a set of ranks as a bitmap: 10,000 ranks are 1,250 bytes."""
-    bitmap = bytearray((size + 7) // 8)
-    for rank in ranks:
-        bitmap[rank // 8] |= 1 << rank % 8
-    return bytes(bitmap)
-
-
-def unpack_ranks(bitmap: bytes) -> list[int]:
-    """Return the ranks of a bitmap in order."""
-    return [8 * i + bit for i, byte in enumerate(bitmap) for bit in range(8) if byte >> bit & 1]
+def read_error(message: Message) -> RendezvousError:
+    """Return the error that a server's answer stands for."""
+    kind = ERRORS.get(str(message.get("code")), RendezvousError)
+    error = kind(frames.field(message, "why", str))
+    after = message.get("after")
+    if isinstance(error, ServerDraining) and isinstance(after, int | float):
+        error.retry_after = min(max(0.0, after), MAX_RETRY_SECONDS)
+    return error
 
 
 # -------------------------------------------------------------------- the rank's side
@@ -254,6 +265,8 @@ class Welcome:
     """The server took us in and sees us at `observed`."""
 
     observed: Address
+    run: bytes = b""
+    """What to call this run of the job when rejoining; empty: the server is too old for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +310,8 @@ class Punch:
     hopeless: bool = False
     """One side's NAT gives every connection another port, or the two have no IP version in
     common: relay at once."""
+    got: int = 0
+    """Bytes that the peer has of the link already, which a server relayed that is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,8 +371,7 @@ class ClientSide:
     def _handle(self, message: Message) -> Event | None:
         kind = message["t"]
         if kind == "error":
-            why = frames.field(message, "why", str)
-            raise ERRORS.get(str(message.get("code")), RendezvousError)(why)
+            raise read_error(message)
         if self._challenge is None:
             self._answer(message)
             return None
@@ -385,11 +399,20 @@ class ClientSide:
         if not auth.same(frames.field(message, "mac", bytes), expected):
             raise AuthenticationFailed("the server does not know the secret of our token")
         self._welcome = True
-        return Welcome(seen)
+        return Welcome(seen, sixteen(message, "run") if "run" in message else b"")
 
-    def link(self, peer: int) -> None:
-        """Ask for a link with `peer`, or agree to one that it wants."""
-        self.outgoing += encode({"t": "link", "peer": peer})
+    @property
+    def answered(self) -> bool:
+        """Whether the server may have let us in by now, as far as that depends on us."""
+        return self._challenge is not None
+
+    def link(self, peer: int, got: int = 0) -> None:
+        """Ask for a link with `peer`, or agree to one that it wants.
+
+        Args:
+            got: bytes that have come over it, if there was one and its relay was lost.
+        """
+        self.outgoing += encode({"t": "link", "peer": peer} | ({"got": got} if got else {}))
 
     def who(self) -> None:
         """Ask which ranks are missing."""
@@ -411,6 +434,7 @@ def _punch(message: Message) -> Punch:
         sixteen(message, "cookie"),
         sixteen(message, "ticket") if "ticket" in message else None,
         frames.field(message, "hopeless", bool),
+        frames.field(message, "got", int) if "got" in message else 0,
     )
 
 
@@ -453,7 +477,7 @@ def read_abort(message: Message, by: int) -> JobAborted:
 
 _EVENTS: dict[str, Callable[[Message], Event]] = {
     "ready": lambda _: Ready(),
-    "missing": lambda m: Missing(unpack_ranks(frames.field(m, "ranks", bytes))),
+    "missing": lambda m: Missing(frames.unpack_ranks(frames.field(m, "ranks", bytes))),
     "gone": _gone,
     "want": lambda m: Want(frames.field(m, "peer", int)),
     "punch": _punch,

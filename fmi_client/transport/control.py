@@ -1,4 +1,8 @@
-"""The connection to the rendezvous server: opened once, kept for the life of the job."""
+"""The connection to the rendezvous server: kept while the job lives, made anew when it ends.
+
+Before all ranks are there, a rank that comes again is like one that comes for the first time.
+Afterwards it rejoins: the next server takes it for what it was, one that lives refuses it.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,23 @@ import os
 import random
 import socket
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
-from fmi_client.errors import FmiError, RendezvousError
+from fmi_client.errors import FmiError, RendezvousError, ServerDraining
 from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.rendezvous import ClientSide, Event, Ready, Welcome
 from fmi_client.transport.race import Race
-from fmi_client.transport.reactor import Reactor
+from fmi_client.transport.reactor import Reactor, Timer
 from fmi_client.transport.sockets import RETRY, keep_alive, own_addresses
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
 """Bounds of the wait before the next attempt; drawn anew each time ("full jitter"), so that
 the ranks of a job do not knock in step at a server that comes back."""
+
+DRAIN_SECONDS = 5.0
+"""A server that ends sends us away; for so long another one may take its place."""
 
 USER_TIMEOUT_MS = 8000
 """Unacknowledged data to the server for so long means that it is gone."""
@@ -33,8 +41,10 @@ class Control:
         port: local port to bind, shared with the listener.
         make_hello: builds the hello for the addresses under which we are known.
         on_event: given each event of the conversation.
-        on_lost: given the reason when the server or the network ends the connection, which
-            is what `leave` waits for; a refusal is an error of its own.
+        on_away: given the reason when the server or the network ends the connection of a rank
+            that is `joined`; it is being made anew, and "ready" is the sign that it was.
+        on_lost: given the reason when the connection has ended for good, which is what `leave`
+            waits for; a refusal is an error of its own.
     """
 
     def __init__(
@@ -45,6 +55,7 @@ class Control:
         token: auth.Token | None,
         make_hello: Callable[[tuple[Address, ...]], Hello],
         on_event: Callable[[Event], None],
+        on_away: Callable[[FmiError], None],
         on_lost: Callable[[FmiError], None],
     ) -> None:
         self._reactor = reactor
@@ -56,16 +67,27 @@ class Control:
         self._token = token
         self._make_hello = make_hello
         self._on_event = on_event
+        self._on_away = on_away
         self._on_lost = on_lost
+        self._identity = auth.nonce()
+        self._run = b""
         self._sock: socket.socket | None = None
         self._closed = False
         self._leaving = False
         self._pause = FIRST_PAUSE
         self.side: ClientSide | None = None
         self.last_error = "no answer yet"
+        self.sent_away: ServerDraining | None = None
+        """What the last server said when it ended, and none has let us in since."""
+        self._patience: Timer | None = None
         self.joined = False
-        """Whether all ranks are there: until then a lost connection is made anew."""
+        """Whether all ranks were there once."""
         self.welcomed = False
+        """Whether the server has let us in."""
+        self.present = False
+        """Whether we are in the running job, and may ask for links."""
+        self.losses = 0
+        """How often that has ended."""
 
     @property
     def closed(self) -> bool:
@@ -87,6 +109,7 @@ class Control:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
         keep_alive(sock)
         hello = self._make_hello(own_addresses(sock.getsockname()[:2]))
+        hello = replace(hello, identity=self._identity, run=self._run, began=self.joined)
         self.side = ClientSide(hello, self._token)
         self.flush()
 
@@ -109,18 +132,35 @@ class Control:
 
     def _interrupted(self, code: int) -> None:
         """The connection ended and the server did not say why (code 0: in order)."""
-        if self._leaving or self.joined:
-            why = os.strerror(code) if code else "closed by the server"
-            self._lose(RendezvousError(f"connection to the server lost: {why}"))
-        elif code:
-            self._try_again([code], os.strerror(code))
-        else:
-            self._try_again([], "the server closed the connection")
+        why = os.strerror(code) if code else "closed by the server"
+        error = RendezvousError(f"connection to the server lost: {why}")
+        if self._leaving or (self.joined and not self._run):
+            self._lose(error)
+            return
+        present = self.present
+        self._try_again([code] if code else [], why)
+        if present and not self._closed:
+            self.losses += 1
+            self._on_away(error)
+
+    def _send_away(self, error: ServerDraining) -> None:
+        """The server ends: come back when it says so, not all at once."""
+        self._drop()
+        self.last_error, self.sent_away = error.message, error
+        if self._patience is None and not self.joined:
+            self._patience = self._reactor.call_later(DRAIN_SECONDS, lambda: self._lose(error))
+        self._reactor.call_later(error.retry_after * random.uniform(0.5, 1.5), self.connect)
+
+    def _let_in(self, run: bytes) -> None:
+        self.welcomed, self._run, self.sent_away = True, run, None
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
     def _drop(self) -> None:
         sock, self._sock = self._sock, None
         self.side = None
-        self.welcomed = False
+        self.welcomed = self.present = False
         if self._race is not None:
             self._race.cancel()
         if sock is not None:
@@ -161,15 +201,24 @@ class Control:
         try:
             events = side.receive(data)
         except FmiError as error:
-            self._lose(error)
+            self._fail(error)
             return
         self.flush()
         for event in events:
-            self.welcomed = self.welcomed or isinstance(event, Welcome)
-            self.joined = self.joined or isinstance(event, Ready)
+            if isinstance(event, Welcome):
+                self._let_in(event.run)
+            elif isinstance(event, Ready):
+                self.joined = self.present = True
+                self._pause = FIRST_PAUSE
             self._on_event(event)
         if side.failure is not None:
-            self._lose(side.failure)
+            self._fail(side.failure)
+
+    def _fail(self, error: FmiError) -> None:
+        if isinstance(error, ServerDraining):
+            self._send_away(error)
+        else:
+            self._lose(error)
 
     def _open_socket(self) -> socket.socket:
         assert self._sock is not None, "no callback outlives its socket"
@@ -186,7 +235,7 @@ class Control:
         Closing first would answer whatever the server sends meanwhile with a reset, and a
         reset may overtake what we said last: an abort, or the goodbye itself.
         """
-        if self.side is None or self._sock is None:
+        if self.side is None or self._sock is None or not self.side.answered:
             self.close()
             return
         self._leaving = True

@@ -12,7 +12,7 @@ import errno
 import itertools
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from fmi_client.errors import ProtocolError
@@ -31,6 +31,9 @@ UNEXPECTED_BYTES = 1024 * 1024
 WORTH_BYTES = 256 * 1024
 """Of a large payload, so much must have come to be worth waking up for."""
 
+TAIL_BYTES = 256 * 1024
+"""Of small messages through a relay, so much is kept for the case that it dies with some."""
+
 MOST_REPEATED = 64
 """So many small messages are kept until the peer is known to have the link; see `attach`."""
 
@@ -47,6 +50,33 @@ class Send(Pending):
         self.whole = views
         self.views = deque(views)
         self.started = False
+
+
+class _Tail:
+    """The end of what was sent through a relay, as far back as it is still known."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[Buffer] = deque()
+        self._size = 0
+
+    def add(self, message: Send) -> None:
+        if len(message.whole) > 1:  # the caller's memory, which it may change from now on
+            self._pieces.clear()
+            self._size = 0
+            return
+        self._pieces.append(message.whole[0])
+        self._size += len(message.whole[0])
+        while self._size > TAIL_BYTES:
+            self._size -= len(self._pieces.popleft())
+
+    def take(self, count: int) -> bytes | None:
+        """Remove and return the last `count` bytes; None if they are not known any more."""
+        if count > self._size:
+            return None
+        known = b"".join(self._pieces)
+        kept, taken = known[: self._size - count], known[self._size - count :]
+        self._pieces, self._size = deque([kept]), len(kept)
+        return taken
 
 
 SENT = Send(done=True)
@@ -111,6 +141,11 @@ class SocketLink:
         self._pulse = Pulse()
         self._sent: list[Send] | None = None
         """What the peer may have to be sent again; None: it was there, or that is too much."""
+        self._tail: _Tail | None = None
+        """The same for a link through a relay, whose bytes are counted."""
+        self._written = 0
+        self.received = 0
+        """Bytes, messages' heads among them, that came over its connections."""
 
     def attach(self, sock: socket.socket, kind: str, first: bytes) -> None:
         """Start to carry data over `sock`; `first` was read from it already.
@@ -122,7 +157,9 @@ class SocketLink:
         self._pulse = Pulse()
         self._worth = 1
         self.kind = kind
-        self._sent = None if first else []
+        self._sent = None if first or self.suspended or kind == "relay" else []
+        self._tail = (self._tail or _Tail()) if kind == "relay" else None
+        self.received += len(first)
         try:
             self.inbox.feed(first)
         except ProtocolError as error:
@@ -151,7 +188,7 @@ class SocketLink:
         return message
 
     def _send_small(self, whole: bytes) -> Send:
-        if self._sent is not None:
+        if self._sent is not None or self._tail is not None:
             return self._enqueue(memoryview(whole))
         sent = 0
         if self._sock is not None and not self._queue:
@@ -178,6 +215,7 @@ class SocketLink:
             except OSError as error:
                 self._lose(error)
                 return
+            self._written += sent
             self._advance(sent)
         self._update_interest()
 
@@ -197,6 +235,8 @@ class SocketLink:
             self._queue.popleft()
             if self._sent is not None:
                 self._keep(message, self._sent)
+            if self._tail is not None:
+                self._tail.add(message)
             message.finish()
 
     def _keep(self, message: Send, sent: list[Send]) -> None:
@@ -213,12 +253,46 @@ class SocketLink:
         one, and all that was sent is sent again; if the peer has taken any of it, the peer
         will not revive its own end, and no second connection comes about.
         """
+        if self._tail is not None and not self.received and self.error is None:
+            self.suspend()
+            return True
         if self._sent is None or self.error is not None:
             return False
         for message in self._queue:
             message.views, message.started = deque(message.whole), False
         self._queue.extendleft(Send(*message.whole) for message in reversed(self._sent))
         self.kind, self.lost, self._sent = "pending", False, None
+        return True
+
+    @property
+    def suspended(self) -> bool:
+        """Whether its relay was lost, and `resume` and `attach` can bring it back."""
+        return self._tail is not None
+
+    def suspend(self) -> None:
+        """The relay was lost, but not the peer: wait for another connection."""
+        self.kind, self.lost = "pending", False
+
+    def resume(self, got: int) -> bool:
+        """Go back to where the peer is.
+
+        Args:
+            got: bytes of this link that the peer has, over all its connections.
+
+        Returns:
+            Whether all that it has not is still known.
+        """
+        assert self._tail is not None
+        lost = self._written - got
+        head = self._queue[0] if self._queue else Send()
+        begun = sum(map(len, head.whole)) - sum(map(len, head.views))
+        again = self._tail.take(max(0, lost - begun))
+        if lost < 0 or again is None:
+            return False
+        head.views = deque(_behind(head.whole, max(0, begun - lost)))
+        if again:
+            self._queue.appendleft(Send(memoryview(again)))
+        self._written = got
         return True
 
     def withdraw(self, sent: Send) -> bool:
@@ -269,6 +343,7 @@ class SocketLink:
             self._lose(ConnectionResetError("the peer closed the connection"))
             return
         self._sent = None
+        self.received += count
         try:
             self.inbox.buffer_updated(count)
         except ProtocolError as error:
@@ -356,6 +431,14 @@ class SocketLink:
             self._reactor.watch(
                 self._sock, self.read if wants[0] else None, self._flush if wants[1] else None
             )
+
+
+def _behind(views: Iterable[memoryview], skip: int) -> Iterator[memoryview]:
+    """Yield what follows the first `skip` bytes."""
+    for view in views:
+        if skip < len(view):
+            yield view[skip:]
+        skip = max(0, skip - len(view))
 
 
 def _flat(part: Buffer) -> memoryview:

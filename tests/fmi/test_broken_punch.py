@@ -12,7 +12,8 @@ import pytest
 
 import fmi_client
 from fmi_client.errors import RendezvousError
-from fmi_client.joining import JoinRequest, SocketEndpoint
+from fmi_client.join_request import JoinRequest
+from fmi_client.joining import SocketEndpoint
 from fmi_client.protocol.addresses import Address
 from fmi_client.protocol.hello import Hello
 from fmi_client.transport import punch
@@ -161,6 +162,7 @@ async def test_a_punch_that_the_peer_never_heard_of_ends_soon_after_the_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(punch, "LAST_SECONDS", 0.1)
+    monkeypatch.setattr("fmi_client.joining.REJOIN_SECONDS", 0.1)
     tell = SocketEndpoint._punch
     monkeypatch.setattr(
         SocketEndpoint, "_punch", lambda self, told: None if self.rank else tell(self, told)

@@ -27,9 +27,7 @@ from fmi_client.protocol.rendezvous import (
     ServerSide,
     Welcome,
     error_message,
-    pack_ranks,
     read_abort,
-    unpack_ranks,
 )
 
 SECRET = b"a secret of the server"
@@ -179,7 +177,7 @@ def test_any_bytes_give_documented_errors_whole_and_byte_by_byte(
 
 @given(st.sets(st.integers(0, 99)))
 def test_rank_bitmaps(ranks: set[int]) -> None:
-    assert unpack_ranks(pack_ranks(ranks, 100)) == sorted(ranks)
+    assert frames.unpack_ranks(frames.pack_ranks(ranks, 100)) == sorted(ranks)
 
 
 @pytest.mark.parametrize("text", ["", "fmi3.12", "fmi3.x.AAAA", "fmi2.1." + "A" * 43, "a.b.c"])

@@ -72,7 +72,11 @@ async def test_links_are_made_only_when_they_are_needed() -> None:
         assert links == {(r + d) % 8 for d in (1, 2, 4, -1, -2, -4)}
 
 
-async def test_links_outlive_the_server_but_new_ones_need_it() -> None:
+@pytest.mark.parametrize("soon", [True, False], ids=["all time", "the deadline"])
+async def test_links_outlive_the_server_but_new_ones_need_it(
+    soon: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fmi_client.joining.REJOIN_SECONDS", 0.1 if soon else 60)
     async with serving() as (server, address):
         ranks = await asyncio.gather(*(join(address, r, 4) for r in range(4)))
         await asyncio.gather(*(ranks[r].sendrecv(r, r ^ 1) for r in range(4)))
@@ -83,8 +87,9 @@ async def test_links_outlive_the_server_but_new_ones_need_it() -> None:
             3,
             2,
         ]
-        with pytest.raises(RendezvousError, match="server"):
-            await ranks[0].send(1, 2)
+        with pytest.raises(RendezvousError, match="connection to the server lost") as caught:
+            await ranks[0].send(1, 2, timeout=0.5)
+        assert ("no other came within 0.1 s" in str(caught.value)) is soon
         for comm in ranks:
             await comm.close()
 

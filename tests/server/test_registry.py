@@ -15,9 +15,10 @@ from fmi_client.errors import (
     RendezvousError,
     ServerDraining,
 )
+from fmi_client.protocol.frames import unpack_ranks
 from fmi_client.protocol.hello import Hello
-from fmi_client.protocol.rendezvous import unpack_ranks
-from rendezvous_server.registry import Member, Outbox, Registry, RelayFull
+from rendezvous_server.jobs import Member
+from rendezvous_server.registry import Outbox, Registry, RelayFull
 
 HELLO = Hello("job", 3, 0, 0, 0, (("10.0.0.1", 1000),), b"n" * 16)
 NOW = 1000.0

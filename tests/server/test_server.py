@@ -130,7 +130,8 @@ async def test_the_admin_port_says_who_asks() -> None:
         await asyncio.to_thread(ask)
 
 
-async def test_sigterm_drains() -> None:
+async def test_sigterm_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmi_client.transport.control.DRAIN_SECONDS", 0.3)
     async with server_process() as server:
         address = f"127.0.0.1:{server.port}"
         waiting = asyncio.ensure_future(join(address, 0, 2, job="waits"))

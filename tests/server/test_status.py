@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmi_client.errors import ProtocolError, RendezvousError
-from fmi_client.protocol.rendezvous import pack_ranks
+from fmi_client.protocol.frames import pack_ranks
 from rendezvous_server import page, status
-from rendezvous_server.registry import ENDED_KEPT, LOST_KEPT, Member, Registry
+from rendezvous_server.jobs import LOST_KEPT, Member
+from rendezvous_server.registry import ENDED_KEPT, Registry
 from rendezvous_server.status import Query, Refusals, take
 from tests.server.test_registry import HELLO
 
@@ -147,7 +148,7 @@ def test_what_is_kept_of_an_ended_job_is_small() -> None:
     for member in members:
         registry.leave(member, clean=True, why="left", now=1.0)
     (job,) = registry.ended_well
-    assert (job.members, job.gone, job.wanted, job.lost) == ({}, {}, set(), {})
+    assert (job.members, job.gone, job.wanted, job.lost) == ({}, {}, {}, {})
     assert job.left == 100
 
 

@@ -10,6 +10,7 @@ import json
 import struct
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -44,7 +45,7 @@ def body(message: Mapping[str, Any]) -> bytes:
 # ----------------------------------------------------------------------------------- wire
 
 
-def join(token: bool = False, rank: int = 0) -> bytes:
+def join(token: bool = False, rank: int = 0, **again: Any) -> bytes:
     """All that a rank sends to join."""
 
     def play() -> bytes:
@@ -52,7 +53,8 @@ def join(token: bool = False, rank: int = 0) -> bytes:
         scene.join(1)
         key = auth.admission_key(SECRET, "run", 2, FOREVER)
         given = auth.Token(FOREVER, key) if token else None
-        side = ClientSide(hello(rank, expires=FOREVER if token else 0), given)
+        said = replace(hello(rank, expires=FOREVER if token else 0), **again)
+        side = ClientSide(said, given)
         wire, sent = scene.connect(), bytes(side.outgoing)
         wire.protocol.data_received(sent)
         side.outgoing.clear()
@@ -93,6 +95,9 @@ def server() -> Entries:
         "join": good,
         "join-with-token": join(token=True),
         "join-taken-rank": join(rank=1),
+        "rejoin": join(identity=b"i" * 16, run=b"r" * 16, began=True) + encode(LINK | {"got": 7}),
+        "rejoin-while-waiting": join(identity=b"i" * 16, run=b"r" * 16),
+        "rejoin-of-short-run": join(run=b"r" * 15, began=True),
         "join-link-who": good + encode(LINK) + encode(WHO),
         "join-abort-then-malformed": good + encode(ABORT) + b"\0\0\0\1\xc1",
         "join-leave-then-link": good + encode(LEAVE) + encode(LINK),
@@ -149,6 +154,7 @@ def member() -> Entries:
         "who-abort-leave": framed([body(WHO), body(ABORT), body(LEAVE)]),
         "leave-then-abort": framed([body(LEAVE), body(ABORT)]),
         "abort-then-malformed": framed([body(ABORT), b"\xc1"]),
+        "link-again": framed([body(LINK | {"got": 2**40}), body(LINK | {"got": -1})]),
         "link-with-itself": framed([body({"t": "link", "peer": 0})]),
         "abort-of-no-ranks": framed([body({**ABORT, "ranks": ["x"]})]),
         "unknown": framed([body({"t": "nonsense"})]),
@@ -185,6 +191,7 @@ def client() -> Entries:
     return {
         "all": welcome() + said,
         "refused": refused,
+        "sent-away": frames.encode({"t": "error", "code": "draining", "why": "", "after": 1e300}),
         "refused-after-ready": welcome() + frames.encode({"t": "ready"}) + refused,
         "wrong-server": welcome()[:-3] + b"xyz",
         "lists-in-lists": struct.pack("!I", len(DEEPER)) + DEEPER,
@@ -196,6 +203,7 @@ def told_entries() -> Entries:
     return single | {
         "all": framed(map(body, told())),
         "aborted-then-malformed": framed([body(told()[5]), b"\xc1"]),
+        "punch-again": framed([body({**told()[2], "got": 7}), body({**told()[2], "got": True})]),
         "punch-to-a-name": framed([body({**told()[2], "at": [["example.org", 1]]})]),
         "punch-to-port-true": framed([body({**told()[2], "at": [["10.0.0.8", True]]})]),
     }
