@@ -23,7 +23,7 @@ from fmi_client.protocol.inbox import STAGE_BYTES as PEER_STAGE_BYTES
 from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.peer import COLLECTIVE, WAITING, Key, Payload
 from fmi_client.protocol.rendezvous import JobAborted
-from fmi_client.protocol.roll import HERE, MISSING, TIMEOUT, Roll
+from fmi_client.protocol.roll import HERE, MISSING, TIMEOUT, Roll, some_ranks
 from fmi_client.transport.link import Link
 from fmi_client.transport.memory import STAGE_BYTES, MemoryLink
 
@@ -180,15 +180,13 @@ class Endpoint:
         """Name the missing to all."""
         if self._roll is None or self.failure is not None:
             return
-        missing = self._roll.missing([r for r in self._group if r not in self._departed()])
-        verdict = replace(self._roll.call, kind=MISSING, ranks=tuple(missing))
+        verdict = self._roll.verdict([r for r in self._group if r not in self._departed()])
         self.tell(verdict)
         self.fail(_abort_error(verdict, self.rank))
 
     def _conclude_alone(self) -> None:
         if self._roll is not None:
-            alone = replace(self._roll.call, kind=MISSING, ranks=tuple(self._roll.missing()))
-            self.fail(_abort_error(alone, self.rank))
+            self.fail(_abort_error(self._roll.verdict(), self.rank))
 
     def _departed(self) -> Collection[int]:
         """Return the ranks that have left in order: they had nothing left to do."""
@@ -318,9 +316,3 @@ class MemoryEndpoint(Endpoint):
 def left_error(peer: int) -> RankFailed:
     """Return what it means to need a rank that said goodbye."""
     return RankFailed(f"rank {peer} has left the job, but is needed", rank=peer)
-
-
-def some_ranks(ranks: Sequence[int]) -> str:
-    """Return the ranks as text, the first ten of them."""
-    shown = ", ".join(map(str, ranks[:10]))
-    return f"{shown}, …" if len(ranks) > 10 else shown

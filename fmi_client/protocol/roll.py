@@ -13,7 +13,8 @@ the first do so, and passes on what the later ones say as answers to it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from fmi_client.protocol.rendezvous import JobAborted
 
@@ -34,10 +35,23 @@ class Roll:
         self._here.add(answer.by)
         self._waited_for.update(answer.ranks)
 
-    def missing(self, group: Collection[int] = ()) -> list[int]:
-        """Return who did not answer; without a `group`, of those that somebody waits for.
+    def verdict(self, group: Collection[int] = ()) -> JobAborted:
+        """Name who did not answer; without a `group`, of those that somebody waits for.
 
         Where nobody is missing, each waits for another: those they wait for.
         """
-        silent = set(group or self._waited_for) - self._here
-        return sorted(silent) or sorted(self._waited_for)
+        missing = sorted(set(group or self._waited_for) - self._here) or sorted(self._waited_for)
+        reason = self.call.reason
+        done = [rank for rank in missing if rank not in self._waited_for]
+        if done:
+            reason += (
+                f"; nobody waits for rank {some_ranks(done)} of these: stopped, too, or done with "
+                "its part and computing since"
+            )
+        return replace(self.call, kind=MISSING, reason=reason, ranks=tuple(missing))
+
+
+def some_ranks(ranks: Sequence[int]) -> str:
+    """Return the ranks as text, the first ten of them."""
+    shown = ", ".join(map(str, ranks[:10]))
+    return f"{shown}, …" if len(ranks) > 10 else shown
