@@ -181,12 +181,15 @@ class Endpoint:
         if self._roll is None or self.failure is not None:
             return
         verdict = self._roll.verdict([r for r in self._group if r not in self._departed()])
+        self._end_with(verdict)
+
+    def _end_with(self, verdict: JobAborted) -> None:
         self.tell(verdict)
         self.fail(_abort_error(verdict, self.rank))
 
     def _conclude_alone(self) -> None:
-        if self._roll is not None:
-            self.fail(_abort_error(self._roll.verdict(), self.rank))
+        if self._roll is not None and self.failure is None:
+            self._end_with(self._roll.verdict())
 
     def _departed(self) -> Collection[int]:
         """Return the ranks that have left in order: they had nothing left to do."""
