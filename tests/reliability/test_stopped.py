@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import statistics
 import time
@@ -23,7 +24,7 @@ from tests.reliability.conftest import Measured
 from tests.support import KEY, run_ranks, serving
 
 SIZE = 8
-TIMEOUT = 0.5
+TIMEOUT, LOOP_TIMEOUT = 0.5, 0.25
 LIMIT = 0.1
 
 GROUPS = [(5,), (6, 7), (0, 4), (1, 3), (2, 3), (4, 6, 7), (1, 2, 3), (0, 3, 7)]
@@ -51,7 +52,7 @@ def check(ends: list[Ended], name: str, missing: list[int]) -> float:
         assert isinstance(error, CollectiveTimeout), error
         assert error.missing == missing, error
         assert (error.op, error.seq) == (first.op, first.seq)
-        assert f"within {TIMEOUT:g} s" in str(error)
+        assert re.search(f"within ({TIMEOUT:g}|{LOOP_TIMEOUT:g}) s", str(error))
     assert first.op in calls(name)
     deadline = min(end.deadline for end in ends)
     assert min(end.heard for end in ends) >= deadline
@@ -107,7 +108,7 @@ def stop(address: str, name: str, number: int) -> float:
     return check(ends, name, missing)
 
 
-SOME = [("barrier", 5), ("bcast", 6), ("gather", 1), ("scatter", 9), ("reduce_scatter", 4)]
+SOME = [("barrier", 5), ("gather", 1), ("scatter", 9)]
 ALL = {name: [(name, n) for n in range(3 * len(GROUPS))] for name in COLLECTIVES}
 
 
@@ -155,7 +156,7 @@ def stick_after(comm: Communicator, steps: int, stuck: set[int]) -> None:
 
 async def stick(name: str, group: Sequence[int], steps: int) -> None:
     """As `stop`, with ranks that live in this loop."""
-    worlds, stuck = memory_world(SIZE, TIMEOUT), set[int]()
+    worlds, stuck = memory_world(SIZE, LOOP_TIMEOUT), set[int]()
 
     async def rank(comm: Communicator) -> Ended:
         await comm.barrier()
@@ -163,7 +164,7 @@ async def stick(name: str, group: Sequence[int], steps: int) -> None:
             stick_after(comm, steps, stuck)
         while True:
             for call in calls(name):
-                deadline = time.monotonic() + TIMEOUT
+                deadline = time.monotonic() + LOOP_TIMEOUT
                 try:
                     await COLLECTIVES[call](comm, SMALL)
                 except FmiError as error:
@@ -179,8 +180,9 @@ async def stick(name: str, group: Sequence[int], steps: int) -> None:
 
 @pytest.mark.row(11)
 @pytest.mark.parametrize("name", COLLECTIVES)
-async def test_all_ranks_of_a_loop_name_those_that_stick(name: str) -> None:
-    await asyncio.gather(*(stick(name, group, s) for group in GROUPS for s in (1, 2, 3)))
+@pytest.mark.parametrize("steps", [(1,), pytest.param((2, 3), marks=pytest.mark.nightly)])
+async def test_all_ranks_of_a_loop_name_those_that_stick(name: str, steps: Sequence[int]) -> None:
+    await asyncio.gather(*(stick(name, group, step) for group in GROUPS for step in steps))
 
 
 async def outcome(awaitable: Awaitable[Any]) -> Any:
@@ -199,16 +201,18 @@ LINKS: list[LinkKind] = ["memory", "tcp"]
 async def test_who_is_done_or_waits_elsewhere_is_not_missing(
     link: LinkKind,
 ) -> None:
-    """Rank 0 waits for 2; of 1 and 3, which are done, one is in the next call, the other idle."""
+    """Rank 0 waits for 2. The others are done: 1 is idle, 3 in the next call, 4 has left."""
 
     async def rank(comm: Communicator) -> Any:
         await comm.alltoall([1] * comm.size)
         if comm.rank == 2:
             return None
         first = await outcome(comm.gather(1, timeout=0.2))
+        if comm.rank == 4:
+            await comm.close()
         return await outcome(comm.barrier(timeout=5)) if comm.rank == 3 else first
 
-    results = await run_ranks(4, rank, link)
+    results = await run_ranks(5, rank, link)
     for error in (results[0], results[3]):
         assert isinstance(error, CollectiveTimeout)
         assert (error.missing, error.op, error.seq) == ([2], "gather", 1)
