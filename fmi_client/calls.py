@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 from fmi_client import collectives
 from fmi_client.collectives import Steps
-from fmi_client.endpoint import MAX_SECONDS, Endpoint, some_ranks
+from fmi_client.endpoint import MAX_SECONDS, Endpoint
 from fmi_client.errors import Aborted, CollectiveTimeout, FmiError
 from fmi_client.protocol.inbox import Receive, SignatureMismatch
 from fmi_client.protocol.peer import COLLECTIVE, POINT_TO_POINT, Key
 from fmi_client.protocol.rendezvous import JobAborted
+from fmi_client.protocol.roll import TIMEOUT, some_ranks
 from fmi_client.transport.link import Send
 
 MAX_TAG = 2**63 - 1
@@ -128,6 +129,10 @@ class Caller:
     def _spent(self, call: Call, seconds: float) -> None:
         if call.collective:
             self._collective_seconds += seconds
+        self._ended(call)
+
+    def _ended(self, call: Call) -> None:
+        self._endpoint.running.discard(call.key)
 
     def _point(self, op: str, tag: int, steps: Steps[Any], timeout: float | None) -> Any:
         if not 0 <= operator.index(tag) <= MAX_TAG:
@@ -144,6 +149,7 @@ class Caller:
     def _begin(self, call: Call) -> None:
         if self._endpoint.failure is None and call.collective:
             self._endpoint.begin(self._context, call.key[2], call.signature)
+            self._endpoint.running.add(call.key)
         self._raise_failure(call)
 
     def _raise_failure(self, call: Call) -> None:
@@ -217,10 +223,10 @@ class Caller:
                 self._endpoint.give_up(excuse.at(op=call.op, seq=_seq(call)))
                 self._raise_failure(call)
         if call.collective:
-            event = JobAborted(
-                self._endpoint.rank, "timeout", within, call.op, _seq(call), tuple(missing)
-            )
-            self._endpoint.late(event)
+            _, context, seq = call.key
+            by, ranks = self._endpoint.rank, tuple(missing)
+            event = JobAborted(by, TIMEOUT, within, call.op, seq, ranks, context)
+            self._endpoint.late(event, self._group)
             return
         intact = self._withdraw(under_way)
         error = CollectiveTimeout(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from fmi_client import findings, linktest
-from fmi_client.endpoint import MAX_SECONDS, some_ranks
+from fmi_client.endpoint import MAX_SECONDS
 from fmi_client.errors import (
     CollectiveMismatch,
     CollectiveTimeout,
@@ -36,6 +36,7 @@ from fmi_client.protocol import addresses, auth
 from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.rendezvous import ClientSide
+from fmi_client.protocol.roll import some_ranks
 from fmi_client.sync import Communicator, wait_ready
 from fmi_client.transport.blocking import connected, give, http_get, in_time, take
 from fmi_client.transport.reactor import SyncReactor

@@ -8,7 +8,7 @@ ends the job, `fail` ends everything that waits, on every communicator, with tha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from fmi_client.errors import (
@@ -23,11 +23,15 @@ from fmi_client.protocol.inbox import STAGE_BYTES as PEER_STAGE_BYTES
 from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.peer import COLLECTIVE, WAITING, Key, Payload
 from fmi_client.protocol.rendezvous import JobAborted
+from fmi_client.protocol.roll import HERE, MISSING, TIMEOUT, Roll, some_ranks
 from fmi_client.transport.link import Link
 from fmi_client.transport.memory import STAGE_BYTES, MemoryLink
 
-GRACE_SECONDS = 0.08
-"""How long reports of other ranks are awaited before the missing ones are named."""
+GRACE_SECONDS = 0.07
+"""How long ranks may take to answer before they are named as missing, and """
+
+ANSWER_SECONDS = 50e-6
+"""so much more for each rank of the job: that much of the server's time each takes."""
 
 CALLS_KEPT = 1024
 """So far behind us another rank's different call is still recognised."""
@@ -42,23 +46,27 @@ Allocate = Callable[[int], memoryview]
 class Endpoint:
     """What all kinds of endpoint share: links, the running collectives, and failure."""
 
-    grace = GRACE_SECONDS
+    patience = 0.5
+    """Seconds after which a rank is content with what it knows itself of who is missing."""
 
     def __init__(self, rank: int, size: int, allocate: Allocate) -> None:
         self.rank = rank
         self.size = size
+        self.grace = GRACE_SECONDS + size * ANSWER_SECONDS
         self.links: dict[int, Link] = {}
         self.failure: FmiError | None = None
         self.on_change: Callable[[], None] = lambda: None
         """Called when the endpoint becomes ready or fails; set by the driver."""
         self._allocate = allocate
-        self._called: dict[int, dict[int, bytes]] = {}
+        self._calls: dict[int, dict[int, bytes]] = {}
         """By communicator and number, what this rank called; the last `CALLS_KEPT`."""
         self._early: dict[tuple[int, int], dict[bytes, int]] = {}
         """What others called ahead of us, each with the first who did."""
-        self._late: JobAborted | None = None
-        self._waited_for: set[int] = set()
-        self._waiting: set[int] = set()
+        self.running: set[Key] = set()
+        """The collectives that this rank has begun and not ended."""
+        self._roll: Roll | None = None
+        self._group: Sequence[int] = ()
+        """Who has to answer, where this rank has called the roll."""
         self._rooms = 0
 
     # ---------------------------------------------------------------------- links
@@ -102,7 +110,7 @@ class Endpoint:
     # ---------------------------------------------------------------- who does what
     def begin(self, context: int, seq: int, signature: bytes) -> None:
         """A collective starts here; a peer may have begun another one in its place."""
-        calls = self._called.setdefault(context, {})
+        calls = self._calls.setdefault(context, {})
         calls[seq] = signature
         calls.pop(seq - CALLS_KEPT, None)
         for theirs, peer in self._early.pop((context, seq), {}).items():
@@ -117,7 +125,7 @@ class Endpoint:
         kind, context, seq = key
         if kind != COLLECTIVE:
             return
-        calls = self._called.get(context, {})
+        calls = self._calls.get(context, {})
         mine = calls.get(seq)
         if mine is None and seq > next(reversed(calls), -1) - CALLS_KEPT:
             self._early.setdefault((context, seq), {}).setdefault(signature, peer)
@@ -137,38 +145,55 @@ class Endpoint:
         self.fail(CollectiveMismatch(details=details, rank=self.rank, peer=peer, op=op, seq=seq))
 
     # ------------------------------------------------------------------- lateness
-    def late(self, event: JobAborted) -> None:
-        """A collective's deadline passed, here or (as we were told) at another rank.
+    def late(self, call: JobAborted, group: Sequence[int]) -> None:
+        """The deadline of a collective of `group` passed here: call the roll, if nobody has.
 
-        Whoever still waits says for whom. After `grace` seconds those who were waited for
-        and did not report themselves waiting are the ones that are missing, on every rank.
+        After `grace` seconds those who did not answer are the ones that are missing, on all ranks.
         """
-        self._waited_for.update(event.ranks)
-        self._waiting.add(event.by)
-        if self._late is not None or self.failure is not None:
+        if self._roll is not None or self.failure is not None:
             return
-        self._late = event
-        waited_for = tuple(p for p, link in self.links.items() if link.busy and p != self.rank)
-        if waited_for:
-            mine = replace(event, by=self.rank, ranks=waited_for)
-            self._waited_for.update(waited_for)
-            self._waiting.add(self.rank)
-            self.tell(mine)
+        self._roll, self._group = Roll(call), group
+        self._later(self.patience, self._conclude_alone)
+        self.tell(replace(call, ranks=tuple({*call.ranks, *self._waits_for()})))
+        self._called()
+
+    def _called(self) -> None:
+        """What we called has been heard; where a server passes that on, it says so."""
         self._later(self.grace, self._conclude)
 
+    def _waits_for(self) -> list[int]:
+        return [peer for peer, link in self.links.items() if link.busy and peer != self.rank]
+
+    def _answer(self, call: JobAborted) -> None:
+        """Another rank calls the roll."""
+        if self._roll is not None:
+            self._roll.add(call)  # as we did
+            return
+        self._roll = Roll(call)
+        self._later(self.patience, self._conclude_alone)
+        begun = next(reversed(self._calls.get(call.context, {})), -1)
+        if self.running or begun >= (call.seq or 0):
+            waits_for = tuple(self._waits_for())
+            self.tell(replace(call, by=self.rank, kind=HERE, ranks=waits_for))
+
     def _conclude(self) -> None:
-        event = self._late
-        assert event is not None
-        missing = sorted(self._waited_for - self._waiting) or sorted(self._waited_for)
-        self.fail(
-            CollectiveTimeout(
-                f"no answer from rank {some_ranks(missing)} {event.reason}",
-                missing=missing,
-                rank=self.rank,
-                op=event.op,
-                seq=event.seq,
-            )
-        )
+        """Name the missing to all."""
+        if self._roll is None or self.failure is not None:
+            return
+        verdict = self._roll.verdict([r for r in self._group if r not in self._departed()])
+        self._end_with(verdict)
+
+    def _end_with(self, verdict: JobAborted) -> None:
+        self.tell(verdict)
+        self.fail(_abort_error(verdict, self.rank))
+
+    def _conclude_alone(self) -> None:
+        if self._roll is not None and self.failure is None:
+            self._end_with(self._roll.verdict())
+
+    def _departed(self) -> Collection[int]:
+        """Return the ranks that have left in order: they had nothing left to do."""
+        return ()
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         raise NotImplementedError
@@ -203,8 +228,11 @@ class Endpoint:
 
     def told(self, event: JobAborted) -> None:
         """Another rank ended the job, or waits in vain."""
-        if event.kind == "timeout":
-            self.late(event)
+        if event.kind == TIMEOUT:
+            self._answer(event)
+        elif event.kind == HERE:
+            if self._roll is not None:
+                self._roll.add(event)
         else:
             self.fail(_abort_error(event, self.rank))
 
@@ -227,6 +255,14 @@ def _abort_error(event: JobAborted, rank: int) -> FmiError:
     if event.kind == "mismatch":
         return CollectiveMismatch(
             details=event.reason, rank=rank, peer=event.by, op=event.op, seq=event.seq
+        )
+    if event.kind == MISSING:
+        return CollectiveTimeout(
+            f"no answer from rank {some_ranks(event.ranks)} {event.reason}",
+            missing=event.ranks,
+            rank=rank,
+            op=event.op,
+            seq=event.seq,
         )
     if event.kind == "lost" and event.ranks:
         return RankFailed(event.reason, rank=event.ranks[0])
@@ -263,6 +299,9 @@ class MemoryEndpoint(Endpoint):
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_later(seconds, call)
 
+    def _departed(self) -> Collection[int]:
+        return self._gone
+
     def leave(self) -> None:
         super().leave()
         for other in self._world:
@@ -280,9 +319,3 @@ class MemoryEndpoint(Endpoint):
 def left_error(peer: int) -> RankFailed:
     """Return what it means to need a rank that said goodbye."""
     return RankFailed(f"rank {peer} has left the job, but is needed", rank=peer)
-
-
-def some_ranks(ranks: Sequence[int]) -> str:
-    """Return the ranks as text, the first ten of them."""
-    shown = ", ".join(map(str, ranks[:10]))
-    return f"{shown}, …" if len(ranks) > 10 else shown

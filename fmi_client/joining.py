@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from fmi_client.endpoint import Allocate, Endpoint, left_error
 from fmi_client.errors import (
@@ -173,6 +173,8 @@ class SocketEndpoint(Endpoint):
                 self._punch(event)
             case Gone():
                 self._gone(event)
+            case JobAborted(by=by) if by == self.rank:
+                super()._called()  # the server lets us call the roll
             case JobAborted():
                 self.told(event)
             case Draining() | Want():
@@ -396,6 +398,12 @@ class SocketEndpoint(Endpoint):
             self._control.flush()
         elif self.ready and not self._control.closed:
             self._untold.append(event)
+
+    def _called(self) -> None:
+        pass
+
+    def _departed(self) -> Collection[int]:
+        return self._left
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         self._reactor.call_later(seconds, call)

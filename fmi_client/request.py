@@ -29,6 +29,8 @@ class Driver(Protocol):
 
     def _interrupted(self, call: Call, error: BaseException) -> None: ...
 
+    def _ended(self, call: Call) -> None: ...
+
     def _sleep(self, call: Call, done: Callable[[], bool], deadline: float) -> None: ...
 
 
@@ -91,6 +93,7 @@ class Request:
 
     def _end(self, result: Any, error: Exception | None) -> None:
         self._result, self._error, self._ended = result, error, True
+        self._driver._ended(self._call)
 
     def wait(self) -> Any:
         """Return the operation's result when it is there; again, if called again.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from fmi_client.endpoint import Allocate, Endpoint, left_error
@@ -36,12 +36,13 @@ class StoreEndpoint(Endpoint):
     Nobody watches over the ranks here: one that dies without a word is noticed by a deadline.
     """
 
-    grace = GRACE_SECONDS
+    patience = 2 * GRACE_SECONDS
 
     def __init__(
         self, reactor: Reactor, store: Store, request: JoinRequest, allocate: Allocate
     ) -> None:
         super().__init__(request.rank, request.size, allocate)
+        self.grace = GRACE_SECONDS
         self.ready = False
         self.join_seconds = 0.0
         self._reactor = reactor
@@ -204,9 +205,12 @@ class StoreEndpoint(Endpoint):
         path = f"{self._run}/events/{self.rank}-{name}"
         self._depot.put(f"{self._run}/over", [], lambda *_: self._depot.put(path, [frame], said))
 
-    def late(self, event: JobAborted) -> None:
-        super().late(event)
+    def late(self, call: JobAborted, group: Sequence[int]) -> None:
+        super().late(call, group)
         self._watch()
+
+    def _departed(self) -> Collection[int]:
+        return self._gone
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         self._depot.later(seconds, call)

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
+from dataclasses import replace
 
 from fmi_client.errors import (
     AuthenticationFailed,
@@ -41,6 +42,7 @@ from fmi_client.protocol.rendezvous import (
     error_message,
     read_abort,
 )
+from fmi_client.protocol.roll import HERE, MISSING, TIMEOUT
 from rendezvous_server.jobs import Job, Member, RelayPair
 from rendezvous_server.messages import READY, draining, not_back, want
 from rendezvous_server.reach import can_punch, sort_addresses
@@ -305,10 +307,7 @@ class Registry:
                 got = frames.field(message, "got", int) if "got" in message else 0
                 return self._link(member, frames.field(message, "peer", int), got, now)
             case "abort":
-                said = read_abort(message, member.rank)
-                member.job.aborted = member.job.aborted or said
-                aborted = abort_message("aborted", said)
-                return [(other, aborted) for other in _others(member)]
+                return _abort(member, read_abort(message, member.rank))
             case "who":
                 return [(member, self._missing(member.job))]
         raise ProtocolError(f"unknown request {message['t']!r}")
@@ -425,5 +424,18 @@ def _welcome_back(member: Member) -> Outbox:
     return [(member, message) for message in messages]
 
 
-def _others(member: Member) -> Iterable[Member]:
-    return [other for other in member.job.members.values() if other is not member]
+def _abort(member: Member, said: JobAborted) -> Outbox:
+    """Pass on what a rank says to all.
+
+    At a deadline all ranks may call the roll, and all answer: only the first is heard by all,
+    itself too, and the others' words go to that one. A thousand ranks would say a million.
+    """
+    job = member.job
+    if said.kind == HERE or (said.kind == TIMEOUT and job.aborted is not None):
+        caller = job.members.get(job.aborted.by) if job.aborted is not None else None
+        answer = abort_message("aborted", replace(said, kind=HERE))
+        return [(caller, answer)] if caller is not None else []
+    if job.aborted is None or said.kind == MISSING:
+        job.aborted = said
+    aborted = abort_message("aborted", said)
+    return [(m, aborted) for m in job.members.values() if m is not member or said.kind == TIMEOUT]

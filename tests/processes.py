@@ -96,6 +96,8 @@ def serve_rendezvous(*options: str) -> Iterator[str]:
         # Somebody has to read the log, or the server stops when the pipe is full.
         reader = threading.Thread(target=lambda: [None for _ in events])
         reader.start()
-        yield f"127.0.0.1:{port}"
-        server.terminate()
-        reader.join()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            reader.join()

@@ -22,6 +22,9 @@ from fmi_client.protocol.peer import (
 STAGE_BYTES = 64 * 1024
 """So much of a payload may be copied once, because it came in one read with its header."""
 
+MESSAGE_BYTES = 1024
+"""What keeping a message takes beside its payload: a million empty ones are not nothing."""
+
 HOLD_BYTES = 32 * 1024
 """Smaller messages are worth a copy, so that the ones behind them can be seen."""
 
@@ -127,6 +130,11 @@ class _Arrival:
         self.fold: Fold | None = None
         self.receive: Receive | None = None
 
+    @property
+    def cost(self) -> int:
+        """Bytes of memory that it takes while nobody awaits it."""
+        return self.nbytes + len(self.signature) + len(self.meta) + MESSAGE_BYTES
+
     def add(self, count: int) -> None:
         self.left -= count
         self.filled += count
@@ -168,7 +176,7 @@ class Inbox:
         self.waiting = 0
         """Receives that are posted and not done."""
         self.unexpected_bytes = 0
-        """Payload held for nobody yet; the caller stops reading where this is large."""
+        """Memory for messages that nobody awaits yet; the caller stops reading where it is much."""
         self.messages = 0
         self.payload_bytes = 0
 
@@ -189,7 +197,7 @@ class Inbox:
         arrival = queue.popleft()
         if not queue:
             del self._unexpected[receive.key]
-        self.unexpected_bytes -= arrival.nbytes
+        self.unexpected_bytes -= arrival.cost
         if not self._agrees(receive, arrival.signature):
             return
         if not arrival.left:
@@ -218,7 +226,7 @@ class Inbox:
         place[: arrival.filled] = arrival.data[: arrival.filled]
         arrival.data, arrival.filled = place, arrival.nbytes - arrival.left
         self._unexpected.setdefault(arrival.key, deque()).appendleft(arrival)
-        self.unexpected_bytes += arrival.nbytes
+        self.unexpected_bytes += arrival.cost
 
     def make_room(self, room: bool) -> None:
         """Whether to take in what nobody awaits: while we are stuck, others may be, on us."""
@@ -388,7 +396,7 @@ class Inbox:
                 self.waiting -= 1
         else:
             self._unexpected.setdefault(arrival.key, deque()).append(arrival)
-            self.unexpected_bytes += arrival.nbytes
+            self.unexpected_bytes += arrival.cost
             self._on_unexpected(arrival.key, arrival.signature)
         arrival.data = self._memory(arrival.nbytes)
 

@@ -324,7 +324,9 @@ class JobAborted:
     op: str | None = None
     seq: int | None = None
     ranks: tuple[int, ...] = ()
-    """Whom it is about: who was lost, or whom `by` waited for in vain."""
+    """Whom it is about: who was lost or is missing, or whom `by` waits for in vain."""
+    context: int = 0
+    """The communicator that counts `seq`, where that is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,12 +458,13 @@ def abort_message(kind: str, event: JobAborted) -> Message:
         "op": event.op,
         "seq": event.seq,
         "ranks": list(event.ranks[:MAX_RANKS_NAMED]),
+        "context": event.context,
     }
 
 
 def read_abort(message: Message, by: int) -> JobAborted:
     """Read an abort, from a rank (the server knows who it is) or from the server."""
-    op, seq = message.get("op"), message.get("seq")
+    op, seq, context = message.get("op"), message.get("seq"), message.get("context")
     ranks = frames.field(message, "ranks", list, high=MAX_RANKS_NAMED)
     if not all(isinstance(rank, int) and 0 <= rank < MAX_SIZE for rank in ranks):
         raise ProtocolError("abort: not ranks")
@@ -472,6 +475,7 @@ def read_abort(message: Message, by: int) -> JobAborted:
         op[:MAX_OPERATION] if isinstance(op, str) else None,
         seq if isinstance(seq, int) else None,
         tuple(ranks),
+        context if isinstance(context, int) else 0,
     )
 
 

@@ -259,6 +259,27 @@ def test_senseless_requests_are_protocol_errors(
         registry.request(members[0], message, NOW)
 
 
+@pytest.mark.row(11)
+def test_the_first_that_calls_the_roll_is_heard_by_all_and_hears_all(
+    registry: Registry, members: list[Member]
+) -> None:
+    def say(rank: int, kind: str) -> list[tuple[Any, Any, Any]]:
+        message = {"t": "abort", "kind": kind, "reason": "why", "ranks": [rank], "context": 7}
+        outbox = registry.request(members[rank], message, NOW)
+        assert all(each["context"] == 7 for _, each in outbox)
+        return [(member.rank, each["kind"], each["by"]) for member, each in outbox]
+
+    assert say(2, "here") == []
+    assert say(1, "timeout") == [(rank, "timeout", 1) for rank in range(3)]
+    assert say(2, "timeout") == [(1, "here", 2)]
+    assert say(0, "here") == [(1, "here", 0)]
+    assert say(1, "missing") == [(0, "missing", 1), (2, "missing", 1)]
+    assert members[0].job.aborted is not None
+    assert members[0].job.aborted.kind == "missing"
+    registry.leave(members[1], clean=True, why="left", now=NOW)
+    assert say(2, "here") == []
+
+
 def test_an_abort_reaches_all_others(registry: Registry, members: list[Member]) -> None:
     message = {"t": "abort", "kind": "abort", "reason": "why", "ranks": []}
     outbox = registry.request(members[1], message, NOW)
