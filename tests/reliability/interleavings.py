@@ -162,13 +162,12 @@ class World:
         self.lines: list[Line] = []
         self.registry = self.make_registry()
         sizes = {"A": draw.choice([2, 2, 3]), "B": draw.choice([2, 2, 3])}
-        now = [("A", 0, n, sizes["A"]) for n in range(sizes["A"])]
-        now += [("B", 0, n, sizes["B"]) for n in range(sizes["B"])]
-        self.cast = [(*who, 0) for who in now]
-        at = draw.randrange(STEPS)
-        self.cast += [("A", 1, n, sizes["A"], at) for n in range(sizes["A"])]
+        first = [("A", 0, n, sizes["A"], 0) for n in range(sizes["A"])]
+        first += [("B", 0, n, sizes["B"], 0) for n in range(sizes["B"])]
+        later = draw.randrange(STEPS)
+        self.cast = draw.sample(first, len(first))
         """Processes that are still to begin, and the step from which on they do."""
-        draw.shuffle(self.cast)
+        self.cast += [("A", 1, n, sizes["A"], later) for n in range(sizes["A"])]
 
     def make_registry(self) -> Registry:
         cookies = Random(self.random.random())
@@ -213,19 +212,16 @@ class World:
 
     def step(self, number: int) -> None:
         draw, chance = self.random, self.random.random()
-        alive = [rank for rank in self.ranks if not rank.over]
         coming = self.late if draw.random() < 0.02 else self.coming
-        due = [who for who in self.cast if who[-1] <= number]
         if chance < 0.006:
             draw.choice([self.crash, self.wait])()
         elif chance < 0.02:
             self.replace()
-        elif due and chance < 0.2:
-            self.cast.remove(due[0])
-            self.begin(*due[0][:-1])
+        elif self.cast and self.cast[0][-1] <= number and chance < 0.2:
+            self.begin(*self.cast.pop(0)[:-1])
         elif coming and chance < 0.75:
             draw.choice(coming).deliver(draw.choice([1, 30, 4096, 4096, 4096]))
-        elif alive:
+        elif alive := [rank for rank in self.ranks if not rank.over]:
             draw.choice(alive).act()
 
 

@@ -24,6 +24,7 @@ OFTEN = {
 """What happens in a hundred courses of events, or they prove little."""
 
 
+@pytest.mark.no_cover  # which other tests measure, and which would make this one thrice as slow
 @pytest.mark.row(20)
 @pytest.mark.parametrize("first", [0, pytest.param(1000, marks=pytest.mark.nightly)])
 def test_no_rank_hears_of_another_job_or_epoch(first: int, measured: Measured) -> None:
