@@ -124,10 +124,14 @@ def test_what_s3_does_to_a_rank(store: S3Server, tmp_path: Path, fault: str, pla
             (bucket / "out/r/0.json").unlink()
             (bucket / "out/r/0.npz").unlink()
             continue
+        store.requests.clear()
         with pytest.raises(
             StorageError, match=rf"cannot (read|write) s3://bucket.*{end}: .*{said}"
         ):
             handlers.infer(task)
+        asked = [(how, path.partition("?")[0].endswith(end)) for how, path in store.requests]
+        tries = s3.ATTEMPTS if said == BROKE else s3.TRIES
+        assert asked.count((method, True)) == (tries if passes else 1)
         assert visible(bucket) <= {"0.npz"}  # without the record that says it is good
     record = json.loads((bucket / "out/r/failed/0/0.json").read_text())
     assert record["type"] == "StorageError"
