@@ -130,8 +130,10 @@ def test_what_s3_does_to_a_rank(store: S3Server, tmp_path: Path, fault: str, pla
         ):
             handlers.infer(task)
         asked = [(how, path.partition("?")[0].endswith(end)) for how, path in store.requests]
-        tries = s3.ATTEMPTS if said == BROKE else s3.TRIES
-        assert asked.count((method, True)) == (tries if passes else 1)
+        tries = (s3.ATTEMPTS if said == BROKE else s3.TRIES) if passes else 1
+        # Of a data file's three reads some get on, by a thousand bytes each time.
+        reads = 3 if (place, said) == ("data", BROKE) else 1
+        assert tries <= asked.count((method, True)) <= reads * tries
         assert visible(bucket) <= {"0.npz"}  # without the record that says it is good
     record = json.loads((bucket / "out/r/failed/0/0.json").read_text())
     assert record["type"] == "StorageError"
