@@ -12,6 +12,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.ready
 
 TOOLS := .tools
+PYTEST := $(BIN)/python -m pytest
+USUAL := not full and not nightly
+# ARGS may name tests of one half only.
+OR_NONE := || [ $$? = 5 ]
 
 .PHONY: help env tools run sweep test test-full nightly fuzz soak bench-joins bench bench-inference lint format clean
 .DEFAULT_GOAL := help
@@ -50,13 +54,14 @@ sweep: env ## 20 configurations of demo data and their report, some two minutes;
 	@$(BIN)/cosmic sweep $(ARGS)
 
 test: env ## the test suite, with coverage; ARGS="-k punch"
-	$(BIN)/python -m pytest -m "not full and not nightly" --cov --cov-report=term:skip-covered $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile -m "$(USUAL) and not alone" --cov --cov-report= $(ARGS) $(OR_NONE)
+	$(PYTEST) -m "$(USUAL) and alone" --cov --cov-append --cov-report=term:skip-covered $(ARGS) $(OR_NONE)
 
 test-full: env ## what needs root, Docker, an emulator or many minutes; ARGS as for test
-	$(BIN)/python -m pytest -m "full and not nightly" $(ARGS)
+	$(PYTEST) -m "full and not nightly" $(ARGS)
 
 nightly: env ## the long tests of docs/reliability.md, about an hour; ARGS="-k soak"
-	$(BIN)/python -m pytest -m nightly --timeout 3000 $(ARGS)
+	$(PYTEST) -m nightly --timeout 3000 $(ARGS)
 
 fuzz: env ## every parser, ten minutes in all; ARGS="--minutes 30 server"
 	-$(PIP) install -q atheris

@@ -139,8 +139,8 @@ def _other_headers(trouble: Trouble, send: Send) -> Send:
 
 
 @contextmanager
-def serve_s3(folder: Path) -> Iterator[S3Server]:
-    """Serve the buckets in a folder on a free port of this machine."""
+def serve_s3(folder: Path, page: int = 1000) -> Iterator[S3Server]:
+    """Serve the buckets in a folder on a free port of this machine, names by so many at a time."""
     import uvicorn
     from nanio.app import build_app
     from nanio.auth.credentials import EnvCredentialResolver
@@ -149,7 +149,8 @@ def serve_s3(folder: Path) -> Iterator[S3Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANIO_ACCESS_KEY", KEYS["AWS_ACCESS_KEY_ID"])
         patch.setenv("NANIO_SECRET_KEY", KEYS["AWS_SECRET_ACCESS_KEY"])
-        s3 = S3Server(build_app(Settings(data_dir=folder, credentials=EnvCredentialResolver())))
+        who = EnvCredentialResolver()
+        s3 = S3Server(build_app(Settings(data_dir=folder, credentials=who, max_list_keys=page)))
     config = uvicorn.Config(s3, log_level="critical", lifespan="off", ws="none")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0), backlog=256) as listener:

@@ -57,17 +57,20 @@ def always(data: bytes) -> Callable[[bytes], bytes]:
 
 EARLIER = frames.encode({"t": "challenge", "nonce": b"e" * 16})
 OLD = int(time.time()) - 1
+# A proof covers its hello: another one's would be refused for that, whatever else is wrong.
+LATE, BARE = replace(HELLO, expires=OLD), replace(HELLO, expires=0)
+FIRST = replace(BARE, rank=0)
 JOINS: dict[str, tuple[Hello, Callable[[bytes], bytes]]] = {
     "wrong key": (HELLO, proof(auth.Token(UNTIL, b"x" * 32))),
     "another job's token": (HELLO, proof(token(job="other"))),
     "token of another size": (HELLO, proof(token(size=5))),
     "another server's token": (HELLO, proof(token(b"fedcba9876543210"))),
-    "expired token": (replace(HELLO, expires=OLD), proof(token(expires=OLD))),
+    "expired token": (LATE, proof(token(expires=OLD), LATE)),
     "expiry put off": (HELLO, proof(token(expires=OLD))),
-    "no token": (replace(HELLO, expires=0), proof(None)),
+    "no token": (BARE, proof(None, BARE)),
     "replayed join": (HELLO, always(proof(token())(EARLIER))),
     "proof of another rank": (HELLO, proof(token(), replace(HELLO, rank=1))),
-    "taken rank, no token": (replace(HELLO, rank=0), proof(None)),
+    "taken rank, no token": (FIRST, proof(None, FIRST)),
     "empty proof": (HELLO, always(frames.encode({"t": "proof", "mac": b""}))),
     "proof that is text": (HELLO, always(frames.encode({"t": "proof", "mac": "x" * 32}))),
     "proof without code": (HELLO, always(frames.encode({"t": "proof"}))),
@@ -132,12 +135,13 @@ async def test_a_ticket_that_is_made_up_or_used_gets_no_word() -> None:
         ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
         await asyncio.gather(*(comm.barrier() for comm in ranks))
         ticket, other = server.registry._tickets
+        pair = server.registry._tickets[ticket]
         both = relay_request(ticket) + relay_request(other)[1:]
         assert await said(address, both) == b""  # more than a leg may say
         host, port = address.split(":")
         _, leg = await asyncio.open_connection(host, int(port))
         leg.write(relay_request(ticket))
-        while ticket in server.registry._tickets:  # noqa: ASYNC110
+        while pair.first is None:  # noqa: ASYNC110
             await asyncio.sleep(0)
         assert await said(address, relay_request(ticket)) == b""
         leg.close()
@@ -263,6 +267,12 @@ def test_a_replayed_or_reflected_handshake_is_refused() -> None:
     low = Handshake(0, 3, 1, KEY, b"c" * 16, "job")
     with pytest.raises(AuthenticationFailed):
         low.receive(low.hello)  # connected to itself
+    for me, peer in ((0, 3), (3, 0)):
+        rank = Handshake(me, peer, 1, KEY, b"c" * 16, "job")
+        rank.outgoing.clear()
+        rank.receive(Handshake(peer, me, 1, b"no key", b"").hello)  # anybody can say that
+        with pytest.raises(AuthenticationFailed):
+            rank.receive(bytes(rank.outgoing))  # a stranger gives it its own proof back
 
 
 @pytest.mark.row(19)

@@ -29,6 +29,8 @@ from tests.worker.worker_data import SMALL, tensors, trained
 from workflow import export as export_module
 from workflow.export import export
 
+pytestmark = pytest.mark.timeout(180)  # an export takes half a minute, more beside other tests
+
 ENGINES: list[Engine] = ["onnx", "openvino"]
 DEMO_EXPORT = DEMO_MODEL.with_suffix(".onnx")
 

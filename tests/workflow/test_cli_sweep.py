@@ -211,6 +211,7 @@ def test_a_rank_that_is_killed_does_not_end_the_sweep(cosmic: Cosmic, tmp_path: 
     assert len(record(tmp_path / "results/bad", "w2-b8")["failures"]) == 1
 
 
+@pytest.mark.alone
 def test_the_timeout_is_each_runs(cosmic: Cosmic, tmp_path: Path) -> None:
     words = ("sweep", *FOUR, "--data", fake(**{"infer 1": "hang"}), "--timeout", "2")
     code, out, _ = finish(cosmic(*words))

@@ -41,7 +41,7 @@ def start(tmp_path: Path) -> Start:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=50)
     return process.returncode, out, err
 
 
@@ -207,7 +207,7 @@ def test_a_signal_while_the_program_is_still_being_imported(tmp_path: Path) -> N
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=50,
     )
     assert done.stderr == "Stopped by SIGINT; nothing is left running, no file half written.\n"
     assert (done.returncode, done.stdout) == (130, "")

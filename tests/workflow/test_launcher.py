@@ -18,6 +18,8 @@ from workflow.local import RunFailed, run_job
 from workflow.plan import Event, RankProgress, RunPlan, Span, Step
 from workflow.processes import ProcessFamily
 
+pytestmark = pytest.mark.alone
+
 Plan = Callable[..., RunPlan]
 
 
