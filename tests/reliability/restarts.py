@@ -7,7 +7,7 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,8 +21,11 @@ from tests.support import KEY
 class Place:
     """A port at which one server process after the other listens; 0: the first one's choice."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(
+        self, port: int = 0, options: Sequence[str] = (), env: Mapping[str, str] | None = None
+    ) -> None:
         self.port, self.admin_port = port, 0
+        self._options, self._env = options, env
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._log: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -33,10 +36,12 @@ class Place:
 
     async def start(self) -> None:
         """Start a server, and wait until it listens."""
-        options = ["--port", str(self.port), "--admin-port", str(self.admin_port)]
+        options = ["--port", str(self.port), "--admin-port", str(self.admin_port), *self._options]
         self._log = asyncio.Queue()
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "rendezvous_server", *options), stderr=asyncio.subprocess.PIPE
+            *(sys.executable, "-m", "rendezvous_server", *options),
+            stderr=asyncio.subprocess.PIPE,
+            env=self._env,
         )
         self._reader = asyncio.create_task(self._read(self._process.stderr))
         listening = await self.event("listening")
