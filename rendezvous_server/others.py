@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from fmi_client.errors import FmiError, ServerDraining
+from fmi_client.errors import AuthenticationFailed, FmiError, ProtocolError, ServerDraining
 from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address
 from fmi_client.protocol.hello import Hello
@@ -125,7 +125,7 @@ class Others:
             except ConnectionRefusedError:
                 log.warning("server gone", server=owner)
                 await self._shared.bury(owner)
-            except (OSError, TimeoutError) as error:
+            except (AuthenticationFailed, ProtocolError, OSError, TimeoutError) as error:
                 log.warning("no answer", server=owner, why=str(error) or "in time")
                 break
         raise come_back("the job's server does not answer")
@@ -160,14 +160,16 @@ class Others:
         task.add_done_callback(self._opening.discard)
 
     async def _pass_on(self, leg: Pipe, ticket: bytes) -> None:
-        tag = ticket[:TAG_BYTES].hex()
+        first = self._header + relay_request(ticket)
         try:
-            server = next(each for each in self._shared.servers if each.startswith(tag))
-            first = self._header + relay_request(ticket)
-            async with asyncio.timeout(LINE_SECONDS):
-                await self._connect(server, lambda: Pipe(self.pipes, leg, first))
-        except (StopIteration, OSError, TimeoutError):
-            leg.cut()
+            server = await self._shared.find(ticket[:TAG_BYTES])
+            if server is not None:
+                async with asyncio.timeout(LINE_SECONDS):
+                    await self._connect(server, lambda: Pipe(self.pipes, leg, first))
+                return
+        except (ServerDraining, OSError, TimeoutError) as error:
+            log.warning("leg not passed on", why=str(error) or "no answer in time")
+        leg.cut()
 
     # --------------------------------------------------------------------- leaving
     async def leave(self) -> None:

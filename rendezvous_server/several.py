@@ -10,6 +10,8 @@ import asyncio
 import time
 from collections.abc import Iterable
 
+import structlog
+
 from fmi_client.errors import FmiError
 from fmi_client.protocol.frames import Message, encode, field
 from fmi_client.protocol.rendezvous import (
@@ -23,6 +25,8 @@ from rendezvous_server.forward import Line, Pipe
 from rendezvous_server.jobs import Member
 from rendezvous_server.others import Others
 from rendezvous_server.server import DRAIN_SECONDS, Connection, Server
+
+log = structlog.get_logger()
 
 CLOSED = "its connection to the server closed"
 
@@ -120,6 +124,7 @@ class SharingConnection(Connection):
                 self._keep_alive()
                 self.write(encode(event.welcome | {"run": line.run.result()}))
                 line.carry(self)
+                log.info("carried", job=event.hello.job, rank=event.hello.rank, to=line.owner)
         except FmiError as error:
             self._refuse(error)
 

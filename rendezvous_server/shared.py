@@ -8,8 +8,10 @@ secrets, no ranks, no data.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
+import time
 from collections.abc import Collection
 from typing import Any
 
@@ -29,6 +31,9 @@ LEASE_SECONDS = 5.0
 
 ANSWER_SECONDS = 1.0
 """Redis takes a fraction of a millisecond."""
+
+LOOK_SECONDS = 0.1
+"""Between two looks for a server that we do not know."""
 
 TAG_BYTES = 4
 """Of 16 in a ticket: 12 random ones are left."""
@@ -98,6 +103,8 @@ class Shared:
         self.me = ""
         self.servers: frozenset[str] = frozenset()
         """All that are there, by the last beat; this one is among them."""
+        self._looked = 0.0
+        self._looking = asyncio.Lock()
         self.up = True
         """Whether Redis answered when it was last asked."""
 
@@ -110,6 +117,20 @@ class Shared:
         there, servers = await self._ask(self._beat, [SERVERS], [self.me, _ms(LEASE_SECONDS)])
         self.servers = frozenset(servers)
         return bool(there)
+
+    async def find(self, tag: bytes) -> str | None:
+        """Return the server whose tickets begin with `tag`; None: there is none."""
+        found = self._known(tag)
+        if found is None:  # it may be new, or what a stranger made up
+            async with self._looking:
+                if time.monotonic() - self._looked >= LOOK_SECONDS:
+                    self._looked = time.monotonic()
+                    self.servers = frozenset(await self._ask(self._redis.zrange, SERVERS, 0, -1))
+            found = self._known(tag)
+        return found
+
+    def _known(self, tag: bytes) -> str | None:
+        return next((each for each in self.servers if each.startswith(tag.hex())), None)
 
     async def claim(self, job: str) -> str:
         """Take a job, unless another server that is there has it; returns who has it.
