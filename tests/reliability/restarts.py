@@ -7,6 +7,7 @@ import contextlib
 import json
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,6 +29,8 @@ class Place:
         self._options, self._env = options, env
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
+        self.seen: Counter[str] = Counter()
+        """How often each event was logged, by all its servers."""
         self._log: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
     @property
@@ -49,7 +52,9 @@ class Place:
 
     async def _read(self, lines: Any) -> None:
         async for line in lines:
-            self._log.put_nowait(json.loads(line))
+            entry = json.loads(line)
+            self.seen[entry["event"]] += 1
+            self._log.put_nowait(entry)
 
     async def event(self, *names: str, count: int = 1) -> dict[str, Any]:
         """Wait until the server has logged `count` more lines with one of these events."""
