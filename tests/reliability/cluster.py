@@ -12,13 +12,15 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis.asyncio
 
+from fmi_client.communicator import Communicator
 from fmi_client.protocol.addresses import Address
 from rendezvous_server.proxy import PROXY, SIGNATURE
-from tests.reliability.restarts import Place
+from tests.reliability.restarts import Place, join
 from tests.support import closed_port
 
 SECRET = b"of the three servers"
@@ -46,18 +48,24 @@ class Redis:
             *itertools.chain(*((f"--{name}", str(value)) for name, value in options.items())),
             stdout=asyncio.subprocess.DEVNULL,
         )
-        async with asyncio.timeout(10), redis.asyncio.Redis.from_url(self.url) as client:
+        async with asyncio.timeout(10), self.client() as client:
             while True:
                 with contextlib.suppress(redis.exceptions.ConnectionError):
                     await client.ping()
                     return
                 await asyncio.sleep(0.01)
 
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    def client(self) -> redis.asyncio.Redis:
+        return redis.asyncio.Redis.from_url(self.url, decode_responses=True)
+
     async def kill(self) -> None:
-        assert self._process is not None
-        with contextlib.suppress(ProcessLookupError):
+        if self._process is not None and self.runs:
             self._process.kill()
-        await self._process.wait()
+            await self._process.wait()
 
 
 class Balancer:
@@ -107,33 +115,51 @@ def header(source: Address, destination: Address) -> bytes:
 
 
 class Cluster:
-    """All of it."""
+    """All of it; each test has a job of its own."""
 
     def __init__(self, registry: Redis, servers: list[Place], balancer: Balancer) -> None:
         self.redis, self.servers, self.balancer = registry, servers, balancer
+        self.job = ""
 
-    @property
-    def address(self) -> str:
-        return self.balancer.address
+    async def mend(self, job: str) -> None:
+        """Start again what a test has killed."""
+        self.job = job
+        if not self.redis.runs:
+            await self.redis.start()
+        ended = [place for place in self.servers if not place.runs]
+        for place in ended:
+            place.port = place.admin_port = 0  # a rank may have the old ones by now
+        await asyncio.gather(*(place.start() for place in ended))
+        for place in self.servers:
+            place.seen.clear()
 
-    async def owner(self, job: str = "job") -> Place:
+    async def join(self, rank: int, size: int = 8, **more: Any) -> Communicator:
+        return await join(self.balancer.address, rank, size, **{"job": self.job} | more)
+
+    async def all_join(self, size: int = 8, **more: Any) -> list[Communicator]:
+        return await asyncio.gather(*(self.join(rank, size, **more) for rank in range(size)))
+
+    def seen(self, event: str) -> int:
+        """How often the servers have logged an event."""
+        return sum(place.seen[event] for place in self.servers)
+
+    async def owner(self, job: str = "") -> Place:
         """The server that has a job."""
-        async with redis.asyncio.Redis.from_url(self.redis.url, decode_responses=True) as client:
-            name = (await client.get(f"rendezvous:job:{job}")).split()[0]
+        async with self.redis.client() as client:
+            name = (await client.get(f"rendezvous:job:{job or self.job}")).split()[0]
         return next(place for place in self.servers if name.endswith(f":{place.port}"))
 
-    async def edge(self, job: str = "job") -> Place:
-        """One that has not."""
-        owner = await self.owner(job)
+    async def edge(self) -> Place:
+        """One that has not the test's job."""
+        owner = await self.owner()
         return next(place for place in self.servers if place is not owner)
 
 
 @asynccontextmanager
 async def cluster(folder: Path, count: int = 3) -> AsyncIterator[Cluster]:
-    """Three servers, as one sees them from outside."""
+    """Several servers, which the first `mend` starts."""
     async with AsyncExitStack() as stack:
         registry = Redis(folder)
-        await registry.start()
         stack.push_async_callback(registry.kill)
         options = ["--registry", registry.url, "--proxy-protocol", "--allow-anonymous"]
         options += ["--host", "127.0.0.1"]
@@ -143,7 +169,6 @@ async def cluster(folder: Path, count: int = 3) -> AsyncIterator[Cluster]:
         ]
         for place in servers:
             stack.push_async_callback(place.kill)
-        await asyncio.gather(*(place.start() for place in servers))
         balancer = Balancer(servers)
         stack.callback((await balancer.start()).close)
         yield Cluster(registry, servers, balancer)

@@ -64,6 +64,10 @@ class Place:
                 count -= entry["event"] in names
         return entry
 
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
     def signal(self, number: int) -> None:
         assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
@@ -78,8 +82,9 @@ class Place:
         return code
 
     async def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        await self.ends()
+        if self._process is not None:
+            self.signal(signal.SIGKILL)
+            await self.ends()
 
 
 @asynccontextmanager

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import signal
 import time
-from pathlib import Path
+from collections.abc import AsyncIterator
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
+import pytest_asyncio
 
 from fmi_client.communicator import Communicator
+from fmi_client.errors import RankFailed, ServerDraining
+from rendezvous_server.shared import LEASE_SECONDS
 from tests.reliability.cluster import Cluster, cluster
-from tests.reliability.restarts import join, leave
+from tests.reliability.restarts import Place, leave
 from tests.support import until
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 SECONDS = 10.0
+"""For a job to go on after the death of its server."""
+
+JOBS = itertools.count()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def servers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    async with cluster(tmp_path_factory.mktemp("redis")) as servers:
+        yield servers
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def here(servers: Cluster) -> Cluster:
+    await servers.mend(f"job{next(JOBS)}")
+    return servers
 
 
 async def total(comm: Communicator) -> float:
@@ -23,39 +46,6 @@ async def total(comm: Communicator) -> float:
 
 def expected(size: int = 8) -> float:
     return size * (size + 1) / 2
-
-
-async def all_join(here: Cluster, size: int = 8, **more: object) -> list[Communicator]:
-    return await asyncio.gather(*(join(here.address, r, size, **more) for r in range(size)))
-
-
-@pytest.mark.parametrize("channel", ["direct", "relay"])
-async def test_ranks_that_reach_different_servers_are_one_job(channel: str, tmp_path: Path) -> None:
-    async with cluster(tmp_path) as here:
-        ranks = await all_join(here, channel=channel)
-        assert await asyncio.gather(*map(total, ranks)) == [expected()] * 8
-        await leave(ranks)
-
-
-@pytest.mark.parametrize("channel", ["auto", "relay"])
-async def test_a_server_that_only_carries_dies_without_losing_anybody(
-    channel: str, tmp_path: Path
-) -> None:
-    async with cluster(tmp_path) as here:
-        ranks = await all_join(here, channel=channel)
-        over = asyncio.Event()
-        working = asyncio.ensure_future(work(ranks, over))
-        owner, edge = await here.owner(), await here.edge()
-        await asyncio.wait([working], timeout=0.2)
-        await edge.kill()
-        await owner.event("rejoined", count=edge.seen["carried"])
-        await asyncio.wait([working], timeout=0.2)
-        over.set()
-        await working
-        # Each with each: most of these links are made only now.
-        await asyncio.gather(*(comm.alltoall(list(range(8))) for comm in ranks))
-        assert not owner.seen["lost"]
-        await leave(ranks)
 
 
 async def work(ranks: list[Communicator], over: asyncio.Event) -> None:
@@ -70,32 +60,182 @@ async def work(ranks: list[Communicator], over: asyncio.Event) -> None:
     await asyncio.gather(*map(one, ranks))
 
 
+async def link_all(ranks: list[Communicator]) -> None:
+    """Each with each: most of these links are made only now."""
+    await asyncio.gather(*(comm.alltoall(list(range(len(ranks)))) for comm in ranks))
+
+
+@pytest.mark.parametrize("channel", ["direct", "relay"])
+async def test_ranks_that_reach_different_servers_are_one_job(channel: str, here: Cluster) -> None:
+    ranks = await here.all_join(channel=channel)
+    assert await asyncio.gather(*map(total, ranks)) == [expected()] * 8
+    # The balancer goes round: of 8 ranks at least two thirds, rounded down, were carried.
+    assert here.seen("carried") >= 5
+    assert (await here.owner()).seen["joined"] == 8
+    await leave(ranks)
+
+
+@pytest.mark.parametrize("channel", ["auto", "relay"])
+async def test_a_server_that_only_carries_dies_without_losing_anybody(
+    channel: str, here: Cluster
+) -> None:
+    ranks = await here.all_join(channel=channel)
+    over = asyncio.Event()
+    working = asyncio.ensure_future(work(ranks, over))
+    owner, edge = await here.owner(), await here.edge()
+    await asyncio.wait([working], timeout=0.2)
+    await edge.kill()
+    await owner.event("rejoined", count=edge.seen["carried"])
+    over.set()
+    await working
+    await link_all(ranks)
+    assert not owner.seen["lost"]
+    await leave(ranks)
+
+
 @pytest.mark.parametrize("channel", ["auto", "relay"])
 async def test_the_jobs_server_dies_before_its_ranks_are_linked(
-    channel: str, tmp_path: Path
+    channel: str, here: Cluster
 ) -> None:
-    async with cluster(tmp_path) as here:
-        ranks = await all_join(here, channel=channel)
-        await (await here.owner()).kill()
-        begun = time.monotonic()
-        assert await asyncio.gather(*map(total, ranks)) == [expected()] * 8
-        assert time.monotonic() - begun < SECONDS
+    ranks = await here.all_join(channel=channel)
+    await (await here.owner()).kill()
+    begun = time.monotonic()
+    assert await asyncio.gather(*map(total, ranks)) == [expected()] * 8
+    assert time.monotonic() - begun < SECONDS
+    await leave(ranks)
+
+
+async def test_the_jobs_server_dies_while_ranks_join(here: Cluster) -> None:
+    joining = [asyncio.ensure_future(here.join(rank)) for rank in range(6)]
+    await until(lambda: here.seen("joined") == 6)
+    await (await here.owner()).kill()
+    begun = time.monotonic()
+    joining += [asyncio.ensure_future(here.join(rank)) for rank in (6, 7)]
+    ranks = await asyncio.gather(*joining)
+    assert await asyncio.gather(*map(total, ranks)) == [expected()] * 8
+    assert time.monotonic() - begun < SECONDS
+    await leave(ranks)
+
+
+async def test_a_rank_that_dies_behind_another_server_is_announced_at_once(here: Cluster) -> None:
+    ranks = await here.all_join()
+    edge = await here.edge()
+    dead = (await edge.event("carried"))["rank"]
+    waiting = [asyncio.ensure_future(comm.recv(dead)) for comm in ranks if comm.rank != dead]
+    await asyncio.wait(waiting, timeout=0.1)
+    begun = time.monotonic()
+    ranks[dead]._endpoint._control.close()  # as the system does it for a process that is killed
+    said = await asyncio.gather(*waiting, return_exceptions=True)
+    assert time.monotonic() - begun < 1
+    assert [(type(each), each.rank) for each in said] == [(RankFailed, dead)] * 7  # type: ignore[union-attr]
+    assert all("was lost" in str(each) for each in said)
+    await leave(ranks)
+
+
+async def test_who_leaves_behind_another_server_is_not_lost(here: Cluster) -> None:
+    ranks = await here.all_join()
+    owner = await here.owner()
+    await leave(ranks)
+    await owner.event("left", count=8)
+    assert not owner.seen["lost"]
+
+
+async def test_a_server_that_is_to_end_hands_over_its_jobs_at_once(here: Cluster) -> None:
+    ranks = await here.all_join()
+    owner = await here.owner()
+    begun = time.monotonic()
+    owner.signal(signal.SIGTERM)
+    assert await owner.ends() == 0
+    assert time.monotonic() - begun < 3  # alone, it would wait for the job's end
+    await link_all(ranks)
+    assert (await here.owner()) is not owner
+    await leave(ranks)
+
+
+def ready(place: Place) -> str:
+    """What a server says to the balancer when asked whether it takes connections."""
+    try:
+        with urlopen(f"http://127.0.0.1:{place.admin_port}/readyz") as answer:
+            return str(answer.read().decode())
+    except OSError as error:
+        return str(error)
+
+
+async def test_without_redis_jobs_live_on_and_ranks_that_join_are_told_to_come_back(
+    here: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = await here.all_join()
+    owner, edge = await here.owner(), await here.edge()
+    carried = edge.seen["carried"]
+    await here.redis.kill()
+    await link_all(ranks)
+    with monkeypatch.context() as patch:
+        patch.setattr("fmi_client.transport.control.DRAIN_SECONDS", 0.1)
+        with pytest.raises(ServerDraining, match="registry does not answer"):
+            await here.join(0, job="another")
+    assert "503" in await asyncio.to_thread(ready, owner)
+    later = asyncio.ensure_future(here.join(0, 1, job="another"))
+    await asyncio.wait([later], timeout=0.1)
+    await here.redis.start()  # it knows nothing
+    await leave([await later])
+    for place in here.servers:
+        await place.event("registry back")
+        assert await asyncio.to_thread(ready, place) == "ok\n"
+    # Its server has claimed the job again: no second one comes of ranks that have to rejoin.
+    await until_claimed(here)
+    await edge.kill()
+    await owner.event("rejoined", count=carried)
+    assert await here.owner() is owner
+    assert not owner.seen["lost"]
+    await leave(ranks)
+
+
+async def until_claimed(here: Cluster) -> None:
+    async with asyncio.timeout(5), here.redis.client() as client:
+        while not await client.exists(f"rendezvous:job:{here.job}"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_a_job_of_a_server_that_was_given_up_is_not_split(here: Cluster) -> None:
+    """Half of the ranks come while the server, which lives, is struck off."""
+    joining = [asyncio.ensure_future(here.join(rank)) for rank in range(4)]
+    await until(lambda: here.seen("joined") == 4)
+    owner = await here.owner()
+    async with here.redis.client() as client:
+        names = await client.zrange("rendezvous:servers", 0, -1)
+        (name,) = [each for each in names if each.endswith(f":{owner.port}")]
+        await client.zrem("rendezvous:servers", name)
+    joining += [asyncio.ensure_future(here.join(rank)) for rank in range(4, 8)]
+    ranks = await asyncio.gather(*joining)
+    await link_all(ranks)
+    await leave(ranks)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("channel", ["auto", "relay"])
+@pytest.mark.parametrize("there", [4, 8])
+async def test_a_server_that_is_frozen_for_longer_than_its_lease(
+    there: int, channel: str, here: Cluster
+) -> None:
+    joining = [asyncio.ensure_future(here.join(rank, channel=channel)) for rank in range(there)]
+    await until(lambda: here.seen("joined") == there)
+    owner = await here.owner()
+    owner.signal(signal.SIGSTOP)
+    joining += [asyncio.ensure_future(here.join(rank, channel=channel)) for rank in range(there, 8)]
+    await asyncio.wait(joining, timeout=LEASE_SECONDS + 2, return_when=asyncio.FIRST_EXCEPTION)
+    owner.signal(signal.SIGCONT)
+    ranks = await asyncio.gather(*joining)
+    await link_all(ranks)
+    await leave(ranks)
+
+
+@pytest.mark.parametrize("jobs", [50, pytest.param(1000, marks=pytest.mark.nightly)])
+async def test_ranks_that_begin_a_job_at_once_begin_one(jobs: int, here: Cluster) -> None:
+    async def pair(job: str) -> None:
+        ranks = await asyncio.gather(*(here.join(rank, 2, job=job) for rank in range(2)))
         await leave(ranks)
 
-
-async def test_the_jobs_server_dies_while_ranks_join(tmp_path: Path) -> None:
-    async with cluster(tmp_path) as here:
-        joining = [asyncio.ensure_future(join(here.address, r, 8)) for r in range(6)]
-        await until_count(here, 6)
-        await (await here.owner()).kill()
-        begun = time.monotonic()
-        joining += [asyncio.ensure_future(join(here.address, r, 8)) for r in (6, 7)]
-        ranks = await asyncio.gather(*joining)
-        assert await asyncio.gather(*map(total, ranks)) == [expected()] * 8
-        assert time.monotonic() - begun < SECONDS
-        await leave(ranks)
-
-
-async def until_count(here: Cluster, ranks: int) -> None:
-    """Wait until so many ranks have joined."""
-    await until(lambda: sum(place.seen["joined"] for place in here.servers) == ranks, 10)
+    for first in range(0, jobs, 50):
+        await asyncio.gather(*(pair(f"{here.job}-{first + n}") for n in range(50)))
+    assert here.seen("joined") == 2 * jobs
+    assert len([place for place in here.servers if place.seen["ready"]]) == 3
