@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from fmi_client.protocol.relay import relay_request
 from rendezvous_server.config import Config, ConfigError
 from rendezvous_server.forward import LOCAL_HEADER, Line, LineSide, Pipe
 from rendezvous_server.listen import EVERYWHERE
-from rendezvous_server.shared import TAG_BYTES, Shared, come_back
+from rendezvous_server.shared import LEASE_SECONDS, TAG_BYTES, Shared, come_back
 
 log = structlog.get_logger()
 
@@ -61,6 +62,8 @@ class Others:
         self.tag = self._shared.tag
         self.lines: set[Line] = set()
         self.pipes: set[Pipe] = set()
+        self._trust_from = 0.0
+        """When a server that is not in Redis has had the time to say that it is there."""
         self._beating: asyncio.Task[None] | None = None
         self._opening: set[asyncio.Task[Any]] = set()
 
@@ -91,12 +94,17 @@ class Others:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            try:
-                if not await self._shared.beat():
-                    await self._claim_again()
-                await self._shared.release(set(self._jobs()))
-            except ServerDraining:
-                continue  # what runs goes on
+            with contextlib.suppress(ServerDraining):  # what runs goes on
+                await self._beat_once()
+
+    async def _beat_once(self) -> None:
+        now = time.monotonic()
+        if not await self._shared.beat():
+            # If Redis has forgotten us, it may have forgotten the others, too.
+            self._trust_from = now + LEASE_SECONDS
+            await self._claim_again()
+        await self._shared.release(set(self._jobs()))
+        if now >= self._trust_from:
             for line in [each for each in self.lines if each.owner not in self._shared.servers]:
                 line.end(MOVED)
 

@@ -74,6 +74,8 @@ class Balancer:
     def __init__(self, servers: list[Place]) -> None:
         self.servers = servers
         self.port = 0
+        self.unhealthy: Place | None = None
+        """Gets no new connections."""
         self._next = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -90,6 +92,8 @@ class Balancer:
         for _ in self.servers:
             place = self.servers[self._next % len(self.servers)]
             self._next += 1
+            if place is self.unhealthy:
+                continue
             with contextlib.suppress(OSError):
                 back, out = await asyncio.open_connection("127.0.0.1", place.port)
                 out.write(header(writer.get_extra_info("peername"), ("127.0.0.1", self.port)))
@@ -148,6 +152,12 @@ class Cluster:
         async with self.redis.client() as client:
             name = (await client.get(f"rendezvous:job:{job or self.job}")).split()[0]
         return next(place for place in self.servers if name.endswith(f":{place.port}"))
+
+    async def lists(self, place: Place) -> str:
+        """A server's name in Redis; empty: it was struck off."""
+        async with self.redis.client() as client:
+            names = await client.zrange("rendezvous:servers", 0, -1)
+        return next((name for name in names if name.endswith(f":{place.port}")), "")
 
     async def edge(self) -> Place:
         """One that has not the test's job."""
