@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import structlog
 
-from fmi_client.errors import FmiError
+from fmi_client.errors import FmiError, ProtocolError
 from fmi_client.protocol.frames import Message, encode, field
 from fmi_client.protocol.rendezvous import (
     REJOIN_SECONDS,
@@ -27,6 +27,9 @@ from rendezvous_server.others import Others
 from rendezvous_server.server import DRAIN_SECONDS, Connection, Server
 
 log = structlog.get_logger()
+
+CARRIERS_WORDS = ("lost", "moved")
+"""What a server says of a rank that it carries, and no rank itself."""
 
 CLOSED = "its connection to the server closed"
 
@@ -103,6 +106,8 @@ class SharingConnection(Connection):
         elif isinstance(event, RelayLeg) and not self._others.issued(event.ticket):
             self._become_pipe(event.ticket)
         elif isinstance(event, Request) and self._line and event.message["t"] != "leave":
+            if event.message["t"] in CARRIERS_WORDS:
+                raise ProtocolError(f"unknown request {event.message['t']!r}")
             self._line.send(event.message)
         else:
             super()._handle(event)

@@ -278,13 +278,11 @@ async def test_what_the_caller_still_holds_is_sent_again() -> None:
         await leave(ranks)
 
 
-async def live(
-    address: str, rank: int, size: int, channel: str, seed: int, job: str = "job"
-) -> float:
+async def live(address: str, rank: int, size: int, channel: str, seed: int) -> float:
     """Be a rank whose server may be killed at any moment: nothing it does may fail."""
     random = np.random.default_rng([seed, rank])
     await asyncio.sleep(0.5 * random.random())
-    async with await join(address, rank, size, job=job, channel=channel, timeout=60.0) as comm:
+    async with await join(address, rank, size, channel=channel, timeout=60.0) as comm:
         for step in range(1, size):
             await asyncio.sleep(0.3 * random.random())
             got = await comm.sendrecv((rank, step), (rank + step) % size, (rank - step) % size)
