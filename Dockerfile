@@ -4,13 +4,15 @@
 ARG PYTHON_IMAGE=python:3.12-slim
 
 FROM ${PYTHON_IMAGE} AS build
+# "redis" for several servers: docs/servers.md.
+ARG EXTRA=server
 WORKDIR /src
 RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/server
 COPY pyproject.toml README.md LICENSE ./
 COPY fmi_client fmi_client
 COPY rendezvous_server rendezvous_server
 # Modules are compiled here: the server's root file system may be read-only.
-RUN /opt/pip/bin/pip --python /opt/server/bin/python install --no-cache-dir ".[server]"
+RUN /opt/pip/bin/pip --python /opt/server/bin/python install --no-cache-dir ".[${EXTRA}]"
 
 FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/server /opt/server

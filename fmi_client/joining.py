@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
+from collections import Counter
 from collections.abc import Callable, Collection
 
 from fmi_client.endpoint import Allocate, Endpoint, left_error
@@ -54,6 +56,10 @@ REPLACE_SECONDS = 0.5
 """A connection that the peer has only to confirm gets so long, before a new attempt takes its
 place because the peer asked for one."""
 
+MAX_LEGS = 4
+LEG_PAUSE = 0.5
+"""A relay's leg that comes to nothing is tried again, so often and within so many seconds."""
+
 LEAVE_SECONDS = 0.5
 """How long the server may take to hear our goodbye."""
 
@@ -95,6 +101,8 @@ class SocketEndpoint(Endpoint):
         self._patience: Timer | None = None
         self._untold: list[JobAborted] = []
         """What the next server is to pass on."""
+        self._refusals: Counter[int] = Counter()
+        """Legs for each peer that came to nothing."""
         self._relayed: dict[int, int] = {}
         """The servers that were lost before each relayed link was made."""
         self._lost_control: FmiError | None = None
@@ -322,10 +330,22 @@ class SocketEndpoint(Endpoint):
             on_linked=lambda sock, kind, first: self._linked(link, sock, kind, first),
             on_failed=lambda error: self._unlinked(link, error),
             channel=self._request.channel,
+            on_refused=lambda: self._ask_again(peer, instruction),
         )
         self._punches[peer] = punch
         punch.start()
         self._lobby.call(punch)
+
+    def _ask_again(self, peer: int, instruction: Punch) -> None:
+        """A leg came to nothing: the server may have died that it reached, and not the job's."""
+
+        def ask() -> None:
+            if self._told.get(peer) is instruction and peer in self._punches:
+                self._ask(peer)
+
+        self._refusals[peer] += 1
+        if self._refusals[peer] <= MAX_LEGS:
+            self._reactor.call_later(random.uniform(0, LEG_PAUSE), ask)
 
     def _replace(self, old: PunchAttempt, instruction: Punch) -> None:
         if self._punches.get(old.peer) is old:
@@ -369,7 +389,7 @@ class SocketEndpoint(Endpoint):
             link.fail(self._left[link.peer].fresh())
         elif self._lost_control is not None or self._lost_with_server(link):
             self._blame(link)
-        elif link.revive():
+        elif link.kind == "direct" and link.revive():
             self._punch(self._told[link.peer])
             self._punches[link.peer].hurry(broken_error(link))
         else:
@@ -382,8 +402,8 @@ class SocketEndpoint(Endpoint):
     def _blame(self, link: SocketLink) -> None:
         if not link.lost:
             return  # it has another connection by now, or waits for one
-        if self._lost_with_server(link) and link.error is None:
-            link.suspend()
+        if link.kind == "relay" and link.error is None:
+            link.suspend()  # the peer lives: it was the relay's end, or that of the way to it
             if self._lost_control is not None:
                 link.fail(self._lost_control)
             else:

@@ -20,6 +20,7 @@ from rendezvous_server import admin
 from rendezvous_server.config import (
     Config,
     ConfigError,
+    check_registry,
     choose_host,
     read_admin_token,
     read_networks,
@@ -163,6 +164,15 @@ def main(
         float,
         typer.Option(envvar=ENV + "JOB_TTL", min=1, help="Seconds after which any job is ended."),
     ] = 6 * 3600,
+    registry: Annotated[
+        str | None,
+        typer.Option(
+            envvar=ENV + "REGISTRY",
+            metavar="URL",
+            help="redis://host:port/db, by which several servers with one secret share their jobs "
+            "behind one load balancer.  [default: none: this server is the only one]",
+        ),
+    ] = None,
     log_level: Annotated[
         str, typer.Option(envvar=ENV + "LOG_LEVEL", help="debug, info, warning or error.")
     ] = "info",
@@ -200,6 +210,7 @@ def main(
             relay_pairs=relay_pairs,
             proxy_protocol=proxy_protocol,
             legacy=read_networks(legacy or ()),
+            registry=check_registry(registry, secret),
         )
         raise_limit()
         uvloop.run(_serve(config))
@@ -208,6 +219,16 @@ def main(
     except OSError as error:
         typer.echo(f"rendezvous_server: cannot listen: {error.strerror or error}", err=True)
         raise typer.Exit(1) from None
+
+
+def _make(config: Config) -> Server:
+    if config.registry is None:
+        return Server(config)
+    try:
+        from rendezvous_server.several import SharingServer
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--registry: {error}; pip install 'cosmic-fmi[redis]'") from None
+    return SharingServer(config)
 
 
 async def _start_admin(server: Server) -> tuple[AppRunner | None, int | None]:
@@ -229,7 +250,7 @@ async def _serve(config: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = Server(config)
+    server = _make(config)
     port = await server.start()
     runner, admin_port = await _start_admin(server)
     log.info("listening", host=config.host, port=port, admin_port=admin_port)

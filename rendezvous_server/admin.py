@@ -46,6 +46,8 @@ class _Metrics:
             ("legacy_pairs", "Pairs of TCPunch clients brought together", server.legacy.pool.pairs),
         ):
             yield CounterMetricFamily(f"rendezvous_{name}", text, value=value)
+        for name, text, number in server.figures():
+            yield GaugeMetricFamily(f"rendezvous_{name}", text, value=number)
         for name, text, value in (
             ("open_connections", "Connections open now", len(server.open)),
             ("strangers", "Connections that have proved nothing yet", len(server.strangers)),
@@ -66,8 +68,8 @@ def make_app(server: Server, host: str) -> web.Application:
         return web.Response(text="ok\n")
 
     async def ready(_: web.Request) -> web.Response:
-        if server.registry.draining:
-            return web.Response(status=503, text="draining\n")
+        if server.away:
+            return web.Response(status=503, text=f"{server.away}\n")
         return web.Response(text="ok\n")
 
     async def metrics(_: web.Request) -> web.Response:

@@ -31,6 +31,7 @@ class Config:
         job_ttl: seconds after which any job is ended.
         proxy_protocol: whether every rank's connection begins with a balancer's header.
         legacy: whence TCPunch's own clients may come.
+        registry: URL of the Redis through which servers share jobs; None: this one is alone.
     """
 
     host: str
@@ -46,6 +47,7 @@ class Config:
     relay_pairs: int = RELAY_PAIRS
     proxy_protocol: bool = False
     legacy: tuple[IPv4Network, ...] = ()
+    registry: str | None = None
 
 
 class ConfigError(ValueError):
@@ -115,6 +117,21 @@ def read_networks(texts: Iterable[str]) -> tuple[IPv4Network, ...]:
         return tuple(IPv4Network(text) for text in texts)
     except ValueError as error:
         raise ConfigError(f"not an IPv4 network: {error}") from None
+
+
+def check_registry(url: str | None, secret: bytes | None) -> str | None:
+    """Return the URL of the shared registry, or None.
+
+    Raises:
+        ConfigError: it is none of Redis, or there is no secret to know the other servers by.
+    """
+    if url is None:
+        return None
+    if not url.startswith(("redis://", "rediss://")):
+        raise ConfigError("the registry must be of the form redis://host:port/db")
+    if secret is None:
+        raise ConfigError("servers with a --registry know each other by their --secret-file")
+    return url
 
 
 def choose_host(host: str | None, secret: bytes | None, allow_anonymous: bool) -> str:

@@ -84,6 +84,7 @@ class Registry:
         relay_bytes: what may be passed on for one job, all in all.
         relay_pairs: how many pairs of one job may be here at once.
         make_cookie: source of the pairs' random cookies.
+        tag: what tickets begin with, by which other servers know them for ours.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Registry:
         relay_bytes: int = RELAY_BYTES,
         relay_pairs: int = RELAY_PAIRS,
         make_cookie: Callable[[], bytes] = lambda: os.urandom(auth.COOKIE_BYTES),
+        tag: bytes = b"",
     ) -> None:
         self._ttl = ttl
         self._max_jobs = max_jobs
@@ -103,6 +105,7 @@ class Registry:
         self._relay_bytes = relay_bytes
         self._relay_pairs = relay_pairs
         self._make_cookie = make_cookie
+        self._tag = tag
         self._tickets: dict[bytes, RelayPair] = {}
         self.jobs: dict[Job, None] = {}  # a set, in the order of their beginning
         self._by_name: dict[str, Job] = {}
@@ -256,6 +259,22 @@ class Registry:
         self._forget(job, now)
         return outbox
 
+    def hand_over(self, name: str, now: float) -> list[Hashable]:
+        """Jobs of that name go on at another server: forget them.
+
+        Returns:
+            Their ranks' connections, which are the caller's to cut: the ranks come again there.
+        """
+        moved = [job for job in self.jobs if job.name == name]
+        members = [member for job in moved for member in job.members.values()]
+        self.ranks -= len(members)
+        for member in members:
+            self._void(member)
+        for job in moved:
+            job.members.clear()
+            self._forget(job, now)
+        return [member.connection for member in members]
+
     def expire(self, now: float) -> Outbox:
         """End the jobs, and forget the tickets, whose time is over."""
         for ticket in [t for t, pair in self._tickets.items() if pair.expires <= now]:
@@ -343,7 +362,7 @@ class Registry:
             at = [list(address) for each in shared for address in peer.reach[each].addresses]
             message = common | {"peer": peer.rank, "at": at}
             if self._relay:
-                ticket = os.urandom(auth.COOKIE_BYTES)
+                ticket = self._tag + os.urandom(auth.COOKIE_BYTES - len(self._tag))
                 self._tickets[ticket] = pair
                 member.tickets.append(ticket)
                 message["ticket"] = ticket

@@ -7,13 +7,14 @@ import contextlib
 import math
 import socket
 import time
+from collections.abc import Iterable
 from typing import Any, cast
 
 import structlog
 
 from fmi_client.errors import FmiError
 from fmi_client.protocol.addresses import format_address
-from fmi_client.protocol.frames import PREFACE, encode
+from fmi_client.protocol.frames import PREFACE, Message, encode
 from fmi_client.protocol.relay import RELAY_FULL
 from fmi_client.protocol.rendezvous import (
     LEFT,
@@ -68,15 +69,20 @@ class Counters:
 
 
 class Server:
-    """Listens, and holds what all connections share."""
+    """Listens, and holds what all connections share.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        tag: what its tickets begin with; see `Registry`.
+    """
+
+    def __init__(self, config: Config, tag: bytes = b"") -> None:
         self.config = config
         self.registry = Registry(
             config.job_ttl,
             relay=config.relay,
             relay_bytes=config.relay_bytes,
             relay_pairs=config.relay_pairs,
+            tag=tag,
         )
         self.relayed = Traffic(self._may_relay, self.registry.met, self.registry.release)
         self.refusals = Refusals()
@@ -106,10 +112,23 @@ class Server:
         port: int = sockets[0].getsockname()[1]
         for sock in sockets:
             self._listeners.append(
-                await loop.create_server(lambda: Connection(self), sock=sock, backlog=BACKLOG)
+                await loop.create_server(self.make_connection, sock=sock, backlog=BACKLOG)
             )
         self._ticker = asyncio.create_task(self._tick())
         return port
+
+    def make_connection(self) -> Connection:
+        """Return what speaks with whoever has connected."""
+        return Connection(self)
+
+    @property
+    def away(self) -> str:
+        """Why it takes nobody new; empty: it does."""
+        return "draining" if self.registry.draining else ""
+
+    def figures(self) -> Iterable[tuple[str, str, int]]:
+        """Return more metrics: name, description, value now."""
+        return ()
 
     @property
     def held(self) -> int:
@@ -182,7 +201,7 @@ class Server:
                 frame = frames[id(message)] = encode(message)
             _connection(member).write(frame)
 
-    async def drain(self) -> None:
+    async def drain(self, seconds: float = DRAIN_SECONDS) -> None:
         """Stop in order: nobody new, waiters sent away, running jobs given time to end."""
         for listener in self._listeners:
             listener.close()
@@ -195,7 +214,7 @@ class Server:
         if self.registry.ranks:
             self.emptied.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.emptied.wait(), DRAIN_SECONDS)
+                await asyncio.wait_for(self.emptied.wait(), seconds)
 
     async def stop(self) -> None:
         """Cut what is still open."""
@@ -303,9 +322,10 @@ class Connection(asyncio.Protocol):
             self._clean = True
             self.close_soon()
         elif self._member is not None:
-            self._server.deliver(
-                self._server.registry.request(self._member, event.message, time.time())
-            )
+            self._request(self._member, event.message)
+
+    def _request(self, member: Member, message: Message) -> None:
+        self._server.deliver(self._server.registry.request(member, message, time.time()))
 
     def _become_leg(self, ticket: bytes) -> None:
         """Hand the connection over to the relay."""
@@ -428,9 +448,11 @@ class Connection(asyncio.Protocol):
         self._server.strangers.discard(self)
         self._server.open.discard(self)
         member, self._member = self._member, None
-        if member is None:
-            return
-        why = LEFT if self._clean else str(exc or "its connection to the server closed")
+        if member is not None:
+            why = LEFT if self._clean else str(exc or "its connection to the server closed")
+            self._gone(member, why)
+
+    def _gone(self, member: Member, why: str) -> None:
         outbox = self._server.registry.leave(member, clean=self._clean, why=why, now=time.time())
         self._server.deliver(outbox)
         if not member.job.members:

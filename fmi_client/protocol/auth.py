@@ -60,6 +60,12 @@ def admission_key(server_secret: bytes, job: str, size: int, expires: int) -> by
     return mac(server_secret, "fmi3 admission", job.encode(), b"%d" % size, b"%d" % expires)
 
 
+def carrier_key(server_secret: bytes) -> bytes:
+    """Return the key by which servers of one secret know each other: who has it may speak for
+    ranks that it has let in itself."""
+    return mac(server_secret, "fmi3 carrier")
+
+
 @dataclass(frozen=True, slots=True)
 class Token:
     """What a rank carries to be admitted: the admission key and its expiry (Unix seconds)."""

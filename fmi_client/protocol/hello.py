@@ -35,10 +35,13 @@ class Hello:
     """Where it was in a job before and lost its server: the name of that run, from "welcome"."""
     began: bool = False
     """Whether it heard "ready" then: it may have links already."""
+    seen: Address | None = None
+    """Where it comes from, if another server carries its words to us."""
 
     def encode(self) -> Message:
         again = {"run": self.run, "began": self.began} if self.run else {}
-        return self._first() | ({"self": self.identity} if self.identity else {}) | again
+        carried = {"seen": list(self.seen)} if self.seen else {}
+        return self._first() | ({"self": self.identity} if self.identity else {}) | again | carried
 
     def _first(self) -> Message:
         return {
@@ -69,6 +72,7 @@ class Hello:
             identity=sixteen(message, "self") if "self" in message else b"",
             run=sixteen(message, "run") if "run" in message else b"",
             began=frames.field(message, "began", bool) if "run" in message else False,
+            seen=read_address(message["seen"]) if "seen" in message else None,
         )
 
 

@@ -94,6 +94,8 @@ class Admission:
 
     def key(self, hello: Hello, now: float) -> bytes | None:
         """Return the key that the rank must prove to have, or None if nothing admits it."""
+        if hello.seen is not None:
+            return auth.carrier_key(self.secret) if self.secret is not None else None
         if hello.expires == 0:
             return auth.ANONYMOUS if self.allow_anonymous else None
         if self.secret is None or hello.expires <= now:
@@ -207,6 +209,7 @@ class ServerSide:
         if not auth.same(proof, expected) or key is None:
             raise AuthenticationFailed(_GENERIC)
         self._joined = True
+        self.observed = hello.seen or self.observed
         self._reader.limit = frames.MAX_FRAME
         seen = encode_address(self.observed)
         code = auth.mac(key, "fmi3 server", self._hello_body, self._challenge, seen)

@@ -253,9 +253,6 @@ class SocketLink:
         one, and all that was sent is sent again; if the peer has taken any of it, the peer
         will not revive its own end, and no second connection comes about.
         """
-        if self._tail is not None and not self.received and self.error is None:
-            self.suspend()
-            return True
         if self._sent is None or self.error is not None:
             return False
         for message in self._queue:

@@ -160,6 +160,7 @@ class Punch:
         on_linked: given the chosen socket, its kind ("direct" or "relay"), and the bytes that
             came behind the handshake.
         on_failed: given the error when `seconds` have passed in vain.
+        on_refused: called when the relay has ended our leg: with another ticket it may be taken.
     """
 
     def __init__(
@@ -177,6 +178,7 @@ class Punch:
         on_linked: Callable[[socket.socket, str, bytes], None],
         on_failed: Callable[[FmiError], None],
         channel: str = "auto",
+        on_refused: Callable[[], None] = lambda: None,
     ) -> None:
         self.reactor = reactor
         self.instruction = instruction
@@ -192,6 +194,7 @@ class Punch:
         self._relay: Dial | None = None
         self._on_linked = on_linked
         self._on_failed = on_failed
+        self._on_refused = on_refused
         self._seconds = seconds
         self._trials: list[_Trial] = []
         self._picked: _Trial | None = None
@@ -338,6 +341,7 @@ class Punch:
     def _relay_failed(self, what: str, final: bool) -> None:
         self._no_relay = what
         if not final:
+            self._on_refused()
             return
         # Only a direct connection can come now: at most as late as others come about.
         if self._channel == "relay":

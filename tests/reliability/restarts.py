@@ -7,7 +7,8 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,10 +22,15 @@ from tests.support import KEY
 class Place:
     """A port at which one server process after the other listens; 0: the first one's choice."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(
+        self, port: int = 0, options: Sequence[str] = (), env: Mapping[str, str] | None = None
+    ) -> None:
         self.port, self.admin_port = port, 0
+        self._options, self._env = options, env
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
+        self.seen: Counter[str] = Counter()
+        """How often each event was logged, by all its servers."""
         self._log: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
     @property
@@ -33,10 +39,12 @@ class Place:
 
     async def start(self) -> None:
         """Start a server, and wait until it listens."""
-        options = ["--port", str(self.port), "--admin-port", str(self.admin_port)]
+        options = ["--port", str(self.port), "--admin-port", str(self.admin_port), *self._options]
         self._log = asyncio.Queue()
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "rendezvous_server", *options), stderr=asyncio.subprocess.PIPE
+            *(sys.executable, "-m", "rendezvous_server", *options),
+            stderr=asyncio.subprocess.PIPE,
+            env=self._env,
         )
         self._reader = asyncio.create_task(self._read(self._process.stderr))
         listening = await self.event("listening")
@@ -44,7 +52,9 @@ class Place:
 
     async def _read(self, lines: Any) -> None:
         async for line in lines:
-            self._log.put_nowait(json.loads(line))
+            entry = json.loads(line)
+            self.seen[entry["event"]] += 1
+            self._log.put_nowait(entry)
 
     async def event(self, *names: str, count: int = 1) -> dict[str, Any]:
         """Wait until the server has logged `count` more lines with one of these events."""
@@ -53,6 +63,10 @@ class Place:
                 entry = await self._log.get()
                 count -= entry["event"] in names
         return entry
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.returncode is None
 
     def signal(self, number: int) -> None:
         assert self._process is not None
@@ -68,8 +82,9 @@ class Place:
         return code
 
     async def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        await self.ends()
+        if self._process is not None:
+            self.signal(signal.SIGKILL)
+            await self.ends()
 
 
 @asynccontextmanager
