@@ -6,6 +6,7 @@ It says "linked", goes on at a line, and says how it ended and how many seconds 
     receive   waits for a message
     exchange  sends a MiB and waits for one
     send      sends more than any window holds
+    filled    has begun to do so before: the peer's window is closed when the hole opens
     compute   holds the GIL for `COMPUTE_SECONDS`, then waits for a message
     told      sends a message that the system takes at once, and then the same
 """
@@ -27,6 +28,7 @@ from fmi_client.errors import FmiError
 from tests.support import KEY
 
 COMPUTE_SECONDS = 12
+MUCH = np.zeros(64 << 20, "u1")
 
 
 def wait_for_line() -> float:
@@ -39,7 +41,7 @@ def call(comm: Any, what: str) -> Any:
     """Begin the operation that the hole is to end."""
     peer = 1 - comm.rank
     if what == "send":
-        return comm.send(np.zeros(64 << 20, "u1"), peer, timeout=60)
+        return comm.send(MUCH, peer, timeout=60)
     if what == "exchange":
         return comm.sendrecv(np.zeros(1 << 20, "u1"), peer, timeout=60)
     if what in ("compute", "told"):
@@ -50,10 +52,13 @@ def call(comm: Any, what: str) -> Any:
 def blocking(server: str, job: str, rank: int, what: str) -> None:
     with sync.connect(server, job=job, rank=rank, size=2, key=KEY) as comm:
         comm.sendrecv(1, 1 - rank)
+        sent = comm.isend(MUCH, 1 - rank, timeout=60) if what == "filled" else None
         began = wait_for_line()
         try:
             if what == "told":
                 comm.send(1, 1 - rank)
+            if sent:
+                sent.wait()
             call(comm, what)
         except FmiError as error:
             say(error, began)
@@ -62,10 +67,14 @@ def blocking(server: str, job: str, rank: int, what: str) -> None:
 async def awaited(server: str, job: str, rank: int, what: str) -> None:
     async with fmi_client.connect(server, job=job, rank=rank, size=2, key=KEY) as comm:
         await comm.sendrecv(1, 1 - rank)
+        sent = asyncio.ensure_future(call(comm, "send")) if what == "filled" else None
+        await asyncio.sleep(0)  # it begins
         began = wait_for_line()
         try:
             if what == "told":
                 await comm.send(1, 1 - rank)
+            if sent:
+                await sent
             await call(comm, what)
         except FmiError as error:
             say(error, began)

@@ -28,6 +28,7 @@ CASES = {
     "one sends much, the other waits": ("send", "receive"),
     "one waits, the other computes": ("receive", "compute"),
     "one sends much, the other computes": ("send", "compute"),
+    "one has filled the window of the other, which computes": ("filled", "compute"),
     "one computes with data on its way": ("told", "receive"),
 }
 
