@@ -253,7 +253,7 @@ def _entries(data: bytes, count: int, start: int) -> list[Entry]:
         entry, at = _entry(data, at)
         found.append(entry)
     found.sort(key=lambda entry: entry.header)
-    ends = [entry.header for entry in found[1:]] + [start]
+    ends = [*(entry.header for entry in found), start][1:]
     return [entry._replace(end=end) for entry, end in zip(found, ends, strict=True)]
 
 

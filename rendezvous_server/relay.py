@@ -135,6 +135,9 @@ class Leg(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._traffic.legs.discard(self)
         self._traffic.release(self.pair)
+        # Two legs refer to each other: what they hold would wait for the garbage collector, which
+        # counts objects and not their bytes. What is still to be written has its own reference.
+        self._buffer = memoryview(b"")
         if self._patience is not None:
             self._patience.cancel()
         if self._peer is None:

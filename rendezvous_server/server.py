@@ -453,12 +453,18 @@ class Connection(asyncio.Protocol):
             self._gone(member, why)
 
     def _gone(self, member: Member, why: str) -> None:
-        outbox = self._server.registry.leave(member, clean=self._clean, why=why, now=time.time())
+        """A rank is gone. Of each a line is logged only if it was lost: that of its job will do."""
+        job, now = member.job, time.time()
+        here = job.members.get(member.rank) is member  # or its job has been ended
+        outbox = self._server.registry.leave(member, clean=self._clean, why=why, now=now)
         self._server.deliver(outbox)
-        if not member.job.members:
-            self._server.relayed.forget(member.job)
-        if not self._server.registry.ranks:
-            self._server.emptied.set()
         if not self._clean:
             self._server.counters.lost += 1
-        log.info("left" if self._clean else "lost", job=member.job.name, rank=member.rank, why=why)
+            log.info("lost", job=job.name, rank=member.rank, why=why)
+        if not job.members:
+            self._server.relayed.forget(job)
+            if here:
+                seconds = round(now - job.began, 3)
+                log.info("ended", job=job.name, epoch=job.epoch, well=job.well, seconds=seconds)
+        if not self._server.registry.ranks:
+            self._server.emptied.set()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import socket
 from typing import Literal
 
 Address = tuple[str, int]
@@ -19,6 +21,9 @@ def plain(host: str) -> str:
     Raises:
         ValueError: it is no IP address.
     """
+    with contextlib.suppress(OSError):
+        # Of IPv4 there is no other form, and this takes a tenth of the time.
+        return socket.inet_ntop(socket.AF_INET, socket.inet_pton(socket.AF_INET, host))
     ip = ipaddress.ip_address(host.partition("%")[0])
     return str(getattr(ip, "ipv4_mapped", None) or ip)
 

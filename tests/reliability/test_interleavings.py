@@ -11,6 +11,7 @@ import pytest
 
 import fmi_client
 from fmi_client.errors import FmiError
+from fmi_client.transport import punch
 from rendezvous_server.jobs import Member
 from rendezvous_server.registry import Outbox, Registry
 from tests.reliability.conftest import Measured
@@ -62,15 +63,18 @@ async def _be_rank(address: str, job: str, epoch: int, rank: int, moment: int) -
 
 
 def _lead_astray(monkeypatch: pytest.MonkeyPatch, draw: random.Random) -> None:
-    """Let each rank look for its peer also where ranks of other jobs are."""
+    """Let ranks look for their peers where others are, and often nowhere else: then only a relay
+    leads to them, and meanwhile all meet all others."""
+    monkeypatch.setattr(punch, "RELAY_AFTER", 0.05)
     introduce = Registry._introduce
 
     def wrong(self: Registry, one: Member, other: Member, now: float) -> Outbox:
         outbox = introduce(self, one, other, now)
         everybody = [member for job in self.jobs for member in job.members.values()]
         for member, message in outbox:
-            strangers = [list(each.address) for each in everybody if each is not member]
-            message["at"] = draw.sample(strangers, min(4, len(strangers))) + message["at"]
+            strangers = [list(each.address) for each in everybody if each.job is not member.job]
+            right = message["at"] if draw.random() < 0.3 else []
+            message["at"] = strangers[-6:] + right
         return outbox
 
     monkeypatch.setattr(Registry, "_introduce", wrong)

@@ -20,7 +20,7 @@ def server() -> Iterator[Watched]:
         yield watched
 
 
-# 2,700 to 4,200 here, by what neighbours do: too near the limit to judge every change by it.
+# 2,600 to 5,000 here, by what neighbours do: too near the limit to judge every change by it.
 @pytest.mark.nightly
 @pytest.mark.row(6)
 def test_a_core_takes_three_thousand_joins_a_second(server: Watched, measured: Measured) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import weakref
+
 import pytest
 
+import fmi_client
 from benchmarks.joins import jobs, join_all
 from benchmarks.soak import Record, resident, slope, soak
 from benchmarks.start import watch
 from fmi_client.transport.sockets import parse_endpoint
 from tests.reliability.conftest import Measured
+from tests.support import KEY, serving, until
 
 MIB = 2**20
 DAY_OF_JOINS = 8000
@@ -67,3 +73,26 @@ def test_twenty_minutes_of_joins_leave_no_memory_behind(measured: Measured) -> N
         grown = resident(server.pid) - before
     measured("8,000 joins, 5 % killed: the server grows by", grown / MIB, "MiB", "< 1")
     assert grown < MIB
+
+
+@pytest.mark.row(18)
+async def test_what_a_relay_held_is_free_at_once() -> None:
+    """Its buffers are large, and the garbage collector, which counts objects, would be late."""
+    gc.disable()
+    try:
+        async with serving() as (server, address):
+            ranks = await asyncio.gather(
+                *(
+                    fmi_client.connect(
+                        address, job="job", rank=r, size=2, key=KEY, channel="relay", timeout=10
+                    )
+                    for r in range(2)
+                )
+            )
+            await asyncio.gather(*(comm.barrier() for comm in ranks))
+            held = [weakref.ref(leg._buffer) for leg in server.relayed.legs]
+            await asyncio.gather(*(comm.close() for comm in ranks))
+            await until(lambda: not server.relayed.legs)
+            assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()
