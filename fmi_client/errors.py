@@ -144,9 +144,22 @@ class JoinTimeout(_Missing, RendezvousError):
 
 
 class CollectiveTimeout(_Missing):
-    """The deadline passed; ``missing`` lists the ranks whose data did not arrive.
+    """The deadline passed; ``missing`` lists the ranks that are not there (1,000 at most).
 
-    The communicator cannot be used any more: its ranks disagree on where they are.
+    After a collective all ranks raise the same: missing are those that were asked and did not
+    answer, be it that somebody waits for them or not. Who takes part, is done with its part and
+    calls something else, or has left in order is not. There are cases that nobody can tell apart:
+
+    * A blocking rank that is done with its part and computes cannot answer. It is named, and the
+      text says that nobody waits for it. `poll` now and then keeps it from that.
+    * A rank whose way to the server and back takes longer than 70 ms is named as one that is late.
+    * While there is no server, only those are named that this rank itself, or one it has heard
+      from, waits for.
+    * A rank that stops while a link to it is being made, where nothing can be relayed, is found out
+      as one that cannot be reached (`PunchFailed`).
+
+    The communicator cannot be used any more: its ranks disagree on where they are. Of `send` and
+    `recv`, ``missing`` is the peer, and the communicator can be used unless a message left in part.
     """
 
 

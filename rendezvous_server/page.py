@@ -236,7 +236,7 @@ def _said(job: Snapshot) -> list[Tree]:
         return []
     who = "the server" if said["by"] is None else f"rank {said['by']}"
     what = "ended it"
-    if said["kind"] == "timeout":
+    if said["kind"] in ("timeout", "missing"):
         what = f"waited in vain for {_ranks(said['about'])}" if said["about"] else "waited in vain"
     where = f" in {shown(said['operation'])}" if said["operation"] else ""
     return [["p", {"class": "said"}, f"{who} {what}{where}: {shown(said['reason'])}"]]

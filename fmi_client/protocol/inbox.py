@@ -22,7 +22,7 @@ from fmi_client.protocol.peer import (
 STAGE_BYTES = 64 * 1024
 """So much of a payload may be copied once, because it came in one read with its header."""
 
-MESSAGE_BYTES = 1024
+MESSAGE_BYTES = 1536
 """What keeping a message takes beside its payload: a million empty ones are not nothing."""
 
 HOLD_BYTES = 32 * 1024
