@@ -231,7 +231,7 @@ async def test_relayed_links_go_on_at_the_next_server() -> None:
         await place.event("rejoined", count=2)
         over.set()
         one, other = await talks
-        assert one == other > 100
+        assert one == other > 10
         assert {link["kind"] for link in ranks[0].stats()["links"].values()} == {"relay"}
         await leave(ranks)
 

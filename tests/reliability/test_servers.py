@@ -135,7 +135,7 @@ async def test_who_leaves_behind_another_server_is_not_lost(here: Cluster) -> No
     ranks = await here.all_join()
     owner = await here.owner()
     await leave(ranks)
-    await owner.event("left", count=8)
+    await owner.event("ended")
     assert not owner.seen["lost"]
 
 
