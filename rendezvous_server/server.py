@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import socket
 import time
 from collections.abc import Iterable
@@ -47,6 +48,9 @@ BACKLOG = 4096
 
 WRITE_LIMIT = 1024 * 1024
 """Bytes that may wait for one rank to read them; one that does not is cut off."""
+
+LAST_WORDS = 65536
+"""Bytes that are read of a connection that has broken."""
 
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 
@@ -445,12 +449,27 @@ class Connection(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            self._hear_out()
         self._server.strangers.discard(self)
         self._server.open.discard(self)
         member, self._member = self._member, None
         if member is not None:
             why = LEFT if self._clean else str(exc or "its connection to the server closed")
             self._gone(member, why)
+
+    def _hear_out(self) -> None:
+        """Read what came before the connection broke.
+
+        Who says goodbye closes at once. If it is told something just then, the write fails before
+        the goodbye has been read, and a rank that left in order would be announced as lost.
+        """
+        sock: Any = self._transport.get_extra_info("socket") if self._transport else None
+        if sock is None or self._side is None or not self._side.proven:
+            return
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(sock.fileno())) as broken:
+            for event in self._side.receive(broken.recv(LAST_WORDS), time.time()):
+                self._handle(event)
 
     def _gone(self, member: Member, why: str) -> None:
         """A rank is gone. Of each a line is logged only if it was lost: that of its job will do."""

@@ -30,8 +30,10 @@ from fmi_client.errors import (
     ServerDraining,
 )
 from fmi_client.protocol import frames
+from fmi_client.transport.sockets import parse_endpoint
 from rendezvous_server import __main__, config
-from tests.support import KEY, serving
+from tests.reliability.strangers import enter
+from tests.support import KEY, serving, until
 
 SECRET = b"0123456789abcdef"
 
@@ -339,3 +341,18 @@ async def test_a_new_epoch_takes_over_from_a_job_that_hangs() -> None:
             await asyncio.wait([old], timeout=0.01)
         with pytest.raises(RendezvousError, match="started again with epoch 1"):
             await old
+
+
+@pytest.mark.parametrize("says_goodbye", [True, False])
+async def test_a_goodbye_counts_though_a_write_fails_before_it_is_read(says_goodbye: bool) -> None:
+    """Ranks that leave at the same time are told of each other when they have closed already."""
+    async with serving(allow_anonymous=True) as (server, address):
+        sock, _ = await asyncio.to_thread(enter, parse_endpoint(address)[1], "bye")
+        [connection] = server.open
+        if says_goodbye:
+            sock.sendall(frames.encode({"t": "leave"}))
+        sock.close()
+        for _ in range(2):  # the first is answered with a reset
+            connection.write(frames.encode({"t": "gone", "rank": 1, "clean": True}))
+        await until(lambda: not server.open)
+        assert server.counters.lost == (0 if says_goodbye else 1)

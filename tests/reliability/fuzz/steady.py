@@ -39,7 +39,7 @@ class NoSocket:
     """What a server asks of the socket below a transport."""
 
     def fileno(self) -> int:
-        return 3
+        return -1
 
     def setsockopt(self, *option: object) -> None:
         pass
