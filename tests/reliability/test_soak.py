@@ -40,7 +40,7 @@ def test_nothing_piles_up(rounds: int, seconds: float, count: int, measured: Mea
     assert last.server[:2] == first.server[:2]
     assert last.client[:2] == first.client[:2]
     if rounds >= 20:
-        # Where relays end, the allocator's heap finds its size in the first minutes.
+        # The allocator's heap finds its size in the first minutes.
         assert slope(record.samples[len(record.samples) // 3 :]) < MIB
 
 
