@@ -6,6 +6,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
+# Tests at a time, of those that measure no time; 0: one after the other, in this process.
+JOBS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -54,7 +56,7 @@ sweep: env ## 20 configurations of demo data and their report, some two minutes;
 	@$(BIN)/cosmic sweep $(ARGS)
 
 test: env ## the test suite, with coverage; ARGS="-k punch"
-	$(PYTEST) -n 2 --dist loadfile -m "$(USUAL) and not alone" --cov --cov-report= $(ARGS) $(OR_NONE)
+	$(PYTEST) -n $(JOBS) --dist loadfile --timeout 120 -m "$(USUAL) and not alone" --cov --cov-report= $(ARGS) $(OR_NONE)
 	$(PYTEST) -m "$(USUAL) and alone" --cov --cov-append --cov-report=term:skip-covered $(ARGS) $(OR_NONE)
 
 test-full: env ## what needs root, Docker, an emulator or many minutes; ARGS as for test

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import TensorDataset
 
-from lambda_worker import handlers
+from lambda_worker import aside, handlers
 from lambda_worker.exported import export_of
 from lambda_worker.model import DEMO_MODEL
 from tests.worker.worker_data import tensors
 
 ROWS = 20  # of each rank's file
+LONGEST = 40.0  # seconds of a job, at most
 
 EVENT = {
     **{"data": "s3://bucket/data", "model": "s3://bucket/m.safetensors", "engine": "onnx"},
@@ -43,9 +44,13 @@ def visible(bucket: Path) -> set[str]:
 
 
 def attempt(tasks: list[Any]) -> list[BaseException | None]:
-    """All ranks at once: what each of them raised."""
-    with ThreadPoolExecutor(len(tasks)) as pool:
-        return [future.exception() for future in [pool.submit(handlers.infer, t) for t in tasks]]
+    """All ranks at once: what each of them raised.
+
+    Raises:
+        TimeoutError: one is still at it, which then nobody waits for: it may hang for ever.
+    """
+    futures = [aside.start(partial(handlers.infer, task), "rank") for task in tasks]
+    return [future.exception(LONGEST) for future in futures]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
     """Wait for a condition that another process brings about, and return its value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
