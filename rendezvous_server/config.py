@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from rendezvous_server.listen import EVERYWHERE
 from rendezvous_server.registry import RELAY_BYTES, RELAY_PAIRS
@@ -127,7 +128,11 @@ def check_registry(url: str | None, secret: bytes | None) -> str | None:
     """
     if url is None:
         return None
-    if not url.startswith(("redis://", "rediss://")):
+    try:
+        known = urlsplit(url).scheme in ("redis", "rediss") and urlsplit(url).port != 0
+    except ValueError:
+        known = False
+    if not known:
         raise ConfigError("the registry must be of the form redis://host:port/db")
     if secret is None:
         raise ConfigError("servers with a --registry know each other by their --secret-file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 from typing import Any, Protocol, cast
 
@@ -10,6 +11,7 @@ from fmi_client.errors import FmiError
 from fmi_client.protocol.frames import Message, encode
 from fmi_client.protocol.rendezvous import ClientSide, Welcome
 from rendezvous_server.proxy import LOCAL, SIGNATURE
+from rendezvous_server.server import KEEPALIVE, USER_TIMEOUT_MS
 
 LOCAL_HEADER = SIGNATURE + struct.pack("!BBH", LOCAL, 0, 0)
 """What a server with --proxy-protocol expects first, of a connection that is not a client's."""
@@ -18,6 +20,15 @@ LINE_LIMIT = 1024 * 1024
 """Bytes that may wait for the other server to read them."""
 
 PIPE_LIMIT = 128 * 1024
+
+
+def keep_alive(transport: asyncio.Transport, user_timeout_ms: int) -> None:
+    """Notice that the other server is gone, even if it cannot say so; see `Connection`."""
+    sock: Any = transport.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, user_timeout_ms)
+    for name, value in KEEPALIVE.items():
+        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Carried(Protocol):
@@ -56,6 +67,7 @@ class Line(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=LINE_LIMIT)
+        keep_alive(self._transport, USER_TIMEOUT_MS)
         self._lines.add(self)
         self._transport.write(self._first)
         self._flush()
@@ -112,6 +124,12 @@ class Line(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
+    def moved(self) -> None:
+        """The other server was given up: tell it, should it live, and let the rank come again."""
+        self.end({"t": "moved"})
+        if self._rank is not None:
+            self._rank.close_soon()
+
     def cut(self) -> None:
         """End without a word: the rank comes again."""
         if self._transport is not None:
@@ -146,6 +164,7 @@ class Pipe(asyncio.Protocol):
         if self._peer is None:
             self.transport.pause_reading()
             return
+        keep_alive(self.transport, user_timeout_ms=0)
         self._peer._peer = self
         if self._peer.transport is None:
             self.transport.abort()

@@ -33,9 +33,6 @@ LINE_SECONDS = 2.0
 ATTEMPTS = 4
 """Servers that may turn out to be dead before a rank is told to come back."""
 
-MOVED = {"t": "moved"}
-"""The job's server was given up by the others: its ranks are at another one now."""
-
 
 class Others:
     """What a server has to do with the others.
@@ -76,6 +73,7 @@ class Others:
         try:
             self._shared.name(await _own_host(self._config), port)
             await self._shared.beat()
+            await self._shared.bury(*self._shared.earlier())
         except (OSError, ServerDraining) as error:
             raise ConfigError(f"the registry does not answer: {error.__cause__ or error}") from None
         self._beating = asyncio.create_task(self._beat())
@@ -106,7 +104,7 @@ class Others:
         await self._shared.release(set(self._jobs()))
         if now >= self._trust_from:
             for line in [each for each in self.lines if each.owner not in self._shared.servers]:
-                line.end(MOVED)
+                line.moved()
 
     async def _claim_again(self) -> None:
         """The others have given us up, or Redis forgot us: find out which jobs are ours still."""

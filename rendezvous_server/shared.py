@@ -158,9 +158,15 @@ class Shared:
             mine = f"{self.me} {self._held.pop(job)}"
             await self._ask(self._release, [JOB + job], [mine])
 
-    async def bury(self, server: str) -> None:
-        """Strike off a server; if it lives, it notices with its next beat."""
-        await self._ask(self._redis.zrem, SERVERS, server)
+    def earlier(self) -> list[str]:
+        """Return those that were at our address before us, and cannot be there any more."""
+        address = self.me.partition("@")[2]
+        return [each for each in self.servers - {self.me} if each.partition("@")[2] == address]
+
+    async def bury(self, *servers: str) -> None:
+        """Strike off servers; one that lives notices with its next beat."""
+        if servers:
+            await self._ask(self._redis.zrem, SERVERS, *servers)
 
     async def close(self) -> None:
         await self._redis.aclose()

@@ -104,6 +104,25 @@ async def test_a_job_that_is_released_is_free_unless_it_was_claimed_again(
     assert await other.claim("again") == one.me
 
 
+async def test_a_server_replaces_the_one_that_was_at_its_address(
+    redis: Redis, two: list[tuple[SharingServer, str]]
+) -> None:
+    """It was killed, and is started again within its lease."""
+    (_, address), _ = two
+    before = Shared(redis.url, 60)
+    port = closed_port()
+    before.name("127.0.0.1", port)
+    await before.beat()
+    await before.claim("job")
+    config = Config("127.0.0.1", port, -1, SECRET, True, 60.0, registry=redis.url)
+    after = SharingServer(config)
+    await after.start()
+    await (await join(address, 0, 1)).close()  # at once: it is not told to come back
+    await before.close()
+    await after.drain(0.0)
+    await after.stop()
+
+
 async def test_tickets_name_their_server(three: list[Shared]) -> None:
     one, other, _ = three
     assert await one.find(other.tag) == other.me
@@ -183,6 +202,7 @@ async def test_a_rank_cannot_speak_like_a_server(
     control.flush()
     await until(lambda: two[rank][0].counters.refused == 1)
     await until(lambda: rank in job.lost)  # it was shown the door, and the job is where it was
+    assert job.lost[rank][1] != "so"
     assert 1 - rank in job.members
     for comm in comms:
         await comm.close()
@@ -261,4 +281,6 @@ def test_servers_need_a_secret_and_a_url_of_redis() -> None:
         check_registry("redis://127.0.0.1/0", None)
     with pytest.raises(ConfigError, match="redis://"):
         check_registry("127.0.0.1:6379", SECRET)
+    with pytest.raises(ConfigError, match="redis://"):
+        check_registry("redis://127.0.0.1:port/0", SECRET)
     assert check_registry(None, None) is None
