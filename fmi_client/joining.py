@@ -7,6 +7,7 @@ import random
 import socket
 from collections import Counter
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from fmi_client.endpoint import Allocate, Endpoint, left_error
 from fmi_client.errors import (
@@ -31,6 +32,7 @@ from fmi_client.protocol.rendezvous import (
     Want,
     Welcome,
 )
+from fmi_client.protocol.tls import Pinned
 from fmi_client.transport.control import Control
 from fmi_client.transport.link import SocketLink
 from fmi_client.transport.lobby import Lobby
@@ -38,6 +40,7 @@ from fmi_client.transport.pulse import CHECK_SECONDS
 from fmi_client.transport.punch import Punch as PunchAttempt
 from fmi_client.transport.reactor import Reactor, Timer
 from fmi_client.transport.sockets import bound_pair
+from fmi_client.transport.tls import make_identity, pin, server_trust
 
 VERDICT_SECONDS = 1.0
 """A broken link means that somebody died, but not who: the neighbour may only have noticed
@@ -109,6 +112,8 @@ class SocketEndpoint(Endpoint):
         """Why no link can be made: for good, or until a server is found after all."""
         self._checks: Timer | None = None
         self._started = reactor.now()
+        self._identity = make_identity() if request.tls else None
+        trust = (server_trust(), request.server[0]) if request.tls else None
         listeners = bound_pair(but=request.server[1])
         self._port: int = listeners[0].getsockname()[1]
         self._lobby = Lobby(reactor, listeners, request.rank, self._punches.get)
@@ -121,6 +126,7 @@ class SocketEndpoint(Endpoint):
             self._on_event,
             self._on_away,
             self._on_lost,
+            trust,
         )
 
     @property
@@ -160,7 +166,10 @@ class SocketEndpoint(Endpoint):
     # ------------------------------------------------------------- the server's word
     def _hello(self, own: tuple[Address, ...]) -> Hello:
         self.local = own[0]
-        return self._request.hello(own)
+        hello = self._request.hello(own)
+        if self._identity is None:
+            return hello
+        return replace(hello, certificate=self._identity.certificate)
 
     def _on_event(self, event: Event) -> None:
         match event:
@@ -317,6 +326,11 @@ class SocketEndpoint(Endpoint):
             self._reactor.call_later(REPLACE_SECONDS, lambda: self._replace(old, instruction))
             return
         self._forget_punch(peer)
+        try:
+            tls = self._pin(instruction)
+        except AuthenticationFailed as error:
+            link.fail(error.at(rank=self.rank, peer=peer))
+            return
         punch = PunchAttempt(
             self._reactor,
             instruction,
@@ -331,6 +345,7 @@ class SocketEndpoint(Endpoint):
             on_failed=lambda error: self._unlinked(link, error),
             channel=self._request.channel,
             on_refused=lambda: self._ask_again(peer, instruction),
+            tls=tls,
         )
         self._punches[peer] = punch
         punch.start()
@@ -351,6 +366,13 @@ class SocketEndpoint(Endpoint):
         if self._punches.get(old.peer) is old:
             self._forget_punch(old.peer)
             self._punch(instruction)
+
+    def _pin(self, instruction: Punch) -> Pinned | None:
+        """Return what to encrypt a link with, which must be encrypted or not as we are."""
+        identity, theirs = self._identity, instruction.certificate
+        if identity is None:
+            return None
+        return pin(identity, theirs, server_side=self.rank > instruction.peer)
 
     def _linked(self, link: SocketLink, sock: socket.socket, kind: str, first: bytes) -> None:
         del self._punches[link.peer]

@@ -28,6 +28,8 @@ class Member:
     joined: float
     identity: bytes = b""
     """What only the same rank can come again with; empty: it cannot."""
+    certificate: bytes = b""
+    """What its peers are told to trust; empty: it encrypts nothing."""
     tickets: list[bytes] = field(default_factory=list)
     """For its legs on the server: what it has not used goes with it."""
 
@@ -55,6 +57,8 @@ class Job:
     expires: float
     run: bytes
     """Its name beside `name`, which other runs had before and will have."""
+    tls: bool = False
+    """Whether its ranks encrypt their links."""
     members: dict[int, Member] = field(default_factory=dict)
     running: bool = False
     gone: dict[int, Message] = field(default_factory=dict)
