@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import ssl
+import struct
 import subprocess
 import sys
 import time
@@ -152,6 +153,35 @@ def test_the_job_key_finds_out_a_server_in_the_middle() -> None:
         _talk(low, liar)
 
 
+def test_the_job_key_finds_out_a_server_that_passes_proofs_on() -> None:
+    """It has no key, but both ranks have: only the certificates in their proofs tell."""
+    one, other, middle = make_identity(), make_identity(), make_identity()
+    low = Handshake(0, 1, 0, KEY, bytes(16), tls=pin(one, middle.certificate, server_side=False))
+    high = Handshake(1, 0, 0, KEY, bytes(16), tls=pin(other, middle.certificate, server_side=True))
+    as_high = TlsStream(pin(middle, one.certificate, server_side=True).context, server_side=True)
+    as_low = TlsStream(pin(middle, other.certificate, server_side=False).context)
+
+    def said(by: Handshake) -> bytes:
+        data, by.outgoing = bytes(by.outgoing), bytearray()
+        return data
+
+    hello = said(low)
+    low.receive(said(high))
+    high.receive(hello)
+
+    def pass_on() -> None:
+        for _ in range(5):
+            as_low.send(as_high.receive(said(low)))
+            high.receive(as_low.take())
+            as_high.send(as_low.receive(said(high)))
+            low.receive(as_high.take())
+
+    with pytest.raises(AuthenticationFailed, match="key"):
+        pass_on()
+    assert as_low.established
+    assert as_high.established
+
+
 def test_proofs_cover_both_certificates() -> None:
     low, _, (one, _, middle, cookie) = _pair()
     swapped = Handshake(0, 1, 0, KEY, cookie, tls=pin(one, middle.certificate, server_side=False))
@@ -191,7 +221,7 @@ def _compare(comm: Any, address: str) -> tuple[float, float]:
     with fmi_client.sync.connect(
         f"tls://{address}", job="tls", rank=comm.rank, size=2, key=KEY
     ) as other:
-        cell = compare(comm, other, "sendrecv", 1 << 20, 5, random.Random(0))
+        cell = compare(comm, other, "sendrecv", 1 << 20, 3, random.Random(0))
         assert other.stats()["links"][1 - comm.rank]["tls"]
     return cell.size / median(cell.plain), median(cell.ratios)
 
@@ -253,31 +283,28 @@ def _client_hello() -> bytes:
 async def test_strangers_send_little_inside_tls(
     files: tuple[Path, Path], established: bool
 ) -> None:
-    """Whether they never end their handshake, or a message of which no more than 4 KiB may be."""
+    """A greeting or a message, of no forbidden length, in records of one byte each."""
     async with serving(tls=read_tls(*files)) as (server, address):
         reader, writer = await asyncio.open_connection(*address.split(":"))
         stream = TlsStream(server_trust(), host="127.0.0.1")
         while not stream.established and established:
             writer.write(stream.take())
             stream.receive(await reader.read(65536))
+        begin = b"\0" + struct.pack("!I", 4096) if established else bytes.fromhex("01003e80")
         sent = 0
-        while not reader.at_eof() and sent < 1_000_000:
-            if established:
-                stream.send(b"\0")  # of a record, some 22 bytes; the first is a preface
-                data = stream.take()
-            else:
-                data = bytes.fromhex("1603010001") + b"\0"  # a record of one byte
-            try:
+        with logged() as logs, suppress(ConnectionError):
+            while not reader.at_eof() and sent < 3 * MAX_SEALED:
+                one, begin = begin[:1] or b"\0", begin[1:]
+                stream.send(one)
+                data = stream.take() if established else bytes.fromhex("1603010001") + one
                 writer.write(data)
                 await writer.drain()
+                sent += len(data)
                 await asyncio.sleep(0)
-            except ConnectionError:
-                break
-            sent += len(data)
+            await until(lambda: not server.open)
         writer.close()
-        assert sent < MAX_SEALED + 10_000
-        await until(lambda: not server.open)
-        assert server.counters.refused == 1
+        assert [each["why"] for each in logs] == ["too much inside TLS before the proof"]
+        assert MAX_SEALED - 2000 < sent < 2 * MAX_SEALED
 
 
 async def test_strangers_inside_tls_are_cut_in_time(
