@@ -31,7 +31,8 @@ from fmi_client.errors import (
 from fmi_client.findings import Credentials, Report, Status, Step, plain, time_text
 from fmi_client.greeting import Failed, days_left, encrypt, handshake
 from fmi_client.join_request import JoinRequest
-from fmi_client.joining import SocketEndpoint, resolve
+from fmi_client.joining import SocketEndpoint
+from fmi_client.names import resolve
 from fmi_client.payloads import allocate
 from fmi_client.protocol import addresses, auth
 from fmi_client.protocol.addresses import Address, format_address

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import socket
 from collections import Counter
@@ -17,7 +16,7 @@ from fmi_client.errors import (
     RendezvousError,
 )
 from fmi_client.join_request import JoinRequest
-from fmi_client.protocol.addresses import Address, format_address, plain, version
+from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.rendezvous import (
     LEFT,
@@ -51,9 +50,6 @@ PUNCH_SECONDS = 10.0
 MISSING_SECONDS = 0.5
 """How long the server may take to say who is missing. It is asked before the deadline: ranks
 that give up at the same moment would otherwise name each other."""
-
-MAX_SERVERS = 8
-"""Addresses of the server that are tried: each may cost a moment."""
 
 REPLACE_SECONDS = 0.5
 """A connection that the peer has only to confirm gets so long, before a new attempt takes its
@@ -488,22 +484,3 @@ def relay_error(link: SocketLink) -> RendezvousError:
 def ask_before(timeout: float) -> float:
     """Return how many seconds before the end of `timeout` to ask who is missing."""
     return min(MISSING_SECONDS, timeout / 4)
-
-
-def resolve(host: str, port: int) -> tuple[Address, ...]:
-    """Look up the addresses of a host, those of IPv4 first; blocking.
-
-    Only IPv4 has NATs, and only the server can tell us what they make of our address.
-
-    Raises:
-        RendezvousError: there is no such host.
-    """
-    with contextlib.suppress(ValueError):
-        return ((plain(host), port),)
-    flags = socket.AI_ADDRCONFIG  # what we have no addresses for is not looked up
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-    except socket.gaierror as error:
-        raise RendezvousError(f"cannot resolve {host!r}: {error.strerror}", op="connect") from None
-    addresses = dict.fromkeys((str(name[0]), int(name[1])) for *_, name in found)
-    return tuple(sorted(addresses, key=version))[:MAX_SERVERS]

@@ -26,7 +26,7 @@ from fmi_client.protocol.rendezvous import (
 )
 from fmi_client.protocol.tls import FIRST_BYTE, WANTS_TLS, TlsStream
 from rendezvous_server.config import Config
-from rendezvous_server.jobs import Job, Member
+from rendezvous_server.jobs import Counters, Job, Member
 from rendezvous_server.legacy_connection import Legacy, LegacyConnection
 from rendezvous_server.listen import listen, room_for_ranks
 from rendezvous_server.proxy import split_header
@@ -56,20 +56,6 @@ KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 
 USER_TIMEOUT_MS = 8000
 """Not for the legs of a relay: one whose rank computes may have its window closed for minutes."""
-
-
-class Counters:
-    """What happened since the start; exported as metrics."""
-
-    def __init__(self) -> None:
-        self.connections = 0
-        self.joined = 0
-        self.refused = 0
-        self.lost = 0
-        self.jobs_started = 0
-        self.relay_limits = 0
-        self.late = 0
-        self.crowded_out = 0
 
 
 class Server:
