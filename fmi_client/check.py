@@ -27,6 +27,7 @@ from fmi_client.errors import (
     FmiError,
     JoinTimeout,
     RendezvousError,
+    ServerDraining,
 )
 from fmi_client.findings import Credentials, Report, Status, Step, plain, time_text
 from fmi_client.greeting import Failed, days_left, encrypt, handshake
@@ -329,6 +330,9 @@ class _Check:
         if endpoint.failure is not None:
             raise self._turned_away(endpoint.failure)
         if endpoint.observed is None:
+            error = endpoint.join_error()
+            if isinstance(error, ServerDraining):
+                raise self._turned_away(error)
             raise Failed("lost", f"no word within {self._plan.timeout:.3g} s")
         request = self._plan.request
         match self._plan.credentials:
