@@ -26,10 +26,10 @@ SECRET = b"only for what we measure"
 
 
 @contextmanager
-def serve() -> Iterator[str]:
-    """Run a rendezvous server; ranks come back until it listens."""
+def serve(*more: str) -> Iterator[str]:
+    """Run a rendezvous server, with `more` options; ranks come back until it listens."""
     port = random.randrange(20_000, 30_000)  # below those that the system gives to ranks
-    options = ["--port", str(port), "--admin-port", "-1", "--log-level", "error"]
+    options = ["--port", str(port), "--admin-port", "-1", "--log-level", "error", *more]
     with subprocess.Popen([*SERVER, *options], cwd=ROOT, stderr=subprocess.DEVNULL) as server:
         try:
             yield f"127.0.0.1:{port}"

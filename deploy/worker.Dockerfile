@@ -1,12 +1,14 @@
 # The Lambda functions init, infer, summarize, blame and check; which one, says the command.
 #   docker build -f deploy/worker.Dockerfile -t cosmic-worker .
 #   docker build -f deploy/worker.Dockerfile -t cosmic-worker:onnx --build-arg ENGINE=onnx .
+# For ranks that come with tls://, 18 MB more: --build-arg EXTRAS=aws,tls
 # Built on AWS's own image it runs from the venv below, as it does on any other with Python.
 ARG PYTHON_IMAGE=public.ecr.aws/lambda/python:3.13
 
 FROM ${PYTHON_IMAGE} AS build
 # What predicts: torch, onnx or openvino.
 ARG ENGINE=torch
+ARG EXTRAS=aws
 ARG TORCH=torch==2.13.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /src
@@ -26,7 +28,7 @@ RUN case ${ENGINE} in \
         onnx|openvino) extra=${ENGINE} ;; \
         *) echo "ENGINE=${ENGINE}: give torch, onnx or openvino" >&2; exit 2 ;; \
     esac; \
-    /opt/pip/bin/pip --python /opt/worker/bin/python install --no-cache-dir ".[${extra},aws]"
+    /opt/pip/bin/pip --python /opt/worker/bin/python install --no-cache-dir ".[${extra},${EXTRAS}]"
 
 FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/worker /opt/worker

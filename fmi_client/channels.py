@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fmi_client.endpoint import Allocate
 from fmi_client.join_request import JoinRequest
-from fmi_client.joining import SocketEndpoint, resolve
+from fmi_client.joining import SocketEndpoint
+from fmi_client.names import resolve
 from fmi_client.protocol.addresses import Address
 from fmi_client.store_endpoint import StoreEndpoint
 from fmi_client.transport import store as stores

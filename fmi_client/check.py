@@ -27,18 +27,21 @@ from fmi_client.errors import (
     FmiError,
     JoinTimeout,
     RendezvousError,
+    ServerDraining,
 )
 from fmi_client.findings import Credentials, Report, Status, Step, plain, time_text
+from fmi_client.greeting import Failed, days_left, encrypt, handshake
 from fmi_client.join_request import JoinRequest
-from fmi_client.joining import SocketEndpoint, resolve
+from fmi_client.joining import SocketEndpoint
+from fmi_client.names import resolve
 from fmi_client.payloads import allocate
 from fmi_client.protocol import addresses, auth
 from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
-from fmi_client.protocol.rendezvous import ClientSide
 from fmi_client.protocol.roll import some_ranks
+from fmi_client.protocol.tls import SCHEME
 from fmi_client.sync import Communicator, wait_ready
-from fmi_client.transport.blocking import connected, give, http_get, in_time, take
+from fmi_client.transport.blocking import connected, http_get, in_time
 from fmi_client.transport.reactor import SyncReactor
 from fmi_client.transport.sockets import parse_endpoint
 
@@ -51,6 +54,10 @@ ADMIN_SECONDS = 3.0
 """The admin port is often closed to ranks, and peers wait for us meanwhile."""
 
 TOKEN_SECONDS = 600.0
+
+SOON_DAYS = 14
+"""A certificate that ends so soon is worth a warning: most are renewed a month before."""
+
 ROUND_TRIPS = 20
 ROUND_TRIP_SECONDS = 1.0
 
@@ -82,7 +89,7 @@ class Plan:
         """Check the arguments.
 
         Args:
-            server: "host:port" (port 10000 by default).
+            server: "host:port" (port 10000 by default), with or without "tls://" before it.
             job, rank, size: what to join, to test its links; None: a job of our own.
             token: admits that job to the server; default FMI_TOKEN.
             secret: the server's, to make a token from.
@@ -116,9 +123,10 @@ class Plan:
             raise ValueError(f"admin_port={admin_port} is not a port, from 0 (none) to 65535")
         request = _request(server, job, rank, size, token, secret, min(wait, MAX_SECONDS))
         used = _credentials(request, secret is not None, job is not None)
-        return cls(
-            format_address((host, port)), request, used, admin_port, min(timeout, MAX_SECONDS)
-        )
+        place = format_address((host, port))
+        if request.tls:
+            place = SCHEME + place
+        return cls(place, request, used, admin_port, min(timeout, MAX_SECONDS))
 
 
 def _request(
@@ -138,7 +146,9 @@ def _request(
         token = auth.make_token(secret, job=job, size=size, expires=expires)
     if alone:  # FMI_TOKEN and FMI_KEY are those of another job
         made = auth.Token.parse(token) if token else None
-        return JoinRequest(parse_endpoint(server), job, rank, size, 0, wait, None, made)
+        tls = server.startswith(SCHEME)
+        place = parse_endpoint(server)
+        return JoinRequest(place, job, rank, size, 0, wait, None, made, tls=tls)
     return JoinRequest.make(server, job, rank, size, None, token, 0, wait)
 
 
@@ -169,14 +179,6 @@ def run(
     check = _Check(plan, begin, end)
     check.run()
     return check.report
-
-
-class _Failed(Exception):
-    """A step found something wrong: a key of `findings.ADVICE`, and what it looks like."""
-
-    def __init__(self, cause: str, text: str) -> None:
-        super().__init__(text)
-        self.cause = cause
 
 
 Found = str | tuple[Status, str]
@@ -214,7 +216,7 @@ class _Check:
         try:
             found = work()
             status, text = ("ok", found) if isinstance(found, str) else found
-        except _Failed as failed:
+        except Failed as failed:
             status, text, cause = "failed", str(failed), failed.cause
         step = Step(name, status, plain(text), time.monotonic() - start, cause)
         self.report.steps.append(step)
@@ -229,6 +231,7 @@ class _Check:
         if (
             self._do("resolve", f"looking up {host}", self._resolve)
             and self._do("connect", "connecting", self._connect)
+            and (not self._plan.request.tls or self._do("TLS", "encrypting", self._encrypt))
             and self._do("server", "waiting for its answer", self._greet)
         ):
             self._join()
@@ -240,11 +243,11 @@ class _Check:
             found = in_time(lambda: resolve(host, port), self._plan.timeout)
         except TimeoutError:
             text = f"no name server answers within {self._plan.timeout:.3g} s"
-            raise _Failed("name_server", text) from None
+            raise Failed("name_server", text) from None
         except RendezvousError as error:
             because = error.__context__
             again = isinstance(because, socket.gaierror) and because.errno == socket.EAI_AGAIN
-            raise _Failed("name_server" if again else "no_such_name", error.message) from None
+            raise Failed("name_server" if again else "no_such_name", error.message) from None
         self._servers = found
         self.report.facts["ip"] = found[0][0]
         hosts = ", ".join(address for address, _ in found)
@@ -265,12 +268,12 @@ class _Check:
                 return f"{format_address(self._address)} accepts connections"
         raise self._not_connected(failures)
 
-    def _not_connected(self, failures: list[tuple[Address, OSError]]) -> _Failed:
+    def _not_connected(self, failures: list[tuple[Address, OSError]]) -> Failed:
         self._address, first = failures[0]
         cause = findings.connect_cause(first)
         if cause == "refused" and self._draining():
             cause = "draining"
-        return _Failed(cause, "; ".join(f"{format_address(at)}: {_why(e)}" for at, e in failures))
+        return Failed(cause, "; ".join(f"{format_address(at)}: {_why(e)}" for at, e in failures))
 
     def _draining(self) -> bool:
         """Whether the admin port, which lives longer, says that the server is ending."""
@@ -284,12 +287,19 @@ class _Check:
         deadline = time.monotonic() + min(self._plan.timeout, ADMIN_SECONDS)
         return http_get((self._address[0], self._plan.admin_port), path, port, deadline)
 
+    def _encrypt(self) -> Found:
+        assert self._sock is not None
+        self._sock = encrypted = encrypt(self._sock, self._plan.request.server[0], self._deadline())
+        days = days_left(encrypted)
+        text = f"{encrypted.version()}; the certificate is trusted, and valid for {days:.0f} days"
+        return "warning" if days < SOON_DAYS else "ok", text
+
     def _greet(self) -> Found:
         """Say hello and wait for the challenge; leave before the proof, so nothing is joined."""
         assert self._sock is not None
         with self._sock as sock:
             hello = Hello("check", 1, 0, 0, 0, (sock.getsockname()[:2],), auth.nonce())
-            self.report.round_trip_seconds = _handshake(sock, hello, self._deadline())
+            self.report.round_trip_seconds = handshake(sock, hello, self._deadline())
         return "a rendezvous server, protocol version 3"
 
     # ------------------------------------------------------------------------- join
@@ -320,7 +330,10 @@ class _Check:
         if endpoint.failure is not None:
             raise self._turned_away(endpoint.failure)
         if endpoint.observed is None:
-            raise _Failed("lost", f"no word within {self._plan.timeout:.3g} s")
+            error = endpoint.join_error()
+            if isinstance(error, ServerDraining):
+                raise self._turned_away(error)
+            raise Failed("lost", f"no word within {self._plan.timeout:.3g} s")
         request = self._plan.request
         match self._plan.credentials:
             case "secret":
@@ -329,10 +342,10 @@ class _Check:
                 return f"the token admits rank {request.rank} of job {request.job!r}"
         return "admitted without a token"
 
-    def _turned_away(self, error: FmiError) -> _Failed:
+    def _turned_away(self, error: FmiError) -> Failed:
         if isinstance(error, JoinTimeout):
             self.report.facts["missing"] = some_ranks(error.missing)
-        return _Failed(findings.join_cause(error, self._plan.credentials), error.message)
+        return Failed(findings.join_cause(error, self._plan.credentials), error.message)
 
     def _handshake_time(self, *_: object) -> Found:
         return f"{time_text(self.report.round_trip_seconds or 0.0)}, of one handshake"
@@ -351,7 +364,7 @@ class _Check:
             if endpoint.failure is not None:
                 raise self._turned_away(endpoint.failure)
             if endpoint.missing is None:
-                raise _Failed("lost", f"no answer within {self._plan.timeout:.3g} s")
+                raise Failed("lost", f"no answer within {self._plan.timeout:.3g} s")
             times.append(time.perf_counter() - start)
         median = self.report.round_trip_seconds = statistics.median(times)
         return f"{time_text(median)} to the server and back, median of {len(times)}"
@@ -444,37 +457,10 @@ class _Check:
         text = f"{link.kind}, round trip {time_text(link.round_trip_seconds)}, {rates}"
         return "ok" if link.kind == "direct" else "warning", text
 
-    def _link_failed(self, error: FmiError, peer: int) -> _Failed:
+    def _link_failed(self, error: FmiError, peer: int) -> Failed:
         missing = error.missing[:1] if isinstance(error, CollectiveTimeout) else []
         self.report.facts["peer"] = next(iter(missing), peer if error.peer is None else error.peer)
-        return _Failed(findings.link_cause(error), error.message)
-
-
-def _handshake(sock: socket.socket, hello: Hello, deadline: float) -> float:
-    """Return the seconds from the hello to the challenge.
-
-    Raises:
-        _Failed: no rendezvous server answers.
-    """
-    side = ClientSide(hello, None)
-    start = time.monotonic()
-    first = b""
-    try:
-        give(sock, bytes(side.outgoing), deadline)
-        side.outgoing.clear()
-        while not side.outgoing:  # until it holds the proof
-            data = take(sock, deadline)
-            if not data:
-                raise _Failed(_who(first, "closed"), _said(first, "closes the connection"))
-            first += data
-            side.receive(data)
-    except TimeoutError:
-        raise _Failed(_who(first, "silent"), _said(first, "says nothing")) from None
-    except OSError:
-        raise _Failed(_who(first, "closed"), _said(first, "resets the connection")) from None
-    except FmiError as error:
-        raise _Failed(_who(first, "stranger"), _said(first, error.message)) from None
-    return time.monotonic() - start
+        return Failed(findings.link_cause(error), error.message)
 
 
 def _why(error: OSError) -> str:
@@ -485,11 +471,3 @@ def _why(error: OSError) -> str:
 
 def _raise(error: Exception) -> Found:
     raise error
-
-
-def _who(first: bytes, silent: str) -> str:
-    return findings.who_answers(first) if first else silent
-
-
-def _said(first: bytes, otherwise: str) -> str:
-    return f"it says {first[:40].decode('latin-1')!r}" if first else f"it {otherwise}"

@@ -189,7 +189,8 @@ def connect(
     """Join `job` as `rank` of `size`; returns when all are there.
 
     Args:
-        server: the rendezvous server's "host:port" or "[v6]:port" (port 10000 by default); None
+        server: the rendezvous server's "host:port" or "[v6]:port" (port 10000 by default); with
+            "tls://" before it, everything is encrypted, to the server and between ranks. None
             where there is a store.
         job: the job's name; all ranks give the same.
         rank, size: this process's number from 0, and the number of all.

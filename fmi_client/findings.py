@@ -24,6 +24,7 @@ from fmi_client.errors import (
     ServerDraining,
 )
 from fmi_client.protocol.addresses import Address
+from fmi_client.protocol.tls import WANTS_TLS
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 
@@ -78,7 +79,14 @@ ADVICE: dict[str, str] = {
     "accepts connections and says nothing (a load balancer with no server behind it, perhaps).",
     "closed": "Correct the address, or update the server: something at {ip}:{port} closes "
     "connections without a word (an old version, or a load balancer with no server behind it).",
+    # TLS
+    "no_extra": "Install the package cryptography here: with tls:// each rank makes a certificate.",
+    "no_tls": "Start the server with --tls-cert and --tls-key, or leave out tls://: what answers "
+    "at {ip}:{port} does not speak TLS 1.3.",
+    "certificate": "Let FMI_TLS_CA name a file with the certificate that signed the server's, give "
+    "the host name that is in it, or renew it: as it is, ranks do not trust it.",
     # authenticate
+    "wants_tls": "Give the address with tls:// before it: this server takes nobody in plain.",
     "token_missing": "Give what admits you: --secret-file with the server's secret, or --token "
     "(FMI_TOKEN) with the --job, --size and --rank that it was made for.",
     "token_unused": "Give --job, --size and --rank as well: FMI_TOKEN admits one job of one size "
@@ -115,8 +123,8 @@ class Step:
     """One thing that was tried.
 
     Attributes:
-        name: "resolve", "connect", "server", "authenticate", "round trip", "address", "NAT",
-            "peers", or "link N" with peer N.
+        name: "resolve", "connect", "TLS" (with tls://), "server", "authenticate", "round trip",
+            "address", "NAT", "peers", or "link N" with peer N.
         status: how it went; a "warning" works all the same.
         text: what was found, for people.
         seconds: how long it took.
@@ -293,6 +301,8 @@ def join_cause(error: FmiError, credentials: Credentials) -> str:
             return "rank_taken"
         case JoinTimeout():
             return "missing"
+        case RendezvousError(message=said) if said == WANTS_TLS:
+            return "wants_tls"
         case RendezvousError():
             return "turned_away"
     return "lost"

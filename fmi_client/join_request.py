@@ -14,6 +14,7 @@ from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address
 from fmi_client.protocol.hello import MAX_JOB_NAME, MAX_SIZE, Hello
 from fmi_client.protocol.roll import some_ranks
+from fmi_client.protocol.tls import SCHEME
 from fmi_client.transport.sockets import parse_endpoint
 from fmi_client.transport.store import parse_store
 
@@ -37,6 +38,8 @@ class JoinRequest:
     token: auth.Token | None = field(repr=False)
     channel: str = "auto"
     store: str = ""
+    tls: bool = False
+    """Whether everything is encrypted, to the server and between ranks."""
 
     @classmethod
     def make(
@@ -82,6 +85,7 @@ class JoinRequest:
             auth.Token.parse(token) if token else None,
             channel,
             store or "",
+            server is not None and server.startswith(SCHEME),
         )
 
     def not_all_came(self, missing: list[int]) -> JoinTimeout:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import socket
 from collections import Counter
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from fmi_client.endpoint import Allocate, Endpoint, left_error
 from fmi_client.errors import (
@@ -16,7 +16,7 @@ from fmi_client.errors import (
     RendezvousError,
 )
 from fmi_client.join_request import JoinRequest
-from fmi_client.protocol.addresses import Address, format_address, plain, version
+from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.rendezvous import (
     LEFT,
@@ -31,6 +31,7 @@ from fmi_client.protocol.rendezvous import (
     Want,
     Welcome,
 )
+from fmi_client.protocol.tls import Pinned
 from fmi_client.transport.control import Control
 from fmi_client.transport.link import SocketLink
 from fmi_client.transport.lobby import Lobby
@@ -38,6 +39,7 @@ from fmi_client.transport.pulse import CHECK_SECONDS
 from fmi_client.transport.punch import Punch as PunchAttempt
 from fmi_client.transport.reactor import Reactor, Timer
 from fmi_client.transport.sockets import bound_pair
+from fmi_client.transport.tls import make_identity, pin, server_trust
 
 VERDICT_SECONDS = 1.0
 """A broken link means that somebody died, but not who: the neighbour may only have noticed
@@ -48,9 +50,6 @@ PUNCH_SECONDS = 10.0
 MISSING_SECONDS = 0.5
 """How long the server may take to say who is missing. It is asked before the deadline: ranks
 that give up at the same moment would otherwise name each other."""
-
-MAX_SERVERS = 8
-"""Addresses of the server that are tried: each may cost a moment."""
 
 REPLACE_SECONDS = 0.5
 """A connection that the peer has only to confirm gets so long, before a new attempt takes its
@@ -109,6 +108,8 @@ class SocketEndpoint(Endpoint):
         """Why no link can be made: for good, or until a server is found after all."""
         self._checks: Timer | None = None
         self._started = reactor.now()
+        self._identity = make_identity() if request.tls else None
+        trust = (server_trust(), request.server[0]) if request.tls else None
         listeners = bound_pair(but=request.server[1])
         self._port: int = listeners[0].getsockname()[1]
         self._lobby = Lobby(reactor, listeners, request.rank, self._punches.get)
@@ -121,6 +122,7 @@ class SocketEndpoint(Endpoint):
             self._on_event,
             self._on_away,
             self._on_lost,
+            trust,
         )
 
     @property
@@ -160,7 +162,10 @@ class SocketEndpoint(Endpoint):
     # ------------------------------------------------------------- the server's word
     def _hello(self, own: tuple[Address, ...]) -> Hello:
         self.local = own[0]
-        return self._request.hello(own)
+        hello = self._request.hello(own)
+        if self._identity is None:
+            return hello
+        return replace(hello, certificate=self._identity.certificate)
 
     def _on_event(self, event: Event) -> None:
         match event:
@@ -317,6 +322,11 @@ class SocketEndpoint(Endpoint):
             self._reactor.call_later(REPLACE_SECONDS, lambda: self._replace(old, instruction))
             return
         self._forget_punch(peer)
+        try:
+            tls = self._pin(instruction)
+        except AuthenticationFailed as error:
+            link.fail(error.at(rank=self.rank, peer=peer))
+            return
         punch = PunchAttempt(
             self._reactor,
             instruction,
@@ -331,6 +341,7 @@ class SocketEndpoint(Endpoint):
             on_failed=lambda error: self._unlinked(link, error),
             channel=self._request.channel,
             on_refused=lambda: self._ask_again(peer, instruction),
+            tls=tls,
         )
         self._punches[peer] = punch
         punch.start()
@@ -351,6 +362,13 @@ class SocketEndpoint(Endpoint):
         if self._punches.get(old.peer) is old:
             self._forget_punch(old.peer)
             self._punch(instruction)
+
+    def _pin(self, instruction: Punch) -> Pinned | None:
+        """Return what to encrypt a link with, which must be encrypted or not as we are."""
+        identity, theirs = self._identity, instruction.certificate
+        if identity is None:
+            return None
+        return pin(identity, theirs, server_side=self.rank > instruction.peer)
 
     def _linked(self, link: SocketLink, sock: socket.socket, kind: str, first: bytes) -> None:
         del self._punches[link.peer]
@@ -466,22 +484,3 @@ def relay_error(link: SocketLink) -> RendezvousError:
 def ask_before(timeout: float) -> float:
     """Return how many seconds before the end of `timeout` to ask who is missing."""
     return min(MISSING_SECONDS, timeout / 4)
-
-
-def resolve(host: str, port: int) -> tuple[Address, ...]:
-    """Look up the addresses of a host, those of IPv4 first; blocking.
-
-    Only IPv4 has NATs, and only the server can tell us what they make of our address.
-
-    Raises:
-        RendezvousError: there is no such host.
-    """
-    with contextlib.suppress(ValueError):
-        return ((plain(host), port),)
-    flags = socket.AI_ADDRCONFIG  # what we have no addresses for is not looked up
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-    except socket.gaierror as error:
-        raise RendezvousError(f"cannot resolve {host!r}: {error.strerror}", op="connect") from None
-    addresses = dict.fromkeys((str(name[0]), int(name[1])) for *_, name in found)
-    return tuple(sorted(addresses, key=version))[:MAX_SERVERS]

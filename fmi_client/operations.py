@@ -318,12 +318,14 @@ class Operations(Caller):
         (collectives begun on this communicator), ``collective_seconds`` (spent in them,
         waiting for the other ranks included; not in those begun without waiting, as by
         ``iallreduce``), and ``links``: for each peer that was
-        needed its ``kind`` ("direct", "relay", "object"; "pending" before it is made),
+        needed its ``kind`` ("direct", "relay", "object"; "pending" before it is made), ``tls``
+        (whether it is encrypted),
         ``bytes_sent`` and ``bytes_received`` (payload), and ``messages_received``.
         """
         links = {
             peer: {
                 "kind": link.kind,
+                "tls": link.tls,
                 "bytes_sent": link.bytes_sent,
                 "bytes_received": link.inbox.payload_bytes,
                 "messages_received": link.inbox.messages,

@@ -25,6 +25,7 @@ from rendezvous_server.config import (
     read_admin_token,
     read_networks,
     read_secret,
+    read_tls,
 )
 from rendezvous_server.listen import raise_limit
 from rendezvous_server.registry import RELAY_BYTES, RELAY_PAIRS
@@ -161,6 +162,18 @@ def main(
             "nothing; may be repeated.  [default: none]",
         ),
     ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=ENV + "TLS_CERT",
+            help="PEM file with the server's certificate (and those between it and its root): "
+            "ranks must come with tls://, and are encrypted.  [default: none]",
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(envvar=ENV + "TLS_KEY", help="PEM file with that certificate's private key."),
+    ] = None,
     job_ttl: Annotated[
         float,
         typer.Option(envvar=ENV + "JOB_TTL", min=1, help="Seconds after which any job is ended."),
@@ -212,6 +225,7 @@ def main(
             proxy_protocol=proxy_protocol,
             legacy=read_networks(legacy or ()),
             registry=check_registry(registry, secret),
+            tls=read_tls(tls_cert, tls_key),
         )
         raise_limit()
         uvloop.run(_serve(config))

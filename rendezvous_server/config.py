@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Network
@@ -33,6 +34,7 @@ class Config:
         proxy_protocol: whether every rank's connection begins with a balancer's header.
         legacy: whence TCPunch's own clients may come.
         registry: URL of the Redis through which servers share jobs; None: this one is alone.
+        tls: the server's certificate; with one, ranks must come encrypted.
     """
 
     host: str
@@ -49,6 +51,7 @@ class Config:
     proxy_protocol: bool = False
     legacy: tuple[IPv4Network, ...] = ()
     registry: str | None = None
+    tls: ssl.SSLContext | None = None
 
 
 class ConfigError(ValueError):
@@ -106,6 +109,37 @@ def read_admin_token(path: Path | None, variable: str | None, secret: bytes | No
             "the wire; make another one, for example: openssl rand -hex 32"
         )
     return token
+
+
+def read_tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """Read the server's certificate (and what lies between it and its root) and private key.
+
+    Raises:
+        ConfigError: only one is given, one cannot be read, or they do not belong together.
+    """
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise ConfigError("--tls-cert and --tls-key go together: give both, or none")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.num_tickets = 0  # a rank connects once
+    for option, file in (("--tls-cert", certificate), ("--tls-key", key)):
+        try:
+            file.open().close()  # `ssl` would not say which it cannot read
+        except OSError as error:
+            raise ConfigError(f"cannot read {option} {file}: {error.strerror}") from None
+    try:
+        context.load_cert_chain(certificate, key, password="")
+    except ssl.SSLError as error:
+        raise ConfigError(f"--tls-cert {certificate}, --tls-key {key}: {_unfit(error)}") from None
+    return context
+
+
+def _unfit(error: ssl.SSLError) -> str:
+    if error.reason == "KEY_VALUES_MISMATCH":
+        return "give the key that belongs to this certificate, this one does not"
+    return "give two PEM files, with the certificate and with its key, without a passphrase"
 
 
 def read_networks(texts: Iterable[str]) -> tuple[IPv4Network, ...]:

@@ -28,6 +28,8 @@ class Member:
     joined: float
     identity: bytes = b""
     """What only the same rank can come again with; empty: it cannot."""
+    certificate: bytes = b""
+    """What its peers are told to trust; empty: it encrypts nothing."""
     tickets: list[bytes] = field(default_factory=list)
     """For its legs on the server: what it has not used goes with it."""
 
@@ -55,6 +57,8 @@ class Job:
     expires: float
     run: bytes
     """Its name beside `name`, which other runs had before and will have."""
+    tls: bool = False
+    """Whether its ranks encrypt their links."""
     members: dict[int, Member] = field(default_factory=dict)
     running: bool = False
     gone: dict[int, Message] = field(default_factory=dict)
@@ -100,3 +104,17 @@ class Job:
         if not self.came:
             self.came = bytearray((self.size + 7) // 8)
         self.came[rank // 8] |= 1 << rank % 8
+
+
+class Counters:
+    """What happened since the start; exported as metrics."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.joined = 0
+        self.refused = 0
+        self.lost = 0
+        self.jobs_started = 0
+        self.relay_limits = 0
+        self.late = 0
+        self.crowded_out = 0

@@ -140,7 +140,8 @@ class Registry:
         if hello.rank in job.members:
             outbox += self._replace(job.members[hello.rank], hello)
         reach = sort_addresses(observed, hello.candidates[:MAX_CANDIDATES])
-        member = Member(job, hello.rank, connection, reach, observed, now, hello.identity)
+        identity, certificate = hello.identity, hello.certificate
+        member = Member(job, hello.rank, connection, reach, observed, now, identity, certificate)
         job.members[hello.rank] = member
         job.absent = None
         self.ranks += 1
@@ -184,6 +185,11 @@ class Registry:
             return self._open(hello, now), []
         if job.size != hello.size:
             raise JobFull(f"job {job.name!r} has {job.size} ranks, not {hello.size}")
+        if job.tls != bool(hello.certificate):
+            raise RendezvousError(
+                f"job {job.name!r} was begun {'with' if job.tls else 'without'} tls://; "
+                "its ranks must all come alike"
+            )
         if known is not None and hello.rank in known.gone:
             raise RendezvousError(f"job {job.name!r} goes on without rank {hello.rank}")
         if known is None and job.running and hello.rank not in job.members:
@@ -195,6 +201,7 @@ class Registry:
             raise RendezvousError(f"the server holds {self._max_jobs} jobs already")
         run = hello.run or auth.nonce()
         job = Job(hello.job, hello.size, hello.epoch, now, now + self._ttl, run)
+        job.tls = bool(hello.certificate)
         self.jobs[job] = None
         self._by_run[job.name, run] = job
         # A run that began elsewhere has no need of the name, which the next run may have already.
@@ -361,6 +368,8 @@ class Registry:
                 raise ProtocolError("link: asked for too often")
             at = [list(address) for each in shared for address in peer.reach[each].addresses]
             message = common | {"peer": peer.rank, "at": at}
+            if peer.certificate:
+                message["cert"] = peer.certificate
             if self._relay:
                 ticket = self._tag + os.urandom(auth.COOKIE_BYTES - len(self._tag))
                 self._tickets[ticket] = pair

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import structlog
 
-from fmi_client.errors import FmiError
+from fmi_client.errors import FmiError, ProtocolError, RendezvousError
 from fmi_client.protocol.addresses import format_address
 from fmi_client.protocol.frames import PREFACE, Message, encode
 from fmi_client.protocol.relay import RELAY_FULL
@@ -25,15 +25,16 @@ from fmi_client.protocol.rendezvous import (
     Request,
     ServerSide,
 )
+from fmi_client.protocol.tls import FIRST_BYTE, WANTS_TLS, TlsStream
 from rendezvous_server.config import Config
-from rendezvous_server.jobs import Job, Member
+from rendezvous_server.jobs import Counters, Job, Member
 from rendezvous_server.legacy_connection import Legacy, LegacyConnection
 from rendezvous_server.listen import listen, room_for_ranks
 from rendezvous_server.proxy import split_header
 from rendezvous_server.registry import Outbox, Registry, RelayFull
 from rendezvous_server.relay import Leg, Traffic
 from rendezvous_server.status import Refusals
-from rendezvous_server.strangers import Strangers, source
+from rendezvous_server.strangers import MAX_STRANGERS, MAX_TLS_STRANGERS, Strangers, source
 
 log = structlog.get_logger()
 
@@ -52,24 +53,13 @@ WRITE_LIMIT = 1024 * 1024
 LAST_WORDS = 65536
 """Bytes that are read of a connection that has broken."""
 
+MAX_SEALED = 32 * 1024
+"""Bytes that a stranger may send inside TLS before its proof: many times what a rank's are."""
+
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 
 USER_TIMEOUT_MS = 8000
 """Not for the legs of a relay: one whose rank computes may have its window closed for minutes."""
-
-
-class Counters:
-    """What happened since the start; exported as metrics."""
-
-    def __init__(self) -> None:
-        self.connections = 0
-        self.joined = 0
-        self.refused = 0
-        self.lost = 0
-        self.jobs_started = 0
-        self.relay_limits = 0
-        self.late = 0
-        self.crowded_out = 0
 
 
 class Server:
@@ -101,7 +91,8 @@ class Server:
         self.counters = Counters()
         self.started = time.time()
         self.open: set[Connection] = set()
-        self.strangers: Strangers[Connection] = Strangers()
+        room = MAX_STRANGERS if config.tls is None else MAX_TLS_STRANGERS
+        self.strangers: Strangers[Connection] = Strangers(room)
         self._room = room_for_ranks()
         self._patience: asyncio.TimerHandle | None = None
         self.emptied = asyncio.Event()
@@ -241,12 +232,16 @@ def _connection(member: Member) -> Connection:
     return member.connection
 
 
+def _copy(sock: Any) -> socket.socket:
+    return socket.socket(fileno=os.dup(sock.fileno()))
+
+
 class Connection(asyncio.Protocol):
     """One TCP connection; before authentication it has until a fixed moment to prove itself."""
 
     __slots__ = (
         *("_clean", "_credit", "_header", "_heard", "_member"),
-        *("_server", "_side", "_transport"),
+        *("_sealed", "_server", "_side", "_tls", "_transport"),
     )
 
     def __init__(self, server: Server) -> None:
@@ -258,6 +253,9 @@ class Connection(asyncio.Protocol):
         self._heard = False
         self._credit = 0
         """Bytes that it sent, less those that it was told while a stranger."""
+        self._tls: TlsStream | None = None
+        self._sealed = 0
+        """Bytes of it that came."""
         self._header: bytes | None = b"" if server.config.proxy_protocol else None
         """What has come of the balancer's header; None when there is none to come."""
 
@@ -282,28 +280,53 @@ class Connection(asyncio.Protocol):
         side = self._side
         if side is None or self._transport is None or self._transport.is_closing():
             return
-        self._credit += len(data)
         try:
             if self._header is not None:
                 data = self._take_header(side, data)
             if data:
-                self._take(side, data)
+                self._take(side, self._decrypted(side, data))
         except FmiError as error:
             self._refuse(error)
         self._flush()
 
+    def _decrypted(self, side: ServerSide, data: bytes) -> bytes:
+        """The first byte says whether a connection is encrypted."""
+        context = self._server.config.tls
+        if context is not None and not self._heard and data[:1] == FIRST_BYTE:
+            self._tls, self._heard = TlsStream(context, server_side=True), True
+        if self._tls is None:
+            return data
+        self._sealed += len(data)
+        if self._sealed > MAX_SEALED and not side.proven:
+            raise ProtocolError("too much inside TLS before the proof")
+        return self._tls.receive(data)
+
     def _take(self, side: ServerSide, data: bytes) -> None:
+        self._credit += len(data)
+        if not data:
+            return
         first, self._heard = not self._heard, True
         if first and data[:1] != PREFACE and self._server.legacy.serves(side.observed[0]):
             self._become_legacy(data)
             return
         for event in side.receive(data, time.time()):
             self._flush()  # the challenge, before what follows from its answer
+            self._check_tls(event)
             self._handle(event)
             if self._transport is None or self._transport.is_closing():
                 return  # what follows is for a leg, or came after the end
         if side.failure is not None:
             raise side.failure
+
+    def _check_tls(self, event: Authenticated | RelayLeg | Request) -> None:
+        """Refuse ranks in plain where there is a certificate. Ranks that another server carries
+        have proven themselves inside TLS there; what a leg carries the ranks encrypt."""
+        match event:
+            case RelayLeg() if self._tls is not None:
+                raise ProtocolError("a relay leg inside TLS")
+            case Authenticated(hello=hello) if self._server.config.tls and not self._tls:
+                if hello.seen is None:
+                    raise RendezvousError(WANTS_TLS)
 
     def _take_header(self, side: ServerSide, data: bytes) -> bytes:
         """Learn whom the balancer connects to us; returns the rank's own bytes."""
@@ -409,19 +432,27 @@ class Connection(asyncio.Protocol):
         self.close_soon()
 
     def _flush(self) -> None:
-        if self._side is not None and self._side.outgoing:
-            self.write(bytes(self._side.outgoing))
+        if self._side is not None and (self._side.outgoing or self._tls is not None):
+            self.write(bytes(self._side.outgoing))  # and what TLS has to say by itself
             self._side.outgoing.clear()
 
     def write(self, frame: bytes) -> None:
-        """Queue a frame; to a stranger no more bytes than it sent, or nothing."""
+        """Queue a frame; to a stranger no more bytes than it sent, or nothing.
+
+        Inside TLS that is counted before encryption: what TLS itself has to say to a stranger,
+        the server's certificate first of all, is longer than any question.
+        """
         if self._transport is None or self._transport.is_closing():
             return
         if self._side is not None and not self._side.proven:
             if len(frame) > self._credit:
                 return
             self._credit -= len(frame)
-        self._transport.write(frame)
+        if self._tls is not None:
+            self._tls.send(frame)
+            frame = self._tls.take()
+        if frame:
+            self._transport.write(frame)
 
     def pause_writing(self) -> None:
         """It does not read what it is told: it is dead, or means harm."""
@@ -467,8 +498,9 @@ class Connection(asyncio.Protocol):
         sock: Any = self._transport.get_extra_info("socket") if self._transport else None
         if sock is None or self._side is None or not self._side.proven:
             return
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(sock.fileno())) as broken:
-            for event in self._side.receive(broken.recv(LAST_WORDS), time.time()):
+        with contextlib.suppress(OSError, FmiError), _copy(sock) as broken:
+            words = self._decrypted(self._side, broken.recv(LAST_WORDS))
+            for event in self._side.receive(words, time.time()):
                 self._handle(event)
 
     def _gone(self, member: Member, why: str) -> None:

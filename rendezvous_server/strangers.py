@@ -20,6 +20,10 @@ Stranger = TypeVar("Stranger", bound=Hashable)
 MAX_STRANGERS = 20_000
 """Twice as many as a large job has ranks behind one NAT; in memory some 60 MiB."""
 
+MAX_TLS_STRANGERS = 4_000
+"""Where they may begin TLS, each can take some 50 KiB: in all 200 MiB. Ranks that come all at once
+and are too many for that find room when they come again."""
+
 
 def source(host: str) -> bytes:
     """Return whom an IP address stands for: of IPv6 whoever has one has its /64."""

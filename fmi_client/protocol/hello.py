@@ -14,6 +14,9 @@ MAX_JOB_NAME = 256
 MAX_SIZE = 100_000
 MAX_CANDIDATES = 8
 
+MAX_CERTIFICATE = 1024
+"""Bytes of a rank's certificate; ours have less than 400."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hello:
@@ -37,11 +40,13 @@ class Hello:
     """Whether it heard "ready" then: it may have links already."""
     seen: Address | None = None
     """Where it comes from, if another server carries its words to us."""
+    certificate: bytes = b""
+    """What it encrypts its links with, as DER; empty: nothing is encrypted."""
 
     def encode(self) -> Message:
         again = {"run": self.run, "began": self.began} if self.run else {}
-        carried = {"seen": list(self.seen)} if self.seen else {}
-        return self._first() | ({"self": self.identity} if self.identity else {}) | again | carried
+        more = {"self": self.identity, "seen": list(self.seen or ()), "cert": self.certificate}
+        return self._first() | again | {name: value for name, value in more.items() if value}
 
     def _first(self) -> Message:
         return {
@@ -73,6 +78,7 @@ class Hello:
             run=sixteen(message, "run") if "run" in message else b"",
             began=frames.field(message, "began", bool) if "run" in message else False,
             seen=read_address(message["seen"]) if "seen" in message else None,
+            certificate=cert(message),
         )
 
 
@@ -94,6 +100,14 @@ def read_address(pair: object) -> Address:
             with contextlib.suppress(ValueError):
                 return plain(host), port
     raise ProtocolError("an address must be a pair of IP address and port")
+
+
+def cert(message: Message) -> bytes:
+    """Read a rank's certificate, as a hello and "punch" carry it; empty where it has none."""
+    if "cert" not in message:
+        return b""
+    certificate: bytes = frames.field(message, "cert", bytes, low=1, high=MAX_CERTIFICATE)
+    return certificate
 
 
 def sixteen(message: Message, name: str) -> bytes:

@@ -20,6 +20,10 @@ A message is a 32-byte header, then signature, meta and payload::
 `signature` says what the sender is doing ("allreduce sum <f4 (10,)"); the receiver
 compares it with its own, so that ranks which call different things find out. Where each
 waits for the other, no message would tell: who has waited for a while says in what (`WAITING`).
+
+Where ranks have certificates (`tls`), all that follows the hellos is inside TLS 1.3, whose
+client is the lower rank. The proof's key then mixes in both certificates: whoever swaps them,
+the server included, is found out unless it has the job key.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from typing import NamedTuple
 
 from fmi_client.errors import AuthenticationFailed, ProtocolError
 from fmi_client.protocol import auth
+from fmi_client.protocol.tls import Pinned, TlsStream
 
 _HELLO = struct.Struct("!4sIIIB16s")
 _MAGIC = b"FMI3"
@@ -64,14 +69,28 @@ class Handshake:
 
     The name is in the proof for those who use one key for several jobs: a hostile server could
     give their ranks one cookie.
+
+    Args:
+        tls: what to encrypt with all but the hellos; None: nothing is encrypted.
     """
 
     def __init__(
-        self, me: int, peer: int, epoch: int, key: bytes | None, cookie: bytes, job: str = ""
+        self,
+        me: int,
+        peer: int,
+        epoch: int,
+        key: bytes | None,
+        cookie: bytes,
+        job: str = "",
+        tls: Pinned | None = None,
     ) -> None:
         self.low = me < peer
+        self._pinned = tls
+        self.stream: TlsStream | None = None
+        """TLS, once the peer's hello was read; it goes on after the handshake."""
         self._expect = PeerHello(peer, me, epoch, key is not None)
-        self._key = auth.mac(key or b"", "fmi3 pair", job.encode(), cookie)
+        parts = (job.encode(), cookie, *self._certificates())
+        self._key = auth.mac(key or b"", "fmi3 pair", *parts)
         self.hello = _HELLO.pack(_MAGIC, me, peer, epoch, key is not None, auth.nonce())
         self._theirs = b""
         self._buffer = bytearray()
@@ -87,17 +106,18 @@ class Handshake:
             AuthenticationFailed: this is not the peer we expect.
             ProtocolError: it is, but does not keep to the protocol.
         """
-        self._buffer += data
+        self._buffer += self.stream.receive(data) if self.stream else data
         if not self._theirs and len(self._buffer) >= HELLO_BYTES:
             self._check_hello(self._take(HELLO_BYTES))
         if self._theirs and not self.proven and len(self._buffer) >= auth.MAC_BYTES:
             self._check_proof(self._take(auth.MAC_BYTES))
         if self.proven and not self.complete and self._buffer:
             self._check_choice(self._take(1))
+        self._say(b"")  # what TLS has to say by itself
 
     def pick(self) -> None:
         """Choose this connection (the lower rank does)."""
-        self.outgoing += _PICK
+        self._say(_PICK)
 
     def rest(self) -> bytes:
         """Return bytes that followed the handshake: the first messages."""
@@ -112,13 +132,31 @@ class Handshake:
         if read_hello(data) != self._expect:
             raise AuthenticationFailed("a stranger, or a rank of another job, epoch or key")
         self._theirs = data
-        self.outgoing += self._proof(self.low)
+        if self._pinned is not None:
+            self.stream = TlsStream(self._pinned.context, server_side=not self.low)
+            self._buffer = bytearray(self.stream.receive(self.rest()))
+        self._say(self._proof(self.low))
+
+    def _certificates(self) -> tuple[bytes, ...]:
+        """Both, the lower rank's first; none where nothing is encrypted."""
+        if self._pinned is None:
+            return ()
+        mine, theirs = self._pinned.mine, self._pinned.theirs
+        return (mine, theirs) if self.low else (theirs, mine)
+
+    def _say(self, data: bytes) -> None:
+        if self.stream is not None:
+            self.stream.send(data)
+            data = self.stream.take()
+        self.outgoing += data
 
     def _proof(self, of_low: bool) -> bytes:
         low, high = (self.hello, self._theirs) if self.low else (self._theirs, self.hello)
         return auth.mac(self._key, "fmi3 low" if of_low else "fmi3 high", low, high)
 
     def _check_proof(self, data: bytes) -> None:
+        if self.stream and self._pinned and self.stream.certificate != self._pinned.theirs:
+            raise AuthenticationFailed("the peer shows another certificate than the server told")
         if not auth.same(data, self._proof(not self.low)):
             raise AuthenticationFailed("the peer does not have this job's key")
         self.proven = True
@@ -127,7 +165,7 @@ class Handshake:
         if data != (_PICKED if self.low else _PICK):
             raise ProtocolError("unexpected byte in place of the choice of connection")
         if not self.low:
-            self.outgoing += _PICKED
+            self._say(_PICKED)
         self.complete = True
 
 

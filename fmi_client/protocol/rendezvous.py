@@ -49,7 +49,7 @@ from fmi_client.errors import (
 from fmi_client.protocol import auth, frames
 from fmi_client.protocol.addresses import Address, plain
 from fmi_client.protocol.frames import Message, encode
-from fmi_client.protocol.hello import MAX_SIZE, Hello, read_address, read_addresses, sixteen
+from fmi_client.protocol.hello import MAX_SIZE, Hello, cert, read_address, read_addresses, sixteen
 
 _E = TypeVar("_E")
 
@@ -315,6 +315,8 @@ class Punch:
     common: relay at once."""
     got: int = 0
     """Bytes that the peer has of the link already, which a server relayed that is gone."""
+    certificate: bytes = b""
+    """The only one to trust on a link with it; empty: it encrypts nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,6 +442,7 @@ def _punch(message: Message) -> Punch:
         sixteen(message, "ticket") if "ticket" in message else None,
         frames.field(message, "hopeless", bool),
         frames.field(message, "got", int) if "got" in message else 0,
+        cert(message),
     )
 
 

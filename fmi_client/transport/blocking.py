@@ -50,7 +50,7 @@ def connected(address: Address, port: int, deadline: float) -> socket.socket:
     """
     sock = bound_socket(port, socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     try:
-        _set_timeout(sock, deadline)
+        set_timeout(sock, deadline)
         sock.connect(address)
     except BaseException:
         sock.close()
@@ -60,17 +60,22 @@ def connected(address: Address, port: int, deadline: float) -> socket.socket:
 
 def give(sock: socket.socket, data: bytes, deadline: float) -> None:
     """Send all of `data`."""
-    _set_timeout(sock, deadline)
+    set_timeout(sock, deadline)
     sock.sendall(data)
 
 
 def take(sock: socket.socket, deadline: float) -> bytes:
     """Read once, at most 4 KiB; nothing is the end."""
-    _set_timeout(sock, deadline)
+    set_timeout(sock, deadline)
     return sock.recv(READ_BYTES)
 
 
-def _set_timeout(sock: socket.socket, deadline: float) -> None:
+def set_timeout(sock: socket.socket, deadline: float) -> None:
+    """Let what is done next end at `deadline`, monotonic time.
+
+    Raises:
+        TimeoutError: that has passed.
+    """
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError

@@ -10,14 +10,16 @@ import contextlib
 import os
 import random
 import socket
+import ssl
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from fmi_client.errors import FmiError, RendezvousError, ServerDraining
+from fmi_client.errors import AuthenticationFailed, FmiError, RendezvousError, ServerDraining
 from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.rendezvous import ClientSide, Event, Ready, Welcome
+from fmi_client.protocol.tls import TlsStream
 from fmi_client.transport.race import Race
 from fmi_client.transport.reactor import Reactor, Timer
 from fmi_client.transport.sockets import RETRY, keep_alive, own_addresses
@@ -45,6 +47,8 @@ class Control:
             that is `joined`; it is being made anew, and "ready" is the sign that it was.
         on_lost: given the reason when the connection has ended for good, which is what `leave`
             waits for; a refusal is an error of its own.
+        tls: what the server's certificate is checked with, and the name that it must have; None:
+            nothing is encrypted.
     """
 
     def __init__(
@@ -57,8 +61,12 @@ class Control:
         on_event: Callable[[Event], None],
         on_away: Callable[[FmiError], None],
         on_lost: Callable[[FmiError], None],
+        tls: tuple[ssl.SSLContext, str] | None = None,
     ) -> None:
         self._reactor = reactor
+        self._tls = tls
+        self._stream: TlsStream | None = None
+        self._sealed = bytearray()
         self._servers = servers
         self.server = servers[0]
         """Where we are connected to, or were last."""
@@ -111,6 +119,9 @@ class Control:
         hello = self._make_hello(own_addresses(sock.getsockname()[:2]))
         hello = replace(hello, identity=self._identity, run=self._run, began=self.joined)
         self.side = ClientSide(hello, self._token)
+        if self._tls is not None:
+            context, host = self._tls
+            self._stream, self._sealed = TlsStream(context, host=host), bytearray()
         self.flush()
 
     def _unreachable(self, codes: dict[Address, int]) -> None:
@@ -133,6 +144,8 @@ class Control:
     def _interrupted(self, code: int) -> None:
         """The connection ended and the server did not say why (code 0: in order)."""
         why = os.strerror(code) if code else "closed by the server"
+        if self._stream is not None and not self._stream.established:
+            why, code = "the server broke off the TLS handshake; has it a --tls-cert?", 0
         error = RendezvousError(f"connection to the server lost: {why}")
         if self._leaving or (self.joined and not self._run):
             self._lose(error)
@@ -159,7 +172,7 @@ class Control:
 
     def _drop(self) -> None:
         sock, self._sock = self._sock, None
-        self.side = None
+        self.side = self._stream = None
         self.welcomed = self.present = False
         if self._race is not None:
             self._race.cancel()
@@ -171,7 +184,7 @@ class Control:
         """Write what the conversation has queued, as far as the kernel takes it."""
         if self.side is None or self._sock is None:
             return
-        out = self.side.outgoing
+        out = self._to_write(self.side)
         try:
             if out:
                 del out[: self._sock.send(out)]
@@ -181,6 +194,14 @@ class Control:
             self._interrupted(error.errno or 0)
             return
         self._reactor.watch(self._sock, self._read, self.flush if out else None)
+
+    def _to_write(self, side: ClientSide) -> bytearray:
+        if self._stream is None:
+            return side.outgoing
+        self._stream.send(side.outgoing)
+        side.outgoing.clear()
+        self._sealed += self._stream.take()
+        return self._sealed
 
     def _read(self) -> None:
         try:
@@ -199,7 +220,7 @@ class Control:
         side = self.side
         assert side is not None
         try:
-            events = side.receive(data)
+            events = side.receive(self._decrypted(data))
         except FmiError as error:
             self._fail(error)
             return
@@ -219,6 +240,17 @@ class Control:
             self._send_away(error)
         else:
             self._lose(error)
+
+    def _decrypted(self, data: bytes) -> bytes:
+        if self._stream is None:
+            return data
+        try:
+            return self._stream.receive(data)
+        except AuthenticationFailed as error:
+            raise AuthenticationFailed(
+                f"the server's certificate is not trusted ({error.message}); "
+                "FMI_TLS_CA may name a file of those to trust"
+            ) from None
 
     def _open_socket(self) -> socket.socket:
         assert self._sock is not None, "no callback outlives its socket"

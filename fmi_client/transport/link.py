@@ -21,6 +21,7 @@ from fmi_client.protocol.peer import Buffer, Key, Payload, head
 from fmi_client.transport.pulse import Pulse
 from fmi_client.transport.reactor import Reactor
 from fmi_client.transport.sockets import system_error
+from fmi_client.transport.tls import TlsSocket
 
 JOIN_BYTES = 16 * 1024
 """Payloads up to this size are copied behind their header: one write instead of a gather."""
@@ -93,6 +94,10 @@ class Link(Protocol):
     bytes_sent: int
 
     @property
+    def tls(self) -> bool:
+        """Whether it is encrypted."""
+
+    @property
     def busy(self) -> bool:
         """Whether something is awaited from the peer, or has not been taken by it."""
 
@@ -134,6 +139,11 @@ class SocketLink:
         self._reactor = reactor
         self._on_lost = on_lost
         self._sock: socket.socket | None = None
+        self.tls = False
+        self._tls: TlsSocket | None = None
+        """The socket, where it encrypts."""
+        self._ahead = 0
+        """Bytes beyond `_written` of which the peer may have some: see `TlsSocket.promised`."""
         self._queue: deque[Send] = deque()
         self._room = False
         self._interest = (False, False)
@@ -155,6 +165,9 @@ class SocketLink:
         """
         self._sock = sock
         self._pulse = Pulse()
+        self._tls = sock if isinstance(sock, TlsSocket) else None
+        self.tls = self._tls is not None  # and so it was, when the peer has gone
+        self._ahead = 0
         self._worth = 1
         self.kind = kind
         self._sent = None if first or self.suspended or kind == "relay" else []
@@ -281,6 +294,10 @@ class SocketLink:
         """
         assert self._tail is not None
         lost = self._written - got
+        if -self._ahead <= lost < 0:
+            self._advance(-lost)
+            self._written, self._ahead = got, 0
+            return True
         head = self._queue[0] if self._queue else Send()
         begun = sum(map(len, head.whole)) - sum(map(len, head.views))
         again = self._tail.take(max(0, lost - begun))
@@ -293,11 +310,17 @@ class SocketLink:
         return True
 
     def withdraw(self, sent: Send) -> bool:
-        if sent in self._queue and not sent.started:
+        if sent in self._queue and not sent.started and not self._is_promised(sent):
             self._queue.remove(sent)
             self._update_interest()
             return True
         return sent.done
+
+    def _is_promised(self, message: Send) -> bool:
+        """Whether some of a message in the queue is encrypted: what follows needs it."""
+        ahead = itertools.takewhile(lambda each: each is not message, self._queue)
+        before = sum(len(view) for each in ahead for view in each.views)
+        return before < (self._tls.promised if self._tls is not None else self._ahead)
 
     # ------------------------------------------------------------------ receiving
     def post(self, receive: Receive) -> None:
@@ -325,7 +348,12 @@ class SocketLink:
         self._update_interest()
 
     def read(self) -> None:
-        """Read once, if there is something to read."""
+        """Read once, if there is something to read; and what has been read, but not taken in."""
+        self._read()
+        while self._tls is not None and self._tls.more and self._interest[0]:
+            self._read()
+
+    def _read(self) -> None:
         if self._sock is None or self.inbox.held:
             self._update_interest()
             return
@@ -348,7 +376,7 @@ class SocketLink:
         if self.inbox.held or self.inbox.unexpected_bytes > UNEXPECTED_BYTES:
             self._update_interest()
         worth = min(self.inbox.left, WORTH_BYTES) or 1
-        if worth != self._worth and self._sock is not None:
+        if worth != self._worth and self._sock is not None and self._tls is None:
             self._worth = worth
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, worth)
 
@@ -413,7 +441,8 @@ class SocketLink:
     def _detach(self) -> None:
         if self._sock is not None:
             self._reactor.unwatch(self._sock)
-            self._sock = None
+            self._ahead = self._tls.promised if self._tls is not None else 0
+            self._sock = self._tls = None
             self._interest = (False, False)
 
     def _update_interest(self) -> None:
@@ -424,6 +453,8 @@ class SocketLink:
         read = inbox.waiting > 0 or inbox.receiving or not (inbox.held or much)
         wants = (read, bool(self._queue))
         if wants != self._interest:
+            if self._tls is not None and self._tls.more and wants[0] and not self._interest[0]:
+                self._reactor.call_later(0.0, self.read)  # the system knows nothing of it
             self._interest = wants
             self._reactor.watch(
                 self._sock, self.read if wants[0] else None, self._flush if wants[1] else None

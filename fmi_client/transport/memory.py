@@ -16,6 +16,7 @@ class MemoryLink:
     def __init__(self, peer: int, inbox: Inbox) -> None:
         self.peer = peer
         self.kind = "memory"
+        self.tls = False
         self.error: Exception | None = None
         self.inbox = inbox
         self.bytes_sent = 0

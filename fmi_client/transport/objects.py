@@ -183,6 +183,7 @@ class ObjectLink:
     ) -> None:
         self.peer = peer
         self.kind = "object"
+        self.tls = False
         self.error: Exception | None = None
         self.inbox = inbox
         self.bytes_sent = 0

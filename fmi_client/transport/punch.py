@@ -20,6 +20,7 @@ from fmi_client.errors import AuthenticationFailed, FmiError, ProtocolError, Pun
 from fmi_client.protocol.addresses import Address, format_address, plain, version
 from fmi_client.protocol.peer import Handshake
 from fmi_client.protocol.rendezvous import Punch as PunchNow
+from fmi_client.protocol.tls import Pinned
 from fmi_client.transport.reactor import Callback, Reactor
 from fmi_client.transport.relay import Dial
 from fmi_client.transport.sockets import (
@@ -32,6 +33,7 @@ from fmi_client.transport.sockets import (
     keep_alive,
     system_error,
 )
+from fmi_client.transport.tls import TlsSocket
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.25
 """Seconds between attempts at one address; jittered, so that two sides do not miss in step."""
@@ -78,7 +80,13 @@ class _Trial:
         """Whether it leads to where the peer should be: others may call us, and mean harm."""
         self.began = punch.reactor.now()
         self.handshake = Handshake(
-            punch.rank, punch.peer, punch.epoch, punch.key, punch.instruction.cookie, punch.job
+            punch.rank,
+            punch.peer,
+            punch.epoch,
+            punch.key,
+            punch.instruction.cookie,
+            punch.job,
+            punch.tls,
         )
         keep_alive(sock)
         # From here on: the handshake is four small messages, each of which Nagle would delay.
@@ -157,6 +165,7 @@ class Punch:
         instruction: the server's "punch now": addresses and cookie of this pair.
         server: where relay legs go.
         channel: "direct" takes none, "relay" nothing else, "auto" what comes first.
+        tls: what to encrypt the link with, if it shall be.
         on_linked: given the chosen socket, its kind ("direct" or "relay"), and the bytes that
             came behind the handshake.
         on_failed: given the error when `seconds` have passed in vain.
@@ -179,6 +188,7 @@ class Punch:
         on_failed: Callable[[FmiError], None],
         channel: str = "auto",
         on_refused: Callable[[], None] = lambda: None,
+        tls: Pinned | None = None,
     ) -> None:
         self.reactor = reactor
         self.instruction = instruction
@@ -187,6 +197,7 @@ class Punch:
         self.rank = rank
         self.epoch = epoch
         self.key = key
+        self.tls = tls
         self._port = port
         self._server = server
         self._channel = channel
@@ -410,7 +421,9 @@ class Punch:
         self.reactor.unwatch(trial.sock)
         self._trials.remove(trial)
         self.cancel()
-        self._on_linked(trial.sock, trial.kind, trial.handshake.rest())
+        stream = trial.handshake.stream
+        sock = trial.sock if stream is None else TlsSocket(trial.sock, stream)
+        self._on_linked(sock, trial.kind, trial.handshake.rest())
 
     @property
     def connected(self) -> bool:

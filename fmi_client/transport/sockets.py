@@ -9,6 +9,7 @@ import os
 import socket
 
 from fmi_client.protocol.addresses import Address, version
+from fmi_client.protocol.tls import SCHEME
 
 RETRY = frozenset(
     {
@@ -133,17 +134,18 @@ def answers(sock: socket.socket) -> bool:
 
 
 def parse_endpoint(text: str, default_port: int = 10000) -> Address:
-    """Split "host:port", "host" or "[v6]:port".
+    """Split "host:port", "host" or "[v6]:port", with or without "tls://" before it.
 
     Raises:
         ValueError: the port is not a number from 1 to 65535, or the host cannot be one.
     """
-    host, port = text, str(default_port)
-    if text.startswith("["):
-        host, _, given = text[1:].partition("]")
+    place = text.removeprefix(SCHEME)
+    host, port = place, str(default_port)
+    if place.startswith("["):
+        host, _, given = place[1:].partition("]")
         host, port = (host, given[1:] or port) if given[:1] in ("", ":") else ("", port)
-    elif text.count(":") == 1:
-        host, port = text.split(":")
+    elif place.count(":") == 1:
+        host, port = place.split(":")
     if not _is_name(host) or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r} is not an address of the form host:port")
     return host, int(port)

@@ -15,7 +15,7 @@ import pytest
 
 import fmi_client
 from fmi_client.errors import PunchFailed, RendezvousError
-from fmi_client.joining import resolve
+from fmi_client.names import resolve
 from fmi_client.protocol.addresses import Address, format_address, is_global, plain
 from fmi_client.transport import punch
 from fmi_client.transport.reactor import SyncReactor

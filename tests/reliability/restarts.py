@@ -88,9 +88,9 @@ class Place:
 
 
 @asynccontextmanager
-async def server(port: int = 0) -> AsyncIterator[Place]:
+async def server(port: int = 0, options: tuple[str, ...] = ()) -> AsyncIterator[Place]:
     """A place with a server."""
-    place = Place(port)
+    place = Place(port, options)
     await place.start()
     try:
         yield place

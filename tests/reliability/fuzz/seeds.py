@@ -97,6 +97,8 @@ def server() -> Entries:
         "join-taken-rank": join(rank=1),
         "rejoin": join(identity=b"i" * 16, run=b"r" * 16, began=True) + encode(LINK | {"got": 7}),
         "rejoin-while-waiting": join(identity=b"i" * 16, run=b"r" * 16),
+        "join-in-tls": join(certificate=b"c" * 300),
+        "join-with-long-certificate": join(certificate=b"c" * 1025),
         "rejoin-of-short-run": join(run=b"r" * 15, began=True),
         "join-link-who": good + encode(LINK) + encode(WHO),
         "join-abort-then-malformed": good + encode(ABORT) + b"\0\0\0\1\xc1",
@@ -204,6 +206,7 @@ def told_entries() -> Entries:
         "all": framed(map(body, told())),
         "aborted-then-malformed": framed([body(told()[5]), b"\xc1"]),
         "punch-again": framed([body({**told()[2], "got": 7}), body({**told()[2], "got": True})]),
+        "punch-in-tls": framed([body({**told()[2], "cert": b"c" * n}) for n in (300, 1025)]),
         "punch-to-a-name": framed([body({**told()[2], "at": [["example.org", 1]]})]),
         "punch-to-port-true": framed([body({**told()[2], "at": [["10.0.0.8", True]]})]),
     }
