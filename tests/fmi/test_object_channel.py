@@ -87,7 +87,7 @@ async def test_every_collective_awaited(store: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("store", "size"), [("folder", 3), ("folder", 4), ("s3", 4)], indirect=["store"]
+    ("store", "size"), [("folder", 3), ("folder", 4), ("s3", 3)], indirect=["store"]
 )
 def test_every_collective_blocking(store: str, size: int) -> None:
     results = run_processes(None, size, everything.blocking, channel="object", store=store)
