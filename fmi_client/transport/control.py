@@ -29,6 +29,9 @@ the ranks of a job do not knock in step at a server that comes back."""
 DRAIN_SECONDS = 5.0
 """A server that ends sends us away; for so long another one may take its place."""
 
+ATTEMPT_SECONDS = 1.0
+"""So long after it began an attempt may well succeed: a few round trips. See `Control.trying`."""
+
 USER_TIMEOUT_MS = 8000
 """Unacknowledged data to the server for so long means that it is gone."""
 
@@ -88,16 +91,25 @@ class Control:
         """Whether we are in the running job, and may ask for links."""
         self.losses = 0
         """How often that has ended."""
+        self._begun = -ATTEMPT_SECONDS
+        """When the last attempt to connect began, or the next one is due."""
 
     @property
     def closed(self) -> bool:
         """Whether it is over, by whichever side."""
         return self._closed
 
+    @property
+    def trying(self) -> bool:
+        """Whether an attempt to connect has just begun, or is about to: soon we know more."""
+        since = self._reactor.now() - self._begun
+        return not (self.present or self._closed) and -FIRST_PAUSE <= since < ATTEMPT_SECONDS
+
     def connect(self) -> None:
         """Begin to connect; repeats until it succeeds or `close` is called."""
         if self._closed:
             return
+        self._begun = self._reactor.now()
         self._race = Race(
             self._reactor, self._servers, self._port, self._connected, self._unreachable
         )
@@ -127,8 +139,12 @@ class Control:
         if codes and RETRY.isdisjoint(codes):
             self._lose(RendezvousError(f"cannot connect: {self.last_error}"))
             return
-        self._reactor.call_later(random.uniform(0, self._pause), self.connect)
+        self._connect_after(random.uniform(0, self._pause))
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    def _connect_after(self, seconds: float) -> None:
+        self._begun = self._reactor.now() + seconds
+        self._reactor.call_later(seconds, self.connect)
 
     def _interrupted(self, code: int) -> None:
         """The connection ended and the server did not say why (code 0: in order)."""
@@ -149,7 +165,7 @@ class Control:
         self.last_error, self.sent_away = error.message, error
         if self._patience is None and not self.joined:
             self._patience = self._reactor.call_later(DRAIN_SECONDS, lambda: self._lose(error))
-        self._reactor.call_later(error.retry_after * random.uniform(0.5, 1.5), self.connect)
+        self._connect_after(error.retry_after * random.uniform(0.5, 1.5))
 
     def _let_in(self, run: bytes) -> None:
         self.welcomed, self._run, self.sent_away = True, run, None

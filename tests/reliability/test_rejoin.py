@@ -14,7 +14,7 @@ from fmi_client.communicator import Communicator
 from fmi_client.errors import Aborted, RankFailed, RendezvousError
 from tests.reliability.conftest import Measured
 from tests.reliability.restarts import join, leave, serve_here, server
-from tests.support import KEY, serving
+from tests.support import KEY, serving, until
 
 pytestmark = pytest.mark.row(15)
 
@@ -121,6 +121,44 @@ async def test_blocking_ranks_rejoin_whenever_they_look(measured: Measured) -> N
         seconds = time.monotonic() - back
         measured("restart under blocking ranks: links made, allreduce", seconds, "s", "< 10")
         assert seconds < SECONDS
+
+
+async def test_one_poll_is_enough_to_rejoin() -> None:
+    """Who computes for seconds between two of them would never end a handshake step by step."""
+    async with serving() as (first, address):
+        comm = await asyncio.to_thread(sync.connect, address, job="job", rank=0, size=1)
+        await first.stop()
+        second = await serve_here(int(address.split(":")[1]))
+        await asyncio.to_thread(comm.poll)
+        assert second.registry.ranks == 1
+        await asyncio.to_thread(comm.close)
+        await second.stop()
+
+
+@pytest.mark.parametrize("heard", [False, True], ids=["it computes", "it has given up once"])
+async def test_patience_that_ends_while_a_blocking_rank_computes(
+    heard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a call fails for that, there is an attempt to rejoin."""
+    monkeypatch.setattr("fmi_client.joining.REJOIN_SECONDS", 0.05)
+    async with serving() as (first, address):
+        blocking = asyncio.to_thread(
+            sync.connect, address, job="job", rank=0, size=3, key=KEY, timeout=20
+        )
+        comm, *others = await asyncio.gather(blocking, *(join(address, r, 3) for r in (1, 2)))
+        await first.stop()
+        await asyncio.to_thread(comm.poll)  # which finds nobody
+        if heard:
+            with pytest.raises(RendezvousError, match="no other came"):
+                await asyncio.to_thread(comm.recv, 1)
+        second = await serve_here(int(address.split(":")[1]))
+        await until(lambda: second.registry.ranks == 2)
+        sending = asyncio.ensure_future(others[1].send("hello", 0))
+        comm._reactor.now = lambda: time.monotonic() + 20
+        assert await asyncio.to_thread(comm.recv, 2) == "hello"
+        await sending
+        await asyncio.gather(asyncio.to_thread(comm.close), leave(others))
+        await second.stop()
 
 
 async def test_a_server_that_dies_while_it_says_ready(monkeypatch: pytest.MonkeyPatch) -> None:
