@@ -217,7 +217,8 @@ class SocketEndpoint(Endpoint):
     def _nobody_came(self) -> None:
         assert self._away is not None
         why = f"{self._away.message}, and no other came within {REJOIN_SECONDS:.3g} s"
-        self._wait_no_more(RendezvousError(why, rank=self.rank))
+        last = self._control.last_error
+        self._wait_no_more(RendezvousError(f"{why}; the last attempt: {last}", rank=self.rank))
 
     def _wait_no_more(self, error: FmiError) -> None:
         """No link can be made, unless its connection is on the way already."""

@@ -256,7 +256,11 @@ def read_error(message: Message) -> RendezvousError:
     kind = ERRORS.get(str(message.get("code")), RendezvousError)
     error = kind(frames.field(message, "why", str))
     after = message.get("after")
-    if isinstance(error, ServerDraining) and isinstance(after, int | float) and not math.isnan(after):
+    if (
+        isinstance(error, ServerDraining)
+        and isinstance(after, int | float)
+        and not math.isnan(after)
+    ):
         error.retry_after = min(max(MIN_RETRY_SECONDS, after), MAX_RETRY_SECONDS)
     return error
 

@@ -10,10 +10,17 @@ import contextlib
 import os
 import random
 import socket
+import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from fmi_client.errors import FmiError, RendezvousError, ServerDraining
+from fmi_client.errors import (
+    AuthenticationFailed,
+    FmiError,
+    ProtocolError,
+    RendezvousError,
+    ServerDraining,
+)
 from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
@@ -233,6 +240,13 @@ class Control:
     def _fail(self, error: FmiError) -> None:
         if isinstance(error, ServerDraining):
             self._send_away(error)
+            return
+        expired = self._token is not None and self._token.expires <= time.time()
+        strange = not self.welcomed and isinstance(error, AuthenticationFailed | ProtocolError)
+        if strange:
+            error = _explained(error, format_address(self.server), self._token)
+        if strange and self._run and not expired:  # the right server may come yet, as one did once
+            self._try_again((), error.message)
         else:
             self._lose(error)
 
@@ -265,3 +279,20 @@ class Control:
         """Close at once."""
         self._closed = True
         self._drop()
+
+
+def _explained(error: FmiError, server: str, token: auth.Token | None) -> FmiError:
+    """Say what may be wrong, where whoever answered did not let us in and said no more."""
+    if isinstance(error, ProtocolError):
+        return ProtocolError(
+            f"what answers at {server} is no rendezvous server ({error.message}): "
+            "is it the right port?"
+        )
+    if token is None:
+        why = "the server wants a token, which make_token() makes"
+    elif token.expires <= time.time():
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(token.expires))
+        why = f"the token expired at {when}"
+    else:
+        why = "the server has another secret, or the token is for another job or size"
+    return AuthenticationFailed(f"{error.message}: {why}")

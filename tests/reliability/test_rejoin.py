@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from fmi_client import sync
+from fmi_client import make_token, sync
 from fmi_client.communicator import Communicator
-from fmi_client.errors import Aborted, RankFailed, RendezvousError
+from fmi_client.errors import Aborted, ProtocolError, RankFailed, RendezvousError
 from tests.reliability.conftest import Measured
 from tests.reliability.restarts import join, leave, serve_here, server
 from tests.support import KEY, serving, until
@@ -159,6 +159,45 @@ async def test_patience_that_ends_while_a_blocking_rank_computes(
         await sending
         await asyncio.gather(asyncio.to_thread(comm.close), leave(others))
         await second.stop()
+
+
+@pytest.mark.parametrize("wrong", ["no server of ours", "another secret"])
+async def test_a_wrong_server_is_not_the_last_word(wrong: str) -> None:
+    """A balancer may answer while the next server starts, or one be started wrongly, once."""
+    secret, odd = b"s" * 32, asyncio.Event()
+    token = make_token(secret, job="job", size=2, expires=time.time() + 60)
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 503 Service Unavailable\r\n\r\n")
+        writer.close()
+        odd.set()
+
+    async with serving(secret) as (first, address):
+        ranks = await asyncio.gather(*(join(address, r, 2, token=token) for r in range(2)))
+        port = int(address.split(":")[1])
+        await first.stop()
+        if wrong == "another secret":
+            other = await serve_here(port, b"t" * 32)
+            await until(lambda: other.counters.refused > 0)
+            await other.stop()
+        else:
+            async with await asyncio.start_server(answer, "127.0.0.1", port):
+                await odd.wait()
+        second = await serve_here(port, secret)
+        assert await asyncio.gather(*map(total, ranks)) == [expected(2)] * 2
+        await leave(ranks)
+        await second.stop()
+
+
+async def test_what_is_no_rendezvous_server_is_called_that() -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as web:
+        port = web.sockets[0].getsockname()[1]
+        with pytest.raises(ProtocolError, match=f"127.0.0.1:{port} is no rendezvous server"):
+            await join(f"127.0.0.1:{port}", 0, 2)
 
 
 async def test_a_server_that_dies_while_it_says_ready(monkeypatch: pytest.MonkeyPatch) -> None:
