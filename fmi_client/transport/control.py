@@ -7,6 +7,7 @@ Afterwards it rejoins: the next server takes it for what it was, one that lives 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import socket
@@ -24,7 +25,7 @@ from fmi_client.errors import (
 from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
-from fmi_client.protocol.rendezvous import ClientSide, Event, Ready, Welcome
+from fmi_client.protocol.rendezvous import AUTH_SECONDS, ClientSide, Event, Ready, Welcome
 from fmi_client.transport.race import Race
 from fmi_client.transport.reactor import Reactor, Timer
 from fmi_client.transport.sockets import RETRY, keep_alive, own_addresses
@@ -100,6 +101,9 @@ class Control:
         """How often that has ended."""
         self._begun = -ATTEMPT_SECONDS
         """When the last attempt to connect began, or the next one is due."""
+        self._answer_seconds = AUTH_SECONDS
+        """How long the server may take to let us in. Doubled each time: it may have much to do."""
+        self._answer: Timer | None = None
 
     @property
     def closed(self) -> bool:
@@ -130,7 +134,21 @@ class Control:
         hello = self._make_hello(own_addresses(sock.getsockname()[:2]))
         hello = replace(hello, identity=self._identity, run=self._run, began=self.joined)
         self.side = ClientSide(hello, self._token)
+        self._answer = self._reactor.call_later(self._answer_seconds, self._unanswered)
         self.flush()
+
+    def _unanswered(self) -> None:
+        """The connection was taken, and nobody serves it: other addresses come first now."""
+        if self._leaving:
+            return
+        why = f"{format_address(self.server)}: no answer within {self._answer_seconds:.3g} s"
+        self._servers = (*(each for each in self._servers if each != self.server), self.server)
+        self._answer_seconds *= 2
+        self._try_again((errno.ETIMEDOUT,), why)
+
+    def _expect_no_answer(self) -> None:
+        if self._answer is not None:
+            self._answer.cancel()
 
     def _unreachable(self, codes: dict[Address, int]) -> None:
         reasons = {address: os.strerror(code) for address, code in codes.items()}
@@ -176,6 +194,8 @@ class Control:
 
     def _let_in(self, run: bytes) -> None:
         self.welcomed, self._run, self.sent_away = True, run, None
+        self._answer_seconds = AUTH_SECONDS
+        self._expect_no_answer()
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
@@ -184,6 +204,7 @@ class Control:
         sock, self._sock = self._sock, None
         self.side = None
         self.welcomed = self.present = False
+        self._expect_no_answer()
         if self._race is not None:
             self._race.cancel()
         if sock is not None:

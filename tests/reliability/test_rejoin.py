@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import time
 
 import numpy as np
@@ -158,6 +159,26 @@ async def test_patience_that_ends_while_a_blocking_rank_computes(
         assert await asyncio.to_thread(comm.recv, 2) == "hello"
         await sending
         await asyncio.gather(asyncio.to_thread(comm.close), leave(others))
+        await second.stop()
+
+
+async def test_an_address_that_takes_connections_and_answers_nobody_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By ranks that join, and by those that rejoin; the first time they are let in by the other."""
+    monkeypatch.setattr("fmi_client.transport.control.AUTH_SECONDS", 0.1)
+    async with serving() as (first, address):
+        port = int(address.split(":")[1])
+        where = (("127.0.0.2", port), ("127.0.0.1", port))
+        monkeypatch.setattr("fmi_client.channels.resolve", lambda *_: where)
+        with socket.create_server(where[0]):
+            ranks = await asyncio.gather(*(join(address, r, 2) for r in range(2)))
+            await first.stop()
+            second = await serve_here(port)
+            for comm in ranks:
+                comm._endpoint._control._servers = where
+            assert await asyncio.gather(*map(total, ranks)) == [expected(2)] * 2
+        await leave(ranks)
         await second.stop()
 
 
