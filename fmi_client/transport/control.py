@@ -11,6 +11,7 @@ import errno
 import os
 import random
 import socket
+import struct
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -159,7 +160,7 @@ class Control:
         self._try_again(codes.values(), why)
 
     def _try_again(self, codes: Collection[int], why: str) -> None:
-        self._drop()
+        self._reset()
         self.last_error = why
         if codes and RETRY.isdisjoint(codes):
             self._lose(RendezvousError(f"cannot connect: {self.last_error}"))
@@ -186,7 +187,7 @@ class Control:
 
     def _send_away(self, error: ServerDraining) -> None:
         """The server ends: come back when it says so, not all at once."""
-        self._drop()
+        self._reset()
         self.last_error, self.sent_away = error.message, error
         if self._patience is None and not self.joined:
             self._patience = self._reactor.call_later(DRAIN_SECONDS, lambda: self._lose(error))
@@ -199,6 +200,15 @@ class Control:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+
+    def _reset(self) -> None:
+        """End the connection so that another one from our port may follow.
+
+        Whoever closes first in order may not connect from the same port for a minute.
+        """
+        if self._sock is not None:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._drop()
 
     def _drop(self) -> None:
         sock, self._sock = self._sock, None

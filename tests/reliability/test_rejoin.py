@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 import time
+from collections.abc import Collection
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from fmi_client import make_token, sync
 from fmi_client.communicator import Communicator
 from fmi_client.errors import Aborted, ProtocolError, RankFailed, RendezvousError
+from fmi_client.transport.control import Control
 from tests.reliability.conftest import Measured
 from tests.reliability.restarts import join, leave, serve_here, server
 from tests.support import KEY, serving, until
@@ -180,6 +182,24 @@ async def test_an_address_that_takes_connections_and_answers_nobody_is_passed_ov
             assert await asyncio.gather(*map(total, ranks)) == [expected(2)] * 2
         await leave(ranks)
         await second.stop()
+
+
+async def test_who_gets_no_answer_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same port, which the system refuses for a minute to who closes in order."""
+    monkeypatch.setattr("fmi_client.transport.control.AUTH_SECONDS", 0.1)
+    ends, try_again = [], Control._try_again
+
+    def noting(control: Control, codes: Collection[int], why: str) -> None:
+        ends.append(why)
+        try_again(control, codes, why)
+
+    monkeypatch.setattr(Control, "_try_again", noting)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(RendezvousError, match=rf"{address}: no answer within 0\.[24] s"):
+            await join(address, 0, 2, timeout=0.7)
+    assert len(ends) > 1
+    assert all("no answer" in why for why in ends)
 
 
 @pytest.mark.parametrize("wrong", ["no server of ours", "another secret"])
