@@ -81,7 +81,7 @@ class Endpoint:
     def look(self) -> bool:
         """See, without waiting, whether others have ended the job; True: an answer is on its way.
 
-        Only where they cannot tell us by themselves, as a server's connection does.
+        Only where they cannot tell us by themselves, as a server's connection does, while it lasts.
         """
         return False
 

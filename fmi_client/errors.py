@@ -108,7 +108,10 @@ class RendezvousError(FmiError):
 
 
 class AuthenticationFailed(RendezvousError):
-    """Server or peer could not prove what it must know; never says which part was wrong."""
+    """Server or peer, or we, could not prove what they must know.
+
+    The server does not say which part was wrong; what our error adds is a guess.
+    """
 
 
 class JobFull(RendezvousError):

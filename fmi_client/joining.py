@@ -35,6 +35,7 @@ from fmi_client.protocol.tls import Pinned
 from fmi_client.transport.control import Control
 from fmi_client.transport.link import SocketLink
 from fmi_client.transport.lobby import Lobby
+from fmi_client.transport.patience import Patience
 from fmi_client.transport.pulse import CHECK_SECONDS
 from fmi_client.transport.punch import Punch as PunchAttempt
 from fmi_client.transport.reactor import Reactor, Timer
@@ -97,7 +98,7 @@ class SocketEndpoint(Endpoint):
         """Peers for a link with which the server has been asked, and has not answered yet."""
         self._away: FmiError | None = None
         """Why there is no server just now; another is looked for."""
-        self._patience: Timer | None = None
+        self._patience = Patience(reactor, self._nobody_came)
         self._untold: list[JobAborted] = []
         """What the next server is to pass on."""
         self._refusals: Counter[int] = Counter()
@@ -209,28 +210,25 @@ class SocketEndpoint(Endpoint):
         """The server is lost, and another is looked for: who needs one waits."""
         self._away = error.at(rank=self.rank)
         self._asked.clear()
-        self._stop_waiting()
+        self._patience.end()
         for link in self.links.values():
             if isinstance(link, SocketLink) and self._lost_with_server(link):
                 self._blame(link)
         if self.failure is not None and not self._untold:
             self._control.close()  # the server ended the job, or nothing is left to be said
         else:
-            self._patience = self._reactor.call_later(REJOIN_SECONDS, self._nobody_came)
-
-    def _stop_waiting(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
+            self._patience.begin(REJOIN_SECONDS)
 
     def _nobody_came(self) -> None:
         assert self._away is not None
         why = f"{self._away.message}, and no other came within {REJOIN_SECONDS:.3g} s"
-        self._wait_no_more(RendezvousError(why, rank=self.rank))
+        last = self._control.last_error
+        self._wait_no_more(RendezvousError(f"{why}; the last attempt: {last}", rank=self.rank))
 
     def _wait_no_more(self, error: FmiError) -> None:
         """No link can be made, unless its connection is on the way already."""
         self._lost_control = error
-        self._stop_waiting()
+        self._patience.end()
         for link in self._pending():
             if link.peer not in self._punches:
                 link.fail(error)
@@ -240,7 +238,7 @@ class SocketEndpoint(Endpoint):
     def _rejoined(self) -> None:
         """There is a server again. It knows nothing of what the last one was asked for."""
         self._away = self._lost_control = None
-        self._stop_waiting()
+        self._patience.end()
         untold, self._untold = self._untold, []
         for event in untold:
             self.tell(event)
@@ -285,10 +283,12 @@ class SocketEndpoint(Endpoint):
         link = SocketLink(peer, self._reactor, self._inbox(peer, hold=True), self._link_lost)
         if peer in self._left:
             link.fail(self._left[peer].fresh())
-        elif self._lost_control is not None:
-            link.fail(self._lost_control)
-        else:
+        elif self._lost_control is None:
             self._ask(peer)
+        elif self._control.trying:
+            self._patience.begin()
+        else:
+            link.fail(self._lost_control)
         return link
 
     def _ask(self, peer: int) -> None:
@@ -387,12 +387,21 @@ class SocketEndpoint(Endpoint):
         if not waits or isinstance(error, AuthenticationFailed):
             link.fail(error)
 
+    def look(self) -> bool:
+        """Whether the server is about to be found again.
+
+        Who only polls must wait for that: a poll is one step of the handshake, and the server
+        does not wait for the next poll.
+        """
+        return self.ready and self.failure is None and self._control.trying
+
     def excuse(self, peer: int) -> FmiError | None:
         punch = self._punches.get(peer)
         if punch is not None and not punch.connected:
             return punch.error()
-        link = self.links.get(peer)
-        return self._away if self._away is not None and link in self._pending() else None
+        if self._away is None or self.links.get(peer) not in self._pending():
+            return None
+        return self._lost_control or self._away
 
     def _check_links(self) -> None:
         """Every second: notice a link that leads nowhere any more."""

@@ -32,7 +32,8 @@ from fmi_client.transport.reactor import SyncReactor
 __all__ = ["Communicator", "Request", "connect"]
 
 HEAR_SECONDS = 1.0
-"""How long `poll` waits to be told why the job is over, once it is known that something is."""
+"""How long `poll` waits to be told why the job is over, once it is known that something is; and
+for a server that seems to be back."""
 
 POLL_SECONDS = 0.001
 """At most so long a loop of calls that all find their data ready is deaf to everything else."""

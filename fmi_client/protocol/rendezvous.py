@@ -33,6 +33,7 @@ and from then on the server passes on bytes, which are those of a direct connect
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -62,8 +63,8 @@ REJOIN_SECONDS = 15.0
 LEFT = "left"
 """Why a rank that said goodbye is not there any more."""
 
-MAX_RETRY_SECONDS = 60.0
-"""A server that sends us away for longer than that is not believed."""
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.1, 60.0
+"""A server that sends us away for less or longer than that is not believed."""
 
 MAX_REASON = 2048
 MAX_OPERATION = 64
@@ -255,8 +256,12 @@ def read_error(message: Message) -> RendezvousError:
     kind = ERRORS.get(str(message.get("code")), RendezvousError)
     error = kind(frames.field(message, "why", str))
     after = message.get("after")
-    if isinstance(error, ServerDraining) and isinstance(after, int | float):
-        error.retry_after = min(max(0.0, after), MAX_RETRY_SECONDS)
+    if (
+        isinstance(error, ServerDraining)
+        and isinstance(after, int | float)
+        and not math.isnan(after)
+    ):
+        error.retry_after = min(max(MIN_RETRY_SECONDS, after), MAX_RETRY_SECONDS)
     return error
 
 

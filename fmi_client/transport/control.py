@@ -7,18 +7,27 @@ Afterwards it rejoins: the next server takes it for what it was, one that lives 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import socket
 import ssl
+import struct
+import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from fmi_client.errors import AuthenticationFailed, FmiError, RendezvousError, ServerDraining
+from fmi_client.errors import (
+    AuthenticationFailed,
+    FmiError,
+    ProtocolError,
+    RendezvousError,
+    ServerDraining,
+)
 from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
-from fmi_client.protocol.rendezvous import ClientSide, Event, Ready, Welcome
+from fmi_client.protocol.rendezvous import AUTH_SECONDS, ClientSide, Event, Ready, Welcome
 from fmi_client.protocol.tls import TlsStream
 from fmi_client.transport.race import Race
 from fmi_client.transport.reactor import Reactor, Timer
@@ -30,6 +39,9 @@ the ranks of a job do not knock in step at a server that comes back."""
 
 DRAIN_SECONDS = 5.0
 """A server that ends sends us away; for so long another one may take its place."""
+
+ATTEMPT_SECONDS = 1.0
+"""So long after it began an attempt may well succeed: a few round trips. See `Control.trying`."""
 
 USER_TIMEOUT_MS = 8000
 """Unacknowledged data to the server for so long means that it is gone."""
@@ -96,16 +108,28 @@ class Control:
         """Whether we are in the running job, and may ask for links."""
         self.losses = 0
         """How often that has ended."""
+        self._begun = -ATTEMPT_SECONDS
+        """When the last attempt to connect began, or the next one is due."""
+        self._answer_seconds = AUTH_SECONDS
+        """How long the server may take to let us in. Doubled each time: it may have much to do."""
+        self._answer: Timer | None = None
 
     @property
     def closed(self) -> bool:
         """Whether it is over, by whichever side."""
         return self._closed
 
+    @property
+    def trying(self) -> bool:
+        """Whether an attempt to connect has just begun, or is about to: soon we know more."""
+        since = self._reactor.now() - self._begun
+        return not (self.present or self._closed) and -FIRST_PAUSE <= since < ATTEMPT_SECONDS
+
     def connect(self) -> None:
         """Begin to connect; repeats until it succeeds or `close` is called."""
         if self._closed:
             return
+        self._begun = self._reactor.now()
         self._race = Race(
             self._reactor, self._servers, self._port, self._connected, self._unreachable
         )
@@ -122,7 +146,21 @@ class Control:
         if self._tls is not None:
             context, host = self._tls
             self._stream, self._sealed = TlsStream(context, host=host), bytearray()
+        self._answer = self._reactor.call_later(self._answer_seconds, self._unanswered)
         self.flush()
+
+    def _unanswered(self) -> None:
+        """The connection was taken, and nobody serves it: other addresses come first now."""
+        if self._leaving:
+            return
+        why = f"{format_address(self.server)}: no answer within {self._answer_seconds:.3g} s"
+        self._servers = (*(each for each in self._servers if each != self.server), self.server)
+        self._answer_seconds *= 2
+        self._try_again((errno.ETIMEDOUT,), why)
+
+    def _expect_no_answer(self) -> None:
+        if self._answer is not None:
+            self._answer.cancel()
 
     def _unreachable(self, codes: dict[Address, int]) -> None:
         reasons = {address: os.strerror(code) for address, code in codes.items()}
@@ -133,13 +171,17 @@ class Control:
         self._try_again(codes.values(), why)
 
     def _try_again(self, codes: Collection[int], why: str) -> None:
-        self._drop()
+        self._reset()
         self.last_error = why
         if codes and RETRY.isdisjoint(codes):
             self._lose(RendezvousError(f"cannot connect: {self.last_error}"))
             return
-        self._reactor.call_later(random.uniform(0, self._pause), self.connect)
+        self._connect_after(random.uniform(0, self._pause))
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    def _connect_after(self, seconds: float) -> None:
+        self._begun = self._reactor.now() + seconds
+        self._reactor.call_later(seconds, self.connect)
 
     def _interrupted(self, code: int) -> None:
         """The connection ended and the server did not say why (code 0: in order)."""
@@ -158,22 +200,34 @@ class Control:
 
     def _send_away(self, error: ServerDraining) -> None:
         """The server ends: come back when it says so, not all at once."""
-        self._drop()
+        self._reset()
         self.last_error, self.sent_away = error.message, error
         if self._patience is None and not self.joined:
             self._patience = self._reactor.call_later(DRAIN_SECONDS, lambda: self._lose(error))
-        self._reactor.call_later(error.retry_after * random.uniform(0.5, 1.5), self.connect)
+        self._connect_after(error.retry_after * random.uniform(0.5, 1.5))
 
     def _let_in(self, run: bytes) -> None:
         self.welcomed, self._run, self.sent_away = True, run, None
+        self._answer_seconds = AUTH_SECONDS
+        self._expect_no_answer()
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+
+    def _reset(self) -> None:
+        """End the connection so that another one from our port may follow.
+
+        Whoever closes first in order may not connect from the same port for a minute.
+        """
+        if self._sock is not None:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._drop()
 
     def _drop(self) -> None:
         sock, self._sock = self._sock, None
         self.side = self._stream = None
         self.welcomed = self.present = False
+        self._expect_no_answer()
         if self._race is not None:
             self._race.cancel()
         if sock is not None:
@@ -238,6 +292,13 @@ class Control:
     def _fail(self, error: FmiError) -> None:
         if isinstance(error, ServerDraining):
             self._send_away(error)
+            return
+        expired = self._token is not None and self._token.expires <= time.time()
+        strange = not self.welcomed and isinstance(error, AuthenticationFailed | ProtocolError)
+        if strange:
+            error = _explained(error, format_address(self.server), self._token)
+        if strange and self._run and not expired:  # the right server may come yet, as one did once
+            self._try_again((), error.message)
         else:
             self._lose(error)
 
@@ -281,3 +342,20 @@ class Control:
         """Close at once."""
         self._closed = True
         self._drop()
+
+
+def _explained(error: FmiError, server: str, token: auth.Token | None) -> FmiError:
+    """Say what may be wrong, where whoever answered did not let us in and said no more."""
+    if isinstance(error, ProtocolError):
+        return ProtocolError(
+            f"what answers at {server} is no rendezvous server ({error.message}): "
+            "is it the right port?"
+        )
+    if token is None:
+        why = "the server wants a token, which make_token() makes"
+    elif token.expires <= time.time():
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(token.expires))
+        why = f"the token expired at {when}"
+    else:
+        why = "the server has another secret, or the token is for another job or size"
+    return AuthenticationFailed(f"{error.message}: {why}")

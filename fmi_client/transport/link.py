@@ -272,6 +272,7 @@ class SocketLink:
             message.views, message.started = deque(message.whole), False
         self._queue.extendleft(Send(*message.whole) for message in reversed(self._sent))
         self.kind, self.lost, self._sent = "pending", False, None
+        self._written = 0
         return True
 
     @property

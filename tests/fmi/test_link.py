@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
 import time
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import pytest
 from fmi_client.payloads import allocate
 from fmi_client.protocol.inbox import Inbox, Receive
 from fmi_client.protocol.peer import COLLECTIVE, Payload, head
-from fmi_client.transport.link import WORTH_BYTES, SocketLink
+from fmi_client.transport.link import JOIN_BYTES, WORTH_BYTES, SocketLink
 from fmi_client.transport.reactor import SyncReactor
 
 KEY = (COLLECTIVE, 0, 0)
@@ -67,3 +69,105 @@ def test_a_link_sleeps_until_much_of_a_large_payload_has_come(
     assert link.inbox.left == left
     theirs.sendall(bytes(WORTH_BYTES))
     assert reactor.run_until(lambda: link.inbox.left < left, time.monotonic() + 5)
+
+
+class Far:
+    """The other end of a link whose connections break: what it got of the bytes, and should."""
+
+    def __init__(self) -> None:
+        self.reactor = SyncReactor()
+        self.link = SocketLink(1, self.reactor, Inbox(allocate), lambda _: None)
+        self.got = self.sent = b""
+        self.largest = self._messages = 0
+        self._sock = socket.socket()
+
+    def connect(self, kind: str) -> None:
+        """Give the link a connection, with little room in the system's buffers."""
+        self._sock.close()
+        ours, self._sock = socket.socketpair()
+        for sock in (ours, self._sock):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            sock.setblocking(False)
+        self.link.attach(ours, kind, b"")
+
+    def send(self, data: bytes) -> None:
+        key, payload = (COLLECTIVE, 0, self._messages), Payload(b"", (data,))
+        self._messages += 1
+        self.largest = max(self.largest, len(data))
+        self.sent += head(key, b"", payload, len(data)) + data
+        self.link.send(key, b"", payload)
+
+    def read(self, most: int = 1 << 20) -> None:
+        self.reactor.poll(0.0)
+        with contextlib.suppress(BlockingIOError):
+            self.got += self._sock.recv(most)
+
+    def read_all(self) -> None:
+        end = time.monotonic() + 5
+        while len(self.got) < len(self.sent) and time.monotonic() < end:
+            self.read()
+
+    def lose(self) -> None:
+        """End the connection: what it had taken and not delivered is gone."""
+        self._sock.close()
+        self.link._lose(ConnectionResetError())
+
+    def close(self) -> None:
+        self._sock.close()
+        self.link.abort(ConnectionError("over"))
+        self.reactor.close()
+
+
+@pytest.fixture
+def far() -> Iterator[Far]:
+    far = Far()
+    yield far
+    far.close()
+
+
+def test_a_link_that_was_direct_counts_anew_through_a_relay(far: Far) -> None:
+    """Its first connection broke before the peer had it: what that took has come to nobody."""
+    far.connect("direct")
+    far.send(b"a" * 100)
+    far.lose()
+    assert far.link.revive()
+    far.connect("relay")
+    far.read_all()
+    far.lose()
+    far.link.suspend()
+    assert far.link.resume(len(far.got))
+    far.connect("relay")
+    far.send(b"b")
+    far.read_all()
+    assert far.got == far.sent
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_byte_is_wrong_or_comes_twice_however_often_a_relay_dies(far: Far, seed: int) -> None:
+    """Where it cannot go on, because too much was under way, it says so."""
+    chance = random.Random(seed)
+    far.connect("direct" if seed % 2 else "relay")
+    if seed % 2:
+        for _ in range(chance.randrange(9)):
+            far.send(chance.randbytes(chance.choice((0, 1, 200))))
+        far.lose()
+        assert far.link.revive()
+        far.connect("relay")
+    for _ in range(chance.randrange(3, 30)):
+        action = chance.random()
+        if action < 0.5:
+            far.send(chance.randbytes(chance.choice((0, 1, 10, 1000, 16384, 20_000, 70_000))))
+        elif action < 0.8:
+            for _ in range(chance.randrange(1, 8)):
+                far.read(chance.choice((1, 100, 3000, 60_000)))
+        else:
+            far.lose()
+            far.link.suspend()
+            if not far.link.resume(len(far.got)):
+                assert far.largest > JOIN_BYTES
+                break
+            far.connect("relay")
+    else:
+        far.read_all()
+        assert len(far.got) == len(far.sent)
+    assert far.sent.startswith(far.got)

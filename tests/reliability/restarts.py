@@ -107,8 +107,8 @@ async def leave(ranks: list[Communicator]) -> None:
     await asyncio.gather(*(comm.close() for comm in ranks))
 
 
-async def serve_here(port: int) -> Server:
+async def serve_here(port: int, secret: bytes | None = None) -> Server:
     """Start a server in this loop, at a port where another one was."""
-    here = Server(Config("127.0.0.1", port, -1, None, False, 600.0))
+    here = Server(Config("127.0.0.1", port, -1, secret, False, 600.0))
     await here.start()
     return here

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import time
+from collections.abc import Collection
 
 import numpy as np
 import pytest
 
-from fmi_client import sync
+from fmi_client import make_token, sync
 from fmi_client.communicator import Communicator
-from fmi_client.errors import Aborted, RankFailed, RendezvousError
+from fmi_client.errors import Aborted, ProtocolError, RankFailed, RendezvousError
+from fmi_client.transport.control import Control
 from tests.reliability.conftest import Measured
 from tests.reliability.restarts import join, leave, serve_here, server
-from tests.support import KEY, serving
+from tests.support import KEY, serving, until
 
 pytestmark = pytest.mark.row(15)
 
@@ -121,6 +124,121 @@ async def test_blocking_ranks_rejoin_whenever_they_look(measured: Measured) -> N
         seconds = time.monotonic() - back
         measured("restart under blocking ranks: links made, allreduce", seconds, "s", "< 10")
         assert seconds < SECONDS
+
+
+async def test_one_poll_is_enough_to_rejoin() -> None:
+    """Who computes for seconds between two of them would never end a handshake step by step."""
+    async with serving() as (first, address):
+        comm = await asyncio.to_thread(sync.connect, address, job="job", rank=0, size=1)
+        await first.stop()
+        second = await serve_here(int(address.split(":")[1]))
+        await asyncio.to_thread(comm.poll)
+        assert second.registry.ranks == 1
+        await asyncio.to_thread(comm.close)
+        await second.stop()
+
+
+@pytest.mark.parametrize("heard", [False, True], ids=["it computes", "it has given up once"])
+async def test_patience_that_ends_while_a_blocking_rank_computes(
+    heard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a call fails for that, there is an attempt to rejoin."""
+    monkeypatch.setattr("fmi_client.joining.REJOIN_SECONDS", 0.05)
+    async with serving() as (first, address):
+        blocking = asyncio.to_thread(
+            sync.connect, address, job="job", rank=0, size=3, key=KEY, timeout=20
+        )
+        comm, *others = await asyncio.gather(blocking, *(join(address, r, 3) for r in (1, 2)))
+        await first.stop()
+        await asyncio.to_thread(comm.poll)  # which finds nobody
+        if heard:
+            with pytest.raises(RendezvousError, match="no other came"):
+                await asyncio.to_thread(comm.recv, 1)
+        second = await serve_here(int(address.split(":")[1]))
+        await until(lambda: second.registry.ranks == 2)
+        sending = asyncio.ensure_future(others[1].send("hello", 0))
+        comm._reactor.now = lambda: time.monotonic() + 20
+        assert await asyncio.to_thread(comm.recv, 2) == "hello"
+        await sending
+        await asyncio.gather(asyncio.to_thread(comm.close), leave(others))
+        await second.stop()
+
+
+async def test_an_address_that_takes_connections_and_answers_nobody_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By ranks that join, and by those that rejoin; the first time they are let in by the other."""
+    monkeypatch.setattr("fmi_client.transport.control.AUTH_SECONDS", 0.1)
+    async with serving() as (first, address):
+        port = int(address.split(":")[1])
+        where = (("127.0.0.2", port), ("127.0.0.1", port))
+        monkeypatch.setattr("fmi_client.channels.resolve", lambda *_: where)
+        with socket.create_server(where[0]):
+            ranks = await asyncio.gather(*(join(address, r, 2) for r in range(2)))
+            await first.stop()
+            second = await serve_here(port)
+            for comm in ranks:
+                comm._endpoint._control._servers = where
+            assert await asyncio.gather(*map(total, ranks)) == [expected(2)] * 2
+        await leave(ranks)
+        await second.stop()
+
+
+async def test_who_gets_no_answer_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same port, which the system refuses for a minute to who closes in order."""
+    monkeypatch.setattr("fmi_client.transport.control.AUTH_SECONDS", 0.1)
+    ends, try_again = [], Control._try_again
+
+    def noting(control: Control, codes: Collection[int], why: str) -> None:
+        ends.append(why)
+        try_again(control, codes, why)
+
+    monkeypatch.setattr(Control, "_try_again", noting)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(RendezvousError, match=rf"{address}: no answer within 0\.[24] s"):
+            await join(address, 0, 2, timeout=0.7)
+    assert len(ends) > 1
+    assert all("no answer" in why for why in ends)
+
+
+@pytest.mark.parametrize("wrong", ["no server of ours", "another secret"])
+async def test_a_wrong_server_is_not_the_last_word(wrong: str) -> None:
+    """A balancer may answer while the next server starts, or one be started wrongly, once."""
+    secret, odd = b"s" * 32, asyncio.Event()
+    token = make_token(secret, job="job", size=2, expires=time.time() + 60)
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 503 Service Unavailable\r\n\r\n")
+        writer.close()
+        odd.set()
+
+    async with serving(secret) as (first, address):
+        ranks = await asyncio.gather(*(join(address, r, 2, token=token) for r in range(2)))
+        port = int(address.split(":")[1])
+        await first.stop()
+        if wrong == "another secret":
+            other = await serve_here(port, b"t" * 32)
+            await until(lambda: other.counters.refused > 0)
+            await other.stop()
+        else:
+            async with await asyncio.start_server(answer, "127.0.0.1", port):
+                await odd.wait()
+        second = await serve_here(port, secret)
+        assert await asyncio.gather(*map(total, ranks)) == [expected(2)] * 2
+        await leave(ranks)
+        await second.stop()
+
+
+async def test_what_is_no_rendezvous_server_is_called_that() -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as web:
+        port = web.sockets[0].getsockname()[1]
+        with pytest.raises(ProtocolError, match=f"127.0.0.1:{port} is no rendezvous server"):
+            await join(f"127.0.0.1:{port}", 0, 2)
 
 
 async def test_a_server_that_dies_while_it_says_ready(monkeypatch: pytest.MonkeyPatch) -> None:

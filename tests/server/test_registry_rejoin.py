@@ -210,7 +210,8 @@ def test_who_is_sent_away_is_told_for_how_long(registry: Registry) -> None:
         error = read_error(told)
         assert isinstance(error, ServerDraining)
         assert error.retry_after == 1.0
-    for odd, seconds in ((7, 7.0), (-1, 0.0), (1e9, 60.0), (float("nan"), 0.0), ("x", 1.0)):
+    told_in_vain = ((float("nan"), 1.0), ("x", 1.0))
+    for odd, seconds in ((7, 7.0), (0, 0.1), (-1, 0.1), (1e9, 60.0), *told_in_vain):
         error = read_error(message | {"after": odd})
         assert isinstance(error, ServerDraining)
         assert error.retry_after == seconds

@@ -261,8 +261,13 @@ async def test_wrong_and_missing_tokens_are_refused_alike() -> None:
 
     async with serving(SECRET) as (server, address):
         await (await join(address, token=token())).close()
-        for bad in (None, token(b"another secret"), token(after=-5), token(size=2)):
-            with pytest.raises(AuthenticationFailed, match=r"authentication failed$"):
+        for bad, guess in (
+            (None, "wants a token"),
+            (token(b"another secret"), "another secret, or the token is for another job"),
+            (token(after=-5), r"the token expired at \d{4}-.* UTC"),
+            (token(size=2), "another secret, or the token is for another job or size"),
+        ):
+            with pytest.raises(AuthenticationFailed, match=f"authentication failed: .*{guess}"):
                 await join(address, token=bad)
         assert server.counters.refused == 4
 
