@@ -237,6 +237,21 @@ async def test_a_server_that_is_frozen_for_longer_than_its_lease(
     await leave(ranks)
 
 
+@pytest.mark.nightly
+async def test_ranks_that_are_carried_to_a_frozen_server_go_on_without_it(here: Cluster) -> None:
+    ranks = await here.all_join()
+    owner = await here.owner()
+    edges = [place for place in here.servers if place is not owner]
+    one, other = [ranks[(await place.event("carried"))["rank"]] for place in edges]
+    owner.signal(signal.SIGSTOP)
+    here.balancer.unhealthy = owner
+    assert (await asyncio.gather(one.send("new", other.rank), other.recv(one.rank)))[1] == "new"
+    owner.signal(signal.SIGCONT)
+    here.balancer.unhealthy = None
+    await link_all(ranks)
+    await leave(ranks)
+
+
 @pytest.mark.parametrize("jobs", [50, pytest.param(1000, marks=pytest.mark.nightly)])
 async def test_ranks_that_begin_a_job_at_once_begin_one(jobs: int, here: Cluster) -> None:
     async def pair(job: str) -> None:
