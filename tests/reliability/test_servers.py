@@ -92,7 +92,7 @@ async def test_a_server_that_only_carries_dies_without_losing_anybody(
     await leave(ranks)
 
 
-@pytest.mark.parametrize("channel", ["auto", "relay"])
+@pytest.mark.parametrize("channel", [pytest.param("auto", marks=pytest.mark.nightly), "relay"])
 async def test_the_jobs_server_dies_before_its_ranks_are_linked(
     channel: str, here: Cluster
 ) -> None:
@@ -197,7 +197,7 @@ async def until_claimed(here: Cluster) -> None:
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("there", [1, 4])
+@pytest.mark.parametrize("there", [1, pytest.param(4, marks=pytest.mark.nightly)])
 async def test_a_job_of_a_server_that_was_given_up_is_not_split(there: int, here: Cluster) -> None:
     """The others come while the server, which lives, is struck off. The first rank is with that
     server itself, so that no other one can tell."""
