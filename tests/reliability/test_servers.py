@@ -92,7 +92,7 @@ async def test_a_server_that_only_carries_dies_without_losing_anybody(
     await leave(ranks)
 
 
-@pytest.mark.parametrize("channel", ["auto", "relay"])
+@pytest.mark.parametrize("channel", [pytest.param("auto", marks=pytest.mark.nightly), "relay"])
 async def test_the_jobs_server_dies_before_its_ranks_are_linked(
     channel: str, here: Cluster
 ) -> None:
@@ -197,7 +197,7 @@ async def until_claimed(here: Cluster) -> None:
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("there", [1, 4])
+@pytest.mark.parametrize("there", [1, pytest.param(4, marks=pytest.mark.nightly)])
 async def test_a_job_of_a_server_that_was_given_up_is_not_split(there: int, here: Cluster) -> None:
     """The others come while the server, which lives, is struck off. The first rank is with that
     server itself, so that no other one can tell."""
@@ -233,6 +233,21 @@ async def test_a_server_that_is_frozen_for_longer_than_its_lease(
     owner.signal(signal.SIGCONT)
     here.balancer.unhealthy = None
     ranks = await asyncio.gather(*joining)
+    await link_all(ranks)
+    await leave(ranks)
+
+
+@pytest.mark.nightly
+async def test_ranks_that_are_carried_to_a_frozen_server_go_on_without_it(here: Cluster) -> None:
+    ranks = await here.all_join()
+    owner = await here.owner()
+    edges = [place for place in here.servers if place is not owner]
+    one, other = [ranks[(await place.event("carried"))["rank"]] for place in edges]
+    owner.signal(signal.SIGSTOP)
+    here.balancer.unhealthy = owner
+    assert (await asyncio.gather(one.send("new", other.rank), other.recv(one.rank)))[1] == "new"
+    owner.signal(signal.SIGCONT)
+    here.balancer.unhealthy = None
     await link_all(ranks)
     await leave(ranks)
 
