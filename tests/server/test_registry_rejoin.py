@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from fmi_client.errors import JobFull, RankTaken, RendezvousError, ServerDraining
+from fmi_client.errors import JobFull, ProtocolError, RankTaken, RendezvousError, ServerDraining
 from fmi_client.protocol.frames import Message
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.rendezvous import REJOIN_SECONDS, error_message, read_error
+from rendezvous_server.awaited import Awaited
 from rendezvous_server.jobs import Member
 from rendezvous_server.registry import Outbox, Registry
 
@@ -76,6 +77,34 @@ def test_who_wants_a_link_is_told_when_nobody_comes(registry: Registry) -> None:
     assert message["why"] == "did not come back after the server's restart"
     assert registry.overdue(LATER + 1) == []
     assert link(registry, zero, 1, LATER) == [(0, "gone")]
+
+
+def test_links_with_ranks_that_are_not_back_are_bounded(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry._awaited = Awaited(room=5)
+    monkeypatch.setattr("rendezvous_server.registry.OVERDUE_SLICE", 2)
+    zero, _ = rejoin(registry, 0, size=9)
+    one, _ = rejoin(registry, 0, size=9, run=OTHER_RUN)
+    for peer in (1, 2, 3, 3):
+        assert link(registry, zero, peer) == []
+    for peer in (1, 2):
+        assert link(registry, one, peer) == []
+    for member, peer in ((zero, 4), (one, 3)):
+        with pytest.raises(ProtocolError, match="not back"):
+            link(registry, member, peer)
+    assert said(rejoin(registry, 2, size=9)[1]) == [(2, "ready"), (2, "want")]
+    assert link(registry, one, 3) == []
+    rejoin(registry, 0, size=9, run=OTHER_RUN)  # another line of it: it asks anew
+    again, _ = rejoin(registry, 0, size=9)
+    assert len(registry._awaited) == 0
+    assert not any(registry._awaited._of.values())
+    for peer in (1, 3, 4, 5, 6):
+        assert link(registry, again, peer) == []
+    told = [registry.overdue(LATER) for _ in range(4)]
+    assert [len(outbox) for outbox in told] == [2, 2, 1, 0]  # never all at once
+    assert {message["rank"] for outbox in told for message in messages(outbox)} == {1, 3, 4, 5, 6}
+    assert len(registry._awaited) == 0
 
 
 def test_who_computes_for_long_may_still_come_back(registry: Registry) -> None:
@@ -199,6 +228,7 @@ def test_nothing_is_left_of_a_job_that_came_back_and_ended(registry: Registry) -
     assert registry.overdue(LATER) == []
     for left in (registry.jobs, registry._by_name, registry._by_run, registry._awaiting):
         assert not left
+    assert (len(registry._awaited), registry._awaited._of) == (0, {})
 
 
 def test_who_is_sent_away_is_told_for_how_long(registry: Registry) -> None:
