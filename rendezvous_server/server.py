@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import structlog
 
-from fmi_client.errors import FmiError
+from fmi_client.errors import FmiError, RendezvousError
 from fmi_client.protocol.addresses import format_address
 from fmi_client.protocol.frames import PREFACE, Message, encode
 from fmi_client.protocol.relay import RELAY_FULL
@@ -150,7 +150,7 @@ class Server:
             self.counters.crowded_out += 1
             oldest = self.strangers.next_to_go(whence)
             if oldest is None:
-                return False  # all places are those of ranks
+                return False  # all places are ranks', or by half TCPunch clients'
             oldest.cut()
         self.strangers.add(stranger, whence, deadline)
         if self._patience is None:
@@ -295,6 +295,8 @@ class Connection(asyncio.Protocol):
     def _take(self, side: ServerSide, data: bytes) -> None:
         first, self._heard = not self._heard, True
         if first and data[:1] != PREFACE and self._server.legacy.serves(side.observed[0]):
+            if 2 * len(self._server.legacy.open) >= self._server._room:
+                raise RendezvousError("TCPunch clients have half of all places")
             self._become_legacy(data)
             return
         for event in side.receive(data, time.time()):
