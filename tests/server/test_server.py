@@ -33,7 +33,7 @@ from fmi_client.protocol import frames
 from fmi_client.transport.sockets import parse_endpoint
 from rendezvous_server import __main__, config
 from tests.reliability.strangers import enter
-from tests.support import KEY, serving, until
+from tests.support import KEY, logged, serving, until
 
 SECRET = b"0123456789abcdef"
 
@@ -265,6 +265,23 @@ async def test_wrong_and_missing_tokens_are_refused_alike() -> None:
             with pytest.raises(AuthenticationFailed, match=r"authentication failed$"):
                 await join(address, token=bad)
         assert server.counters.refused == 4
+
+
+async def test_strangers_do_not_fill_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rendezvous_server.server.EXPIRY_PERIOD", 0.25)
+    with logged() as logs:
+        async with serving() as (_, address):
+            start = time.monotonic()
+            for _ in range(60):
+                reader, writer = await asyncio.open_connection(*address.split(":"))
+                writer.write(b"x")
+                assert await reader.read() == b""
+                writer.close()
+            told = lambda: sum(entry.get("more", 1) for entry in logs)  # noqa: E731
+            await until(lambda: told() == 60)
+            ticks = 1 + (time.monotonic() - start) / 0.25
+    assert len(logs) <= 2 * ticks
+    assert logs[0]["why"] == "not a version 3 client"  # who makes a mistake can read it at once
 
 
 async def test_refusals_name_the_reason() -> None:
