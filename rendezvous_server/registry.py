@@ -64,6 +64,10 @@ SERVER = -1
 SPARE_LINKS = 16
 """A rank may ask twice for a link with each of the others, and so many times more."""
 
+MAX_RUNS = 8
+"""Of one job at once: two overlap where ranks that are done begin the next one, and a server that
+died can make it some more. What a run was called elsewhere we have to believe."""
+
 OVERDUE_SLICE = 5000
 """Messages about ranks that did not come back at one time: a fraction of a second's work."""
 
@@ -114,6 +118,8 @@ class Registry:
         self.jobs: dict[Job, None] = {}  # a set, in the order of their beginning
         self._by_name: dict[str, Job] = {}
         self._by_run: dict[tuple[str, bytes], Job] = {}
+        self._runs: dict[str, dict[Job, None]] = {}
+        """All jobs of a name, whichever has it: they are of one epoch."""
         self._awaiting: set[Job] = set()
         """Jobs that ran on another server, and whose ranks are still coming back."""
         self._awaited = Awaited()
@@ -178,12 +184,12 @@ class Registry:
 
     def _find_job(self, hello: Hello, now: float) -> tuple[Job, Outbox]:
         latest = self._by_name.get(hello.job)
-        if latest is not None and hello.epoch < latest.epoch:
+        epoch = next((job.epoch for job in self._runs.get(hello.job, ())), hello.epoch)
+        if hello.epoch < epoch:
             raise RendezvousError(
-                f"job {hello.job!r} is at epoch {latest.epoch}; "
-                f"a rank of epoch {hello.epoch} is late"
+                f"job {hello.job!r} is at epoch {epoch}; a rank of epoch {hello.epoch} is late"
             )
-        if latest is not None and hello.epoch > latest.epoch:
+        if hello.epoch > epoch:
             outbox = self._supersede(hello, now)
             return self._open(hello, now), outbox
         known = self._by_run.get((hello.job, hello.run))
@@ -201,17 +207,20 @@ class Registry:
     def _open(self, hello: Hello, now: float) -> Job:
         if len(self.jobs) >= self._max_jobs:
             raise RendezvousError(f"the server holds {self._max_jobs} jobs already")
+        if len(self._runs.get(hello.job, ())) >= MAX_RUNS and hello.began:
+            raise RendezvousError(f"{MAX_RUNS} runs of job {hello.job!r} are here already")
         run = hello.run or auth.nonce()
         job = Job(hello.job, hello.size, hello.epoch, now, now + self._ttl, run)
         self.jobs[job] = None
         self._by_run[job.name, run] = job
+        self._runs.setdefault(job.name, {})[job] = None
         # A run that began elsewhere has no need of the name, which the next run may have already.
         self._by_name[job.name] = self._by_name.get(job.name, job) if hello.began else job
         return job
 
     def _supersede(self, hello: Hello, now: float) -> Outbox:
         reason = f"job {hello.job!r} was started again with epoch {hello.epoch}"
-        old = [job for job in self.jobs if job.name == hello.job and job.epoch < hello.epoch]
+        old = list(self._runs[hello.job])
         return [pair for job in old for pair in self._end(job, "superseded", reason, now)]
 
     # -------------------------------------------------------------------- leaving
@@ -244,6 +253,10 @@ class Registry:
 
     def _forget(self, job: Job, now: float) -> None:
         self.jobs.pop(job, None)
+        runs = self._runs[job.name]
+        del runs[job]
+        if not runs:
+            del self._runs[job.name]
         self._by_run.pop((job.name, job.run), None)
         self._awaiting.discard(job)
         self._awaited.forget(job)
