@@ -207,7 +207,7 @@ class Registry:
     def _open(self, hello: Hello, now: float) -> Job:
         if len(self.jobs) >= self._max_jobs:
             raise RendezvousError(f"the server holds {self._max_jobs} jobs already")
-        if len(self._runs.get(hello.job, ())) >= MAX_RUNS and hello.began:
+        if len(self._runs.get(hello.job, ())) >= MAX_RUNS:
             raise RendezvousError(f"{MAX_RUNS} runs of job {hello.job!r} are here already")
         run = hello.run or auth.nonce()
         job = Job(hello.job, hello.size, hello.epoch, now, now + self._ttl, run)

@@ -392,7 +392,9 @@ class Connection(asyncio.Protocol):
         self.write(encode(event.welcome | {"run": job.run}))
         server.deliver(outbox)
         for other, message in outbox:
-            # An older epoch's rank, or this one's dead connection.
+            # An older epoch's rank, or this one's dead connection: it goes on in ours, unharmed.
+            if message["t"] == "error":
+                _connection(other)._member = None
             if other.job is not job or message["t"] == "error":
                 _connection(other).close_soon()
         log.info(

@@ -250,6 +250,15 @@ def test_made_up_runs_of_a_job_are_few(registry: Registry) -> None:
     rejoin(registry, 1)
 
 
+def test_runs_that_one_rank_each_does_not_leave_are_few(registry: Registry) -> None:
+    for _ in range(MAX_RUNS):
+        done, _ = join(registry, 1, size=2)
+        assert said(join(registry, 0, size=2)[1]) == [(1, "ready"), (0, "ready")]
+        registry.leave(done, clean=True, why="left", now=NOW)
+    with pytest.raises(RendezvousError, match="runs of job 'job' are here"):
+        join(registry, 1, size=2)
+
+
 def test_nothing_is_left_of_a_job_that_came_back_and_ended(registry: Registry) -> None:
     one, _ = rejoin(registry, 1)
     link(registry, one, 0)

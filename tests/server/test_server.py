@@ -29,7 +29,9 @@ from fmi_client.errors import (
     RendezvousError,
     ServerDraining,
 )
-from fmi_client.protocol import frames
+from fmi_client.protocol import auth, frames
+from fmi_client.protocol.hello import Hello
+from fmi_client.protocol.rendezvous import ClientSide
 from fmi_client.transport.sockets import parse_endpoint
 from rendezvous_server import __main__, config
 from tests.reliability.strangers import enter
@@ -265,6 +267,32 @@ async def test_wrong_and_missing_tokens_are_refused_alike() -> None:
             with pytest.raises(AuthenticationFailed, match=r"authentication failed$"):
                 await join(address, token=bad)
         assert server.counters.refused == 4
+
+
+async def test_a_rank_that_came_again_was_not_lost() -> None:
+    async def come(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        own = (("10.0.0.7", 4242),)
+        client = ClientSide(Hello("job", 2, 0, 0, 0, own, auth.nonce(), b"i" * 16), None)
+        events: list[object] = []
+        while not events:
+            writer.write(bytes(client.outgoing))
+            client.outgoing.clear()
+            events += client.receive(await asyncio.wait_for(reader.read(4096), 5))
+        return reader, writer
+
+    with logged() as logs:
+        async with serving() as (server, address):
+            old, first = await come(address)
+            _, writer = await come(address)
+            await old.read()
+            first.close()
+            await until(lambda: len(server.open) == 1)
+            assert (server.registry.ranks, server.counters.lost) == (1, 0)
+            writer.close()
+            await until(lambda: not server.open)
+            assert (server.registry.ranks, server.counters.lost) == (0, 1)
+    assert [entry["event"] for entry in logs] == ["joined", "joined", "lost"]
 
 
 async def test_strangers_do_not_fill_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
