@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from rendezvous_server.access import Access
 from rendezvous_server.config import is_loopback
-from rendezvous_server.listen import MAX_HTTP, listen
+from rendezvous_server.listen import listen, room_for_http
 from rendezvous_server.live import Pages
 from rendezvous_server.server import Server
 
@@ -127,9 +127,11 @@ async def start(server: Server, host: str, port: int) -> tuple[web.AppRunner, in
 
 
 class _Crowd:
-    """Bounds the connections: those without a request make room, the older half of them."""
+    """Bounds the connections: those without a whole request make room, the older half of them;
+    where all have one, the older half of all."""
 
     def __init__(self) -> None:
+        self._room = room_for_http()
         self._busy: set[asyncio.BaseProtocol] = set()
 
     @web.middleware
@@ -138,7 +140,8 @@ class _Crowd:
         request: web.Request,
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
-        self._busy.add(request.protocol)
+        if not request.body_exists:  # one that never comes is no work of ours
+            self._busy.add(request.protocol)
         try:
             return await handler(request)
         finally:
@@ -147,10 +150,11 @@ class _Crowd:
     def make_room(self, http: web.Server) -> None:
         """Close some, if there are many: before another comes."""
         here = http.connections
-        if len(here) >= MAX_HTTP:
-            idle = [each for each in here if each not in self._busy]
+        if len(here) >= self._room:
+            idle = [each for each in here if each not in self._busy] or here
             for each in idle[: max(1, len(idle) // 2)]:
-                each.force_close()
+                if each.transport is not None:
+                    each.transport.abort()  # it may have left unread what it asked for
 
 
 async def _stop_listening(listeners: list[asyncio.Server]) -> None:

@@ -34,6 +34,12 @@ def room_for_ranks() -> float:
     return math.inf if soft == resource.RLIM_INFINITY else max(soft - RESERVED, soft // 2)
 
 
+def room_for_http() -> int:
+    """Return how many connections of operators there may be: where the limit is low, few."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_HTTP if soft == resource.RLIM_INFINITY else min(MAX_HTTP, max(4, soft // 8))
+
+
 def listen(host: str, port: int, backlog: int = 128) -> list[socket.socket]:
     """Listen at every address of `host` and at the same port; 0 takes a free one.
 

@@ -306,7 +306,8 @@ class Pages:
             token = (await asyncio.wait_for(request.post(), FORM_SECONDS)).get("token")
         except TimeoutError:
             return _text(408, "The form did not come.\n")
-        except (ValueError, LookupError):  # bytes that are no text, in whatever they say it is
+        except (ValueError, LookupError, ConnectionError):
+            # Bytes that are no text, in whatever they say it is; or it hung up amid them.
             return _text(400, "That is not the form of this page.\n")
         refusal = self._check(
             request, str(token), lambda status, said: _html(status, page.form(said))

@@ -43,6 +43,7 @@ from fmi_client.protocol.rendezvous import (
     read_abort,
 )
 from fmi_client.protocol.roll import HERE, MISSING, TIMEOUT
+from rendezvous_server.awaited import Awaited
 from rendezvous_server.jobs import Job, Member, RelayPair
 from rendezvous_server.messages import READY, draining, not_back, want
 from rendezvous_server.reach import can_punch, sort_addresses
@@ -62,6 +63,13 @@ SERVER = -1
 
 SPARE_LINKS = 16
 """A rank may ask twice for a link with each of the others, and so many times more."""
+
+MAX_RUNS = 8
+"""Of one job at once: two overlap where ranks that are done begin the next one, and a server that
+died can make it some more. What a run was called elsewhere we have to believe."""
+
+OVERDUE_SLICE = 5000
+"""Messages about ranks that did not come back at one time: a fraction of a second's work."""
 
 ENDED_KEPT = 50
 """Jobs that are kept for looking at after their end; as many of those that ended well."""
@@ -110,8 +118,11 @@ class Registry:
         self.jobs: dict[Job, None] = {}  # a set, in the order of their beginning
         self._by_name: dict[str, Job] = {}
         self._by_run: dict[tuple[str, bytes], Job] = {}
+        self._runs: dict[str, dict[Job, None]] = {}
+        """All jobs of a name, whichever has it: they are of one epoch."""
         self._awaiting: set[Job] = set()
         """Jobs that ran on another server, and whose ranks are still coming back."""
+        self._awaited = Awaited()
         # Those that ended well must not push out the one that somebody looks for.
         self.ended_well: deque[Job] = deque(maxlen=ENDED_KEPT)
         self.ended_badly: deque[Job] = deque(maxlen=ENDED_KEPT)
@@ -148,6 +159,8 @@ class Registry:
         if job.lost:
             job.lost.pop(hello.rank, None)
         if job.running:
+            if askers := self._awaited.pop(job, hello.rank):
+                job.wanted.setdefault(hello.rank, {}).update(askers)
             return member, outbox + _welcome_back(member)
         if hello.began:
             job.back_until = now + REJOIN_SECONDS
@@ -167,16 +180,17 @@ class Registry:
         self.ranks -= 1
         for askers in old.job.wanted.values():
             askers.pop(old.rank, None)  # what it still wants it asks for again
+        self._awaited.forget_asker(old.job, old.rank)
         return [(old, {"t": "error", "code": "taken", "why": "you have joined again"})]
 
     def _find_job(self, hello: Hello, now: float) -> tuple[Job, Outbox]:
         latest = self._by_name.get(hello.job)
-        if latest is not None and hello.epoch < latest.epoch:
+        epoch = next((job.epoch for job in self._runs.get(hello.job, ())), hello.epoch)
+        if hello.epoch < epoch:
             raise RendezvousError(
-                f"job {hello.job!r} is at epoch {latest.epoch}; "
-                f"a rank of epoch {hello.epoch} is late"
+                f"job {hello.job!r} is at epoch {epoch}; a rank of epoch {hello.epoch} is late"
             )
-        if latest is not None and hello.epoch > latest.epoch:
+        if hello.epoch > epoch:
             outbox = self._supersede(hello, now)
             return self._open(hello, now), outbox
         known = self._by_run.get((hello.job, hello.run))
@@ -199,18 +213,21 @@ class Registry:
     def _open(self, hello: Hello, now: float) -> Job:
         if len(self.jobs) >= self._max_jobs:
             raise RendezvousError(f"the server holds {self._max_jobs} jobs already")
+        if len(self._runs.get(hello.job, ())) >= MAX_RUNS:
+            raise RendezvousError(f"{MAX_RUNS} runs of job {hello.job!r} are here already")
         run = hello.run or auth.nonce()
         job = Job(hello.job, hello.size, hello.epoch, now, now + self._ttl, run)
         job.tls = bool(hello.certificate)
         self.jobs[job] = None
         self._by_run[job.name, run] = job
+        self._runs.setdefault(job.name, {})[job] = None
         # A run that began elsewhere has no need of the name, which the next run may have already.
         self._by_name[job.name] = self._by_name.get(job.name, job) if hello.began else job
         return job
 
     def _supersede(self, hello: Hello, now: float) -> Outbox:
         reason = f"job {hello.job!r} was started again with epoch {hello.epoch}"
-        old = [job for job in self.jobs if job.name == hello.job and job.epoch < hello.epoch]
+        old = list(self._runs[hello.job])
         return [pair for job in old for pair in self._end(job, "superseded", reason, now)]
 
     # -------------------------------------------------------------------- leaving
@@ -243,8 +260,13 @@ class Registry:
 
     def _forget(self, job: Job, now: float) -> None:
         self.jobs.pop(job, None)
+        runs = self._runs[job.name]
+        del runs[job]
+        if not runs:
+            del self._runs[job.name]
         self._by_run.pop((job.name, job.run), None)
         self._awaiting.discard(job)
+        self._awaited.forget(job)
         if self._by_name.get(job.name) is job:
             del self._by_name[job.name]
         job.ended = now
@@ -299,14 +321,16 @@ class Registry:
         ]
 
     def overdue(self, now: float) -> Outbox:
-        """Tell who wants a link with a rank that should have come back by now."""
+        """Tell who wants a link with a rank that should have come back by now: some of them,
+        and the others the next time."""
         outbox: Outbox = []
         for job in [job for job in self._awaiting if (job.back_until or 0) <= now]:
+            for peer, askers in self._awaited.drain(job):
+                said = not_back(peer)
+                outbox += [(job.members[each], said) for each in askers if each in job.members]
+                if len(outbox) >= OVERDUE_SLICE:
+                    return outbox
             self._awaiting.discard(job)
-            for peer in [peer for peer in job.wanted if peer not in job.members]:
-                said = job.gone.get(peer) or not_back(peer)
-                askers = [job.members[rank] for rank in job.wanted.pop(peer) if rank in job.members]
-                outbox += [(asker, said) for asker in askers]
         return outbox
 
     def drain(self) -> Outbox:
@@ -345,10 +369,13 @@ class Registry:
         other = job.members.get(peer)
         if other is None and (peer in job.gone or now >= (job.back_until or 0)):
             return [(member, job.gone.get(peer) or not_back(peer))]
+        if other is None:
+            self._awaited.add(job, peer, member.rank, got)
+            return []
         asked = job.wanted.get(member.rank, {})
-        if other is None or peer not in asked:
+        if peer not in asked:
             job.wanted.setdefault(peer, {})[member.rank] = got
-            return [(other, want(member.rank))] if other is not None else []
+            return [(other, want(member.rank))]
         self.punches += 1
         job.links += 1
         outbox = self._introduce(member, other, now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import socket
@@ -34,7 +35,7 @@ from rendezvous_server.proxy import split_header
 from rendezvous_server.registry import Outbox, Registry, RelayFull
 from rendezvous_server.relay import Leg, Traffic
 from rendezvous_server.status import Refusals
-from rendezvous_server.strangers import MAX_STRANGERS, MAX_TLS_STRANGERS, Strangers, source
+from rendezvous_server.strangers import MAX_STRANGERS, MAX_TLS_STRANGERS, Lately, Strangers, source
 
 log = structlog.get_logger()
 
@@ -94,6 +95,7 @@ class Server:
         room = MAX_STRANGERS if config.tls is None else MAX_TLS_STRANGERS
         self.strangers: Strangers[Connection] = Strangers(room)
         self._room = room_for_ranks()
+        self.lately = Lately()
         self._patience: asyncio.TimerHandle | None = None
         self.emptied = asyncio.Event()
         """Set whenever the last rank has gone; for draining."""
@@ -141,7 +143,7 @@ class Server:
             self.counters.crowded_out += 1
             oldest = self.strangers.next_to_go(whence)
             if oldest is None:
-                return False  # all places are those of ranks
+                return False  # all places are ranks', or by half TCPunch clients'
             oldest.cut()
         self.strangers.add(stranger, whence, deadline)
         if self._patience is None:
@@ -168,6 +170,8 @@ class Server:
                 now = self.counters.crowded_out
                 log.warning("no room", cut=now - crowded_out, ranks=self.registry.ranks)
                 crowded_out = now
+            if more := self.lately.others():
+                log.info("refused strangers", more=more)
             self.deliver(self.registry.overdue(time.time()))
             self._end(self.registry.expire(time.time()))
             self.legacy.expire(asyncio.get_running_loop().time())
@@ -307,6 +311,8 @@ class Connection(asyncio.Protocol):
             return
         first, self._heard = not self._heard, True
         if first and data[:1] != PREFACE and self._server.legacy.serves(side.observed[0]):
+            if 2 * len(self._server.legacy.open) >= self._server._room:
+                raise RendezvousError("TCPunch clients have half of all places")
             self._become_legacy(data)
             return
         for event in side.receive(data, time.time()):
@@ -402,7 +408,9 @@ class Connection(asyncio.Protocol):
         self.write(encode(event.welcome | {"run": job.run}))
         server.deliver(outbox)
         for other, message in outbox:
-            # An older epoch's rank, or this one's dead connection.
+            # An older epoch's rank, or this one's dead connection: it goes on in ours, unharmed.
+            if message["t"] == "error":
+                _connection(other)._member = None
             if other.job is not job or message["t"] == "error":
                 _connection(other).close_soon()
         log.info(
@@ -424,7 +432,8 @@ class Connection(asyncio.Protocol):
         self._server.refusals.add(
             time.time(), self._side.observed, type(error).__name__, error.message
         )
-        log.info("refused", address=format_address(self._side.observed), why=error.message)
+        level = logging.INFO if self._side.proven else self._server.lately.level()
+        log.log(level, "refused", address=format_address(self._side.observed), why=error.message)
         self._flush()
         answer = self._side.refusal(error)
         if answer is not None:

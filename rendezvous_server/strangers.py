@@ -9,6 +9,7 @@ source that fills more than half of the room makes room itself.
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -87,3 +88,21 @@ class Strangers(Generic[Stranger]):
     def next_deadline(self) -> float | None:
         """The first that comes; None: nobody is here."""
         return next((deadline for deadline, _ in self._all.values()), None)
+
+
+class Lately:
+    """How loudly to say that strangers were refused: of one between two ticks, or each byte to the
+    port would cost a line of log."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def level(self) -> int:
+        """Return the level for one more."""
+        self._count += 1
+        return logging.INFO if self._count == 1 else logging.DEBUG
+
+    def others(self) -> int:
+        """Return how many were not named since the last tick, which this is."""
+        count, self._count = self._count, 0
+        return max(0, count - 1)

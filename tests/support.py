@@ -42,10 +42,10 @@ async def serving(
 
 
 @contextmanager
-def logged() -> Iterator[list[MutableMapping[str, Any]]]:
+def logged(level: int = logging.INFO) -> Iterator[list[MutableMapping[str, Any]]]:
     """Collect what servers in this process log."""
     silent = structlog.get_config()["wrapper_class"]
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(level))
     try:
         with structlog.testing.capture_logs() as entries:
             yield entries

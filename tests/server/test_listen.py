@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import errno
 import os
+import resource
 import socket
 from typing import Any
 
 import pytest
 
 from rendezvous_server import listen as listening
-from rendezvous_server.listen import EVERYWHERE, listen
+from rendezvous_server.listen import EVERYWHERE, MAX_HTTP, listen, room_for_http, room_for_ranks
 from tests.server.test_server import http, join, server_process
 
 create_server = socket.create_server
@@ -86,6 +87,15 @@ def test_a_port_that_is_free_in_one_version_only(monkeypatch: pytest.MonkeyPatch
     asked.clear()
     with pytest.raises(OSError, match="in use"):
         listen(EVERYWHERE, 10000)
+
+
+@pytest.mark.parametrize("limit", [64, 128, 256, 1024, resource.RLIM_INFINITY])
+def test_operators_leave_room_for_ranks(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    own = 20  # what a server has open before anybody comes
+    assert 4 <= room_for_http() <= MAX_HTTP
+    if limit != resource.RLIM_INFINITY:
+        assert own + room_for_http() + room_for_ranks() < limit
 
 
 @pytest.mark.usefixtures("ipv6")

@@ -23,9 +23,10 @@ from rendezvous_server.access import (
     Access,
     TooManyTries,
 )
+from rendezvous_server.listen import MAX_HTTP
 from tests.server.test_live import message, watched
 from tests.server.test_server import server_process
-from tests.support import serving
+from tests.support import serving, until
 
 TOKEN = b"token-of-an-operator"
 BEARER = {"Authorization": f"Bearer {TOKEN.decode()}"}
@@ -327,5 +328,32 @@ async def test_what_is_sent_is_not_decompressed(
         writer.write(b"\r\nContent-Encoding: gzip\r\nConnection: close\r\n\r\n" + b"?" * 40)
         assert b" 500 " not in await asyncio.wait_for(reader.read(), 5)
         writer.close()
+        await runner.cleanup()
+    assert not caplog.records
+
+
+async def test_forms_that_never_come_take_no_more_places_than_silence(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving(admin_token=TOKEN) as (server, _):
+        runner, port = await admin.start(server, "127.0.0.1", 0)
+        assert runner.server is not None
+        viewer, strangers = None, []
+        for number in range(MAX_HTTP + 20):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            strangers.append(writer)
+            if number == 0:
+                viewer = reader
+                writer.write(b"GET /events HTTP/1.1\r\nHost: x\r\n")
+                writer.write(b"Authorization: Bearer " + TOKEN + b"\r\n\r\n")
+            else:
+                writer.write(HALF_A_FORM)
+            await asyncio.sleep(0.001)  # its request is being answered before the next comes
+        assert len(runner.server.connections) <= MAX_HTTP
+        assert viewer is not None
+        assert not viewer.at_eof()
+        for writer in strangers:
+            writer.transport.abort()
+        await until(lambda: not runner.server.connections)
         await runner.cleanup()
     assert not caplog.records

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -179,7 +180,7 @@ async def test_the_welcome_says_what_the_header_said(
 
 async def refusals(address: str, *openings: bytes) -> list[str]:
     """Begin connections with these bytes, see them cut without a word; what the log says."""
-    with logged() as logs:
+    with logged(logging.DEBUG) as logs:
         for opening in openings:
             reader, writer = await asyncio.open_connection(*address.split(":"))
             writer.write(opening)

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from fmi_client.errors import JobFull, RankTaken, RendezvousError, ServerDraining
+from fmi_client.errors import JobFull, ProtocolError, RankTaken, RendezvousError, ServerDraining
 from fmi_client.protocol.frames import Message
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.rendezvous import REJOIN_SECONDS, error_message, read_error
+from rendezvous_server.awaited import Awaited
 from rendezvous_server.jobs import Member
-from rendezvous_server.registry import Outbox, Registry
+from rendezvous_server.registry import MAX_RUNS, Outbox, Registry
 
 HELLO = Hello("job", 3, 0, 0, 0, (("10.0.0.1", 1000),), b"n" * 16)
 RUN, OTHER_RUN = b"r" * 16, b"o" * 16
@@ -76,6 +77,34 @@ def test_who_wants_a_link_is_told_when_nobody_comes(registry: Registry) -> None:
     assert message["why"] == "did not come back after the server's restart"
     assert registry.overdue(LATER + 1) == []
     assert link(registry, zero, 1, LATER) == [(0, "gone")]
+
+
+def test_links_with_ranks_that_are_not_back_are_bounded(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry._awaited = Awaited(room=5)
+    monkeypatch.setattr("rendezvous_server.registry.OVERDUE_SLICE", 2)
+    zero, _ = rejoin(registry, 0, size=9)
+    one, _ = rejoin(registry, 0, size=9, run=OTHER_RUN)
+    for peer in (1, 2, 3, 3):
+        assert link(registry, zero, peer) == []
+    for peer in (1, 2):
+        assert link(registry, one, peer) == []
+    for member, peer in ((zero, 4), (one, 3)):
+        with pytest.raises(ProtocolError, match="not back"):
+            link(registry, member, peer)
+    assert said(rejoin(registry, 2, size=9)[1]) == [(2, "ready"), (2, "want")]
+    assert link(registry, one, 3) == []
+    rejoin(registry, 0, size=9, run=OTHER_RUN)  # another line of it: it asks anew
+    again, _ = rejoin(registry, 0, size=9)
+    assert len(registry._awaited) == 0
+    assert not any(registry._awaited._of.values())
+    for peer in (1, 3, 4, 5, 6):
+        assert link(registry, again, peer) == []
+    told = [registry.overdue(LATER) for _ in range(4)]
+    assert [len(outbox) for outbox in told] == [2, 2, 1, 0]  # never all at once
+    assert {message["rank"] for outbox in told for message in messages(outbox)} == {1, 3, 4, 5, 6}
+    assert len(registry._awaited) == 0
 
 
 def test_who_computes_for_long_may_still_come_back(registry: Registry) -> None:
@@ -192,13 +221,53 @@ def test_a_new_epoch_ends_all_runs_of_the_name(registry: Registry) -> None:
     assert registry.ranks == 1
 
 
+def test_a_run_that_lost_its_name_is_of_the_names_epoch(registry: Registry) -> None:
+    old, _ = rejoin(registry, 0)
+    next_one, _ = join(registry, 1)
+    assert next_one.job is not old.job
+    rejoin(registry, 2, run=OTHER_RUN)
+    for each in (next_one, *[m for m in registry._by_run["job", OTHER_RUN].members.values()]):
+        registry.leave(each, clean=True, why="left", now=NOW)
+    assert list(registry.jobs) == [old.job]
+    with pytest.raises(RendezvousError, match="is at epoch 0"):
+        join(registry, 1, epoch=-1)
+    _, outbox = join(registry, 0, epoch=1)
+    assert said(outbox) == [(0, "aborted")]
+    for began, run in ((True, RUN), (True, OTHER_RUN), (False, b"")):
+        with pytest.raises(RendezvousError, match="is at epoch 1"):
+            join(registry, 1, run=run, began=began)
+    same_run, outbox = rejoin(registry, 1, run=registry._by_name["job"].run, epoch=2)
+    assert (same_run.job.epoch, said(outbox)) == (2, [(0, "aborted"), (1, "ready")])
+
+
+def test_made_up_runs_of_a_job_are_few(registry: Registry) -> None:
+    members = [rejoin(registry, 1, run=bytes([n]) * 16)[0] for n in range(MAX_RUNS)]
+    with pytest.raises(RendezvousError, match="runs of job 'job' are here"):
+        rejoin(registry, 1)
+    rejoin(registry, 2, run=members[3].job.run)
+    rejoin(registry, 1, job="other")
+    registry.leave(members[5], clean=True, why="left", now=NOW)
+    rejoin(registry, 1)
+
+
+def test_runs_that_one_rank_each_does_not_leave_are_few(registry: Registry) -> None:
+    for _ in range(MAX_RUNS):
+        done, _ = join(registry, 1, size=2)
+        assert said(join(registry, 0, size=2)[1]) == [(1, "ready"), (0, "ready")]
+        registry.leave(done, clean=True, why="left", now=NOW)
+    with pytest.raises(RendezvousError, match="runs of job 'job' are here"):
+        join(registry, 1, size=2)
+
+
 def test_nothing_is_left_of_a_job_that_came_back_and_ended(registry: Registry) -> None:
     one, _ = rejoin(registry, 1)
     link(registry, one, 0)
     registry.leave(one, clean=True, why="left", now=NOW)
     assert registry.overdue(LATER) == []
-    for left in (registry.jobs, registry._by_name, registry._by_run, registry._awaiting):
+    for left in (registry.jobs, registry._by_name, registry._by_run, registry._runs):
         assert not left
+    assert not registry._awaiting
+    assert (len(registry._awaited), registry._awaited._of) == (0, {})
 
 
 def test_who_is_sent_away_is_told_for_how_long(registry: Registry) -> None:

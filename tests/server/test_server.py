@@ -29,11 +29,13 @@ from fmi_client.errors import (
     RendezvousError,
     ServerDraining,
 )
-from fmi_client.protocol import frames
+from fmi_client.protocol import auth, frames
+from fmi_client.protocol.hello import Hello
+from fmi_client.protocol.rendezvous import ClientSide
 from fmi_client.transport.sockets import parse_endpoint
 from rendezvous_server import __main__, config
 from tests.reliability.strangers import enter
-from tests.support import KEY, serving, until
+from tests.support import KEY, logged, serving, until
 
 SECRET = b"0123456789abcdef"
 
@@ -270,6 +272,49 @@ async def test_wrong_and_missing_tokens_are_refused_alike() -> None:
             with pytest.raises(AuthenticationFailed, match=f"authentication failed: .*{guess}"):
                 await join(address, token=bad)
         assert server.counters.refused == 4
+
+
+async def test_a_rank_that_came_again_was_not_lost() -> None:
+    async def come(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        own = (("10.0.0.7", 4242),)
+        client = ClientSide(Hello("job", 2, 0, 0, 0, own, auth.nonce(), b"i" * 16), None)
+        events: list[object] = []
+        while not events:
+            writer.write(bytes(client.outgoing))
+            client.outgoing.clear()
+            events += client.receive(await asyncio.wait_for(reader.read(4096), 5))
+        return reader, writer
+
+    with logged() as logs:
+        async with serving() as (server, address):
+            old, first = await come(address)
+            _, writer = await come(address)
+            await old.read()
+            first.close()
+            await until(lambda: len(server.open) == 1)
+            assert (server.registry.ranks, server.counters.lost) == (1, 0)
+            writer.close()
+            await until(lambda: not server.open)
+            assert (server.registry.ranks, server.counters.lost) == (0, 1)
+    assert [entry["event"] for entry in logs][:3] == ["joined", "joined", "lost"]
+
+
+async def test_strangers_do_not_fill_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rendezvous_server.server.EXPIRY_PERIOD", 0.25)
+    with logged() as logs:
+        async with serving() as (_, address):
+            start = time.monotonic()
+            for _ in range(60):
+                reader, writer = await asyncio.open_connection(*address.split(":"))
+                writer.write(b"x")
+                assert await reader.read() == b""
+                writer.close()
+            told = lambda: sum(entry.get("more", 1) for entry in logs)  # noqa: E731
+            await until(lambda: told() == 60)
+            ticks = 1 + (time.monotonic() - start) / 0.25
+    assert len(logs) <= 2 * ticks
+    assert logs[0]["why"] == "not a version 3 client"  # who makes a mistake can read it at once
 
 
 async def test_refusals_name_the_reason() -> None:
