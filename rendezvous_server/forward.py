@@ -10,8 +10,8 @@ from typing import Any, Protocol, cast
 from fmi_client.errors import FmiError
 from fmi_client.protocol.frames import Message, encode
 from fmi_client.protocol.rendezvous import ClientSide, Welcome
+from rendezvous_server.connection import KEEPALIVE, USER_TIMEOUT_MS
 from rendezvous_server.proxy import LOCAL, SIGNATURE
-from rendezvous_server.server import KEEPALIVE, USER_TIMEOUT_MS
 
 LOCAL_HEADER = SIGNATURE + struct.pack("!BBH", LOCAL, 0, 0)
 """What a server with --proxy-protocol expects first, of a connection that is not a client's."""

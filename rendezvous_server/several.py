@@ -21,10 +21,11 @@ from fmi_client.protocol.rendezvous import (
     Request,
 )
 from rendezvous_server.config import Config
+from rendezvous_server.connection import Connection
 from rendezvous_server.forward import Line, Pipe
 from rendezvous_server.jobs import Member
 from rendezvous_server.others import Others
-from rendezvous_server.server import DRAIN_SECONDS, Connection, Server
+from rendezvous_server.server import DRAIN_SECONDS, Server
 
 log = structlog.get_logger()
 

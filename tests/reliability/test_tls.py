@@ -29,7 +29,7 @@ from fmi_client.protocol.relay import relay_request
 from fmi_client.protocol.tls import TlsStream
 from fmi_client.transport.tls import make_identity, pin, server_trust
 from rendezvous_server.config import ConfigError, read_tls
-from rendezvous_server.server import MAX_SEALED
+from rendezvous_server.connection import MAX_SEALED
 from rendezvous_server.strangers import MAX_STRANGERS, MAX_TLS_STRANGERS
 from tests.fmi.checking import causes, checked, step
 from tests.processes import run_processes

@@ -16,7 +16,8 @@ import pytest
 from fmi_client.protocol.relay import relay_request
 from rendezvous_server import legacy
 from rendezvous_server.config import Config, read_networks
-from rendezvous_server.server import Connection, Server
+from rendezvous_server.connection import Connection
+from rendezvous_server.server import Server
 from tests.server.test_legacy import request_2
 from tests.server.test_server import http, join, server_process
 from tests.support import until
@@ -379,7 +380,7 @@ def crowd_client(port: int, number: int) -> socket.socket:
 
 async def test_clients_that_wait_leave_ranks_half_of_all_places() -> None:
     async with serving() as lobby:
-        lobby.server._room = 20
+        lobby.server.room = 20
         for number in range(10):
             await lobby.wait(b"name %d" % number)
         assert await (await lobby.knock(b"name 0")).end() == b""

@@ -18,8 +18,9 @@ from fmi_client.protocol.addresses import Address
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.rendezvous import ClientSide
 from rendezvous_server.config import Config, read_networks
+from rendezvous_server.connection import Connection
 from rendezvous_server.legacy_connection import LegacyConnection
-from rendezvous_server.server import Connection, Server
+from rendezvous_server.server import Server
 
 SECRET = b"a secret of the server"
 NONCE = b"n" * 16
