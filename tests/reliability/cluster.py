@@ -166,13 +166,13 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(folder: Path, count: int = 3) -> AsyncIterator[Cluster]:
-    """Several servers, which the first `mend` starts."""
+async def cluster(folder: Path, count: int = 3, *more: str) -> AsyncIterator[Cluster]:
+    """Several servers with `more` options, which the first `mend` starts."""
     async with AsyncExitStack() as stack:
         registry = Redis(folder)
         stack.push_async_callback(registry.kill)
         options = ["--registry", registry.url, "--proxy-protocol", "--allow-anonymous"]
-        options += ["--host", "127.0.0.1"]
+        options += ["--host", "127.0.0.1", *more]
         servers = [
             Place(options=options, env=os.environ | {"RENDEZVOUS_SECRET": SECRET.decode()})
             for _ in range(count)

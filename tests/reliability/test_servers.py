@@ -7,6 +7,7 @@ import itertools
 import signal
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
@@ -14,9 +15,10 @@ import pytest
 import pytest_asyncio
 
 from fmi_client.communicator import Communicator
-from fmi_client.errors import RankFailed, ServerDraining
+from fmi_client.errors import RankFailed, RendezvousError, ServerDraining
+from tests.reliability.certificates import write_certificate
 from tests.reliability.cluster import Cluster, cluster
-from tests.reliability.restarts import Place, leave
+from tests.reliability.restarts import Place, join, leave
 from tests.support import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -294,3 +296,27 @@ async def test_servers_are_killed_again_and_again(seed: int, channel: str, here:
     assert await asyncio.gather(*map(total, ranks)) == [expected(16)] * 16
     assert kills
     await leave(ranks)
+
+
+async def test_ranks_in_tls_are_one_job_whichever_server_they_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their server carries them to the job's in plain, and lets no rank in that comes in plain."""
+    cert_file, key_file = write_certificate(tmp_path)
+    monkeypatch.setenv("FMI_TLS_CA", str(cert_file))
+    files = ("--tls-cert", str(cert_file), "--tls-key", str(key_file))
+    async with cluster(tmp_path, 3, *files) as here:
+        await here.mend("sealed")
+        address = "tls://" + here.balancer.address
+        for channel in ("direct", "relay"):
+            job = f"sealed-{channel}"
+            ranks = await asyncio.gather(
+                *(join(address, rank, 4, job=job, channel=channel) for rank in range(4))
+            )
+            await link_all(ranks)
+            assert all(link["tls"] for comm in ranks for link in comm.stats()["links"].values())
+            await leave(ranks)
+        assert here.seen("carried") > 0
+        for rank in range(3):  # the balancer takes each server in turn
+            with pytest.raises(RendezvousError, match="tls://"):
+                await here.join(rank, 3, timeout=2.0)
