@@ -19,7 +19,7 @@ USUAL := not full and not nightly
 # ARGS may name tests of one half only.
 OR_NONE := || [ $$? = 5 ]
 
-.PHONY: help env tools run sweep test test-full nightly fuzz soak bench-joins bench bench-inference lint format clean
+.PHONY: help env tools run sweep test test-full nightly fuzz soak bench-joins bench-tls bench bench-inference lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -74,6 +74,9 @@ soak: env ## half an hour of jobs whose ranks are killed; ARGS="--minutes 5"
 
 bench-joins: env ## how many joins a second, and 10,000 ranks of one job
 	$(BIN)/python -m benchmarks.joins $(ARGS)
+
+bench-tls: env ## what TLS costs, some two minutes
+	$(BIN)/python -m benchmarks.tls $(ARGS)
 
 bench: env ## our collectives beside gloo and Open MPI, some ten minutes; ARGS="--rounds 2"
 	$(PIP) install -q -e ".[bench]"
