@@ -33,6 +33,10 @@ GRACE_SECONDS = 0.07
 ANSWER_SECONDS = 50e-6
 """so much more for each rank of the job: that much of the server's time each takes."""
 
+PATIENCE_SECONDS = 0.5
+"""So much longer a rank waits for who called the roll to name the missing; then it is content with
+what it knows itself."""
+
 CALLS_KEPT = 1024
 """So far behind us another rank's different call is still recognised."""
 
@@ -46,13 +50,11 @@ Allocate = Callable[[int], memoryview]
 class Endpoint:
     """What all kinds of endpoint share: links, the running collectives, and failure."""
 
-    patience = 0.5
-    """Seconds after which a rank is content with what it knows itself of who is missing."""
-
     def __init__(self, rank: int, size: int, allocate: Allocate) -> None:
         self.rank = rank
         self.size = size
         self.grace = GRACE_SECONDS + size * ANSWER_SECONDS
+        self.patience = PATIENCE_SECONDS + 2 * self.grace
         self.links: dict[int, Link] = {}
         self.failure: FmiError | None = None
         self.on_change: Callable[[], None] = lambda: None

@@ -36,13 +36,11 @@ class StoreEndpoint(Endpoint):
     Nobody watches over the ranks here: one that dies without a word is noticed by a deadline.
     """
 
-    patience = 2 * GRACE_SECONDS
-
     def __init__(
         self, reactor: Reactor, store: Store, request: JoinRequest, allocate: Allocate
     ) -> None:
         super().__init__(request.rank, request.size, allocate)
-        self.grace = GRACE_SECONDS
+        self.grace, self.patience = GRACE_SECONDS, 2 * GRACE_SECONDS
         self.ready = False
         self.join_seconds = 0.0
         self._reactor = reactor

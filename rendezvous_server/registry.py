@@ -490,6 +490,9 @@ def _abort(member: Member, said: JobAborted) -> Outbox:
         caller = job.members.get(job.aborted.by) if job.aborted is not None else None
         answer = abort_message("aborted", replace(said, kind=HERE))
         return [(caller, answer)] if caller is not None else []
+    by = said.by if job.aborted is None else job.aborted.by
+    if said.kind == MISSING and by != said.by and by in job.members:
+        return []  # who called the roll names them; the others only lost patience
     if job.aborted is None or said.kind == MISSING:
         job.aborted = said
     aborted = abort_message("aborted", said)

@@ -157,10 +157,10 @@ class SharingConnection(Connection):
             super()._request(member, message)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)  # which may hear the rank's goodbye only now
         if self._line is not None:
             why = str(exc or CLOSED)
             self._line.end({"t": "leave"} if self._clean else {"t": "lost", "why": why})
-        super().connection_lost(exc)
 
     def _gone(self, member: Member, why: str) -> None:
         if not self._carried or self._clean or self._why:

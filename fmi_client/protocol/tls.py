@@ -50,7 +50,7 @@ class TlsStream:
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._in, self._out, server_side, host)
         self._early = bytearray()
-        self._failed = False
+        self._failed = self._over = False
         self.established = False
         """Whether the handshake is over, as far as we are concerned."""
         self._shake_hands()
@@ -62,6 +62,8 @@ class TlsStream:
             AuthenticationFailed: it is not whom the context trusts.
             ProtocolError: it speaks no TLS, or somebody has changed its bytes.
         """
+        if self._over:
+            raise ProtocolError("TLS: there is more after its end")
         with self._errors():
             self.feed(data)
             self._shake_hands()
@@ -105,7 +107,10 @@ class TlsStream:
         try:
             while filled < len(room):
                 # Into a buffer, it returns how much it has read.
-                filled += cast(int, self._tls.read(len(room) - filled, room[filled:]))
+                got = cast(int, self._tls.read(len(room) - filled, room[filled:]))
+                if got == 0:
+                    raise ssl.SSLZeroReturnError("the other side has ended TLS")
+                filled += got
         except ssl.SSLWantReadError:
             pass
         return filled
@@ -133,9 +138,11 @@ class TlsStream:
 
     def _read(self) -> bytes:
         try:
-            return self._tls.read(_READ)
-        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            data = self._tls.read(_READ)
+        except ssl.SSLWantReadError:
             return b""
+        self._over = not data  # nothing is read any more: what came would only be kept
+        return data
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.net.lab import Nat, Site, build, counters
 from tests.net.play import Summary, Try, play, sites_of
-from tests.net.proof import prove
+from tests.net.proof import SHARES, prove
 
 pytestmark = pytest.mark.full
 
@@ -120,5 +120,5 @@ def test_a_connection_that_a_router_resets_is_replaced(nbytes: int) -> None:
 def test_many_punches_lose_nothing(punches: int) -> None:
     """The thousand of ``python -m tests.net.proof``, in small."""
     done = [each for _, tries in prove(punches) for each in tries]
-    assert len(done) >= punches
+    assert len(done) == sum(round(punches * share) for share in SHARES.values())
     assert soon(done), done

@@ -17,6 +17,7 @@ import pytest
 import fmi_client
 from fmi_client import sync
 from fmi_client.communicator import Communicator, memory_world
+from fmi_client.endpoint import ANSWER_SECONDS
 from fmi_client.errors import CollectiveTimeout, FmiError
 from tests.processes import running, spawn
 from tests.reliability.collectives import AGREEING, COLLECTIVES, LARGE, SMALL
@@ -183,6 +184,15 @@ async def stick(name: str, group: Sequence[int], steps: int) -> None:
 @pytest.mark.parametrize("steps", [(1,), pytest.param((2, 3), marks=pytest.mark.nightly)])
 async def test_all_ranks_of_a_loop_name_those_that_stick(name: str, steps: Sequence[int]) -> None:
     await asyncio.gather(*(stick(name, group, step) for group in GROUPS for step in steps))
+
+
+@pytest.mark.row(11)
+async def test_a_large_job_has_the_patience_to_hear_all_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody names anybody before who called the roll has heard all: here in 10,000 ranks' time."""
+    monkeypatch.setattr("fmi_client.endpoint.ANSWER_SECONDS", 10_000 * ANSWER_SECONDS / SIZE)
+    await asyncio.gather(*(stick("barrier", group, 1) for group in GROUPS))
 
 
 async def outcome(awaitable: Awaitable[Any]) -> Any:

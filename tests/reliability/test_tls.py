@@ -279,6 +279,24 @@ def _client_hello() -> bytes:
     return TlsStream(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), host="127.0.0.1").take()
 
 
+def test_what_comes_after_the_end_of_tls_is_not_kept() -> None:
+    one, other = make_identity(), make_identity()
+    low = TlsStream(pin(one, other.certificate, server_side=False).context)
+    high = TlsStream(pin(other, one.certificate, server_side=True).context, server_side=True)
+    while not (low.established and high.established):
+        high.receive(low.take())
+        low.receive(high.take())
+    low.send(b"the last")
+    with suppress(ssl.SSLWantReadError):
+        low._tls.unwrap()
+    assert high.receive(low.take()) == b"the last"
+    with pytest.raises(ProtocolError, match="end"):
+        high.receive(b"more")
+    assert not high.buffered
+    with pytest.raises(ssl.SSLZeroReturnError):
+        high.read_into(memoryview(bytearray(10)))
+
+
 @pytest.mark.parametrize("established", [False, True])
 async def test_strangers_send_little_inside_tls(
     files: tuple[Path, Path], established: bool

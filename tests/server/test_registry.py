@@ -273,11 +273,13 @@ def test_the_first_that_calls_the_roll_is_heard_by_all_and_hears_all(
     assert say(1, "timeout") == [(rank, "timeout", 1) for rank in range(3)]
     assert say(2, "timeout") == [(1, "here", 2)]
     assert say(0, "here") == [(1, "here", 0)]
+    assert say(2, "missing") == []  # it has lost patience; who called is still there
     assert say(1, "missing") == [(0, "missing", 1), (2, "missing", 1)]
     assert members[0].job.aborted is not None
     assert members[0].job.aborted.kind == "missing"
     registry.leave(members[1], clean=True, why="left", now=NOW)
     assert say(2, "here") == []
+    assert say(2, "missing") == [(0, "missing", 2)]
 
 
 def test_an_abort_reaches_all_others(registry: Registry, members: list[Member]) -> None:

@@ -18,6 +18,7 @@ from fmi_client.protocol import auth
 from fmi_client.protocol.frames import PREFACE, FrameReader, Message, encode
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.rendezvous import Admission, Authenticated, ClientSide, ServerSide
+from fmi_client.transport.sockets import parse_endpoint
 from rendezvous_server import shared
 from rendezvous_server.config import Config, ConfigError, check_registry
 from rendezvous_server.forward import LineSide
@@ -25,6 +26,7 @@ from rendezvous_server.several import SharingServer
 from rendezvous_server.shared import Shared
 from tests.reliability.cluster import SECRET, Redis
 from tests.reliability.restarts import join
+from tests.reliability.strangers import enter
 from tests.support import closed_port, until
 
 HELLO = Hello("job", 2, 1, 0, 2**40, (("10.0.0.1", 5),), auth.nonce())
@@ -206,6 +208,29 @@ async def test_a_rank_cannot_speak_like_a_server(
     assert 1 - rank in job.members
     for comm in comms:
         await comm.close()
+
+
+@pytest.mark.parametrize("way", ["direct", "carried"])
+async def test_a_goodbye_counts_though_a_write_fails_before_it_is_read(
+    way: str, two: list[tuple[SharingServer, str]]
+) -> None:
+    at = two[0 if way == "direct" else 1]
+    first, _ = await asyncio.to_thread(enter, parse_endpoint(two[0][1])[1], "bye", 0, 2)
+    sock, _ = await asyncio.to_thread(enter, parse_endpoint(at[1])[1], "bye", 1, 2)
+    (job,) = [job for server, _ in two for job in server.registry.jobs]
+    connection = next(
+        each
+        for each in at[0].open
+        if each._transport is not None
+        and each._transport.get_extra_info("peername") == sock.getsockname()
+    )
+    sock.sendall(encode({"t": "leave"}))
+    sock.close()
+    for _ in range(2):  # the first is answered with a reset
+        connection.write(encode({"t": "want", "peer": 0}))
+    await until(lambda: 1 in job.gone)
+    assert job.gone[1]["clean"] is True
+    first.close()
 
 
 async def test_where_a_rank_comes_from_is_known_to_its_jobs_server(
