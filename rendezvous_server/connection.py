@@ -73,7 +73,7 @@ class Connection(asyncio.Protocol):
         """Bytes that it sent, less those that it was told while a stranger."""
         self._tls: TlsStream | None = None
         self._sealed = 0
-        """Bytes of it that came."""
+        """Encrypted bytes that came."""
         self._header: bytes | None = b"" if server.config.proxy_protocol else None
         """What has come of the balancer's header; None when there is none to come."""
 
