@@ -295,7 +295,10 @@ class Control:
             return
         expired = self._token is not None and self._token.expires <= time.time()
         strange = not self.welcomed and isinstance(error, AuthenticationFailed | ProtocolError)
-        if strange:
+        untrusted = (
+            self._stream is not None and not self._stream.established
+        )  # which says so itself
+        if strange and not (untrusted and isinstance(error, AuthenticationFailed)):
             error = _explained(error, format_address(self.server), self._token)
         if strange and self._run and not expired:  # the right server may come yet, as one did once
             self._try_again((), error.message)

@@ -109,7 +109,7 @@ async def test_a_server_that_nobody_trusts(
         with pytest.raises(AuthenticationFailed, match=r"not trusted.*localhost"):
             await join(f"tls://localhost:{port}", 0, 1)  # its certificate is for 127.0.0.1
         monkeypatch.delenv("FMI_TLS_CA")
-        with pytest.raises(AuthenticationFailed, match="FMI_TLS_CA"):
+        with pytest.raises(AuthenticationFailed, match=r"may name a file of those to trust$"):
             await join("tls://" + address, 0, 1)
 
 
