@@ -61,6 +61,10 @@ class Others:
         self.pipes: set[Pipe] = set()
         self._trust_from = 0.0
         """When a server that is not in Redis has had the time to say that it is there."""
+        self._doubtful = False
+        """Whether jobs that are here may be another server's by now."""
+        self._beaten = True
+        """Whether our last beat did what it should, but for Redis's silence."""
         self._beating: asyncio.Task[None] | None = None
         self._opening: set[asyncio.Task[Any]] = set()
 
@@ -80,8 +84,8 @@ class Others:
 
     @property
     def up(self) -> bool:
-        """Whether the registry answers."""
-        return self._shared.up
+        """Whether the registry answers, and we make sense of it."""
+        return self._shared.up and self._beaten
 
     @property
     def servers(self) -> int:
@@ -92,15 +96,24 @@ class Others:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            with contextlib.suppress(ServerDraining):  # what runs goes on
+            try:
                 await self._beat_once()
+                self._beaten = True
+            except ServerDraining:
+                pass  # what runs goes on
+            except Exception:  # who does not beat is given up: try again
+                self._beaten = False
+                log.exception("beat failed")
 
     async def _beat_once(self) -> None:
         now = time.monotonic()
         if not await self._shared.beat():
             # If Redis has forgotten us, it may have forgotten the others, too.
             self._trust_from = now + LEASE_SECONDS
+            self._doubtful = True
+        if self._doubtful:
             await self._claim_again()
+            self._doubtful = False  # not before all have been asked for
         await self._shared.release(set(self._jobs()))
         if now >= self._trust_from:
             for line in [each for each in self.lines if each.owner not in self._shared.servers]:
@@ -150,9 +163,20 @@ class Others:
         return line
 
     async def _connect(self, server: str, protocol: Callable[[], asyncio.Protocol]) -> None:
-        host, _, port = server.partition("@")[2].rpartition(":")
+        """Connect to another server.
+
+        Raises:
+            OSError: it cannot be reached, or its name in Redis is nonsense.
+        """
+        address = server.partition("@")[2]
+        if address == self._shared.me.partition("@")[2]:
+            raise ConnectionRefusedError("it was at our own address before us")
+        host, _, port = address.rpartition(":")
         loop = asyncio.get_running_loop()
-        await loop.create_connection(protocol, host.strip("[]"), int(port))
+        try:
+            await loop.create_connection(protocol, host.strip("[]"), int(port))
+        except (ValueError, OverflowError) as error:
+            raise OSError(f"no address: {error}") from None
 
     # ------------------------------------------------------------------------ legs
     def issued(self, ticket: bytes) -> bool:
@@ -166,16 +190,19 @@ class Others:
         task.add_done_callback(self._opening.discard)
 
     async def _pass_on(self, leg: Pipe, ticket: bytes) -> None:
-        first = self._header + relay_request(ticket)
+        first = self._header + relay_request(ticket, on=True)
+        connected = False
         try:
-            server = await self._shared.find(ticket[:TAG_BYTES])
-            if server is not None:
-                async with asyncio.timeout(LINE_SECONDS):
+            async with asyncio.timeout(LINE_SECONDS):  # with the wait for Redis: it is a stranger's
+                server = await self._shared.find(ticket[:TAG_BYTES])
+                if server is not None:
                     await self._connect(server, lambda: Pipe(self.pipes, leg, first))
-                return
+                    connected = True
         except (ServerDraining, OSError, TimeoutError) as error:
             log.warning("leg not passed on", why=str(error) or "no answer in time")
-        leg.cut()
+        finally:
+            if not connected:
+                leg.cut()
 
     # --------------------------------------------------------------------- leaving
     async def leave(self) -> None:

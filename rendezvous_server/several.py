@@ -104,7 +104,7 @@ class SharingConnection(Connection):
     def _handle(self, event: Authenticated | RelayLeg | Request) -> None:
         if isinstance(event, Authenticated):
             self._placing = asyncio.create_task(self._place(event))
-        elif isinstance(event, RelayLeg) and not self._others.issued(event.ticket):
+        elif isinstance(event, RelayLeg) and not (event.on or self._others.issued(event.ticket)):
             self._become_pipe(event.ticket)
         elif isinstance(event, Request) and self._line and event.message["t"] != "leave":
             if event.message["t"] in CARRIERS_WORDS:

@@ -88,6 +88,7 @@ class Shared:
         self._redis = redis.asyncio.Redis.from_url(
             url,
             decode_responses=True,
+            encoding_errors="replace",  # somebody else's entry must not stop us
             socket_timeout=ANSWER_SECONDS,
             socket_connect_timeout=ANSWER_SECONDS,
             retry=Retry(NoBackoff(), 1),  # a connection may be from before its restart
@@ -167,6 +168,7 @@ class Shared:
         """Strike off servers; one that lives notices with its next beat."""
         if servers:
             await self._ask(self._redis.zrem, SERVERS, *servers)
+            self.servers -= frozenset(servers) - {self.me}
 
     async def close(self) -> None:
         await self._redis.aclose()
@@ -174,7 +176,7 @@ class Shared:
     async def _ask(self, command: Any, *arguments: Any) -> Any:
         try:
             answer = await command(*arguments)
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, ValueError) as error:
             if self.up:
                 log.error("registry lost", why=str(error))
             self.up = False

@@ -5,9 +5,14 @@ from __future__ import annotations
 from fmi_client.protocol import frames
 
 
-def relay_request(ticket: bytes) -> bytes:
-    """Return what a rank sends first on a leg; the ticket came with "punch"."""
-    return frames.PREFACE + frames.encode({"t": "relay", "ticket": ticket})
+def relay_request(ticket: bytes, on: bool = False) -> bytes:
+    """Return what comes first on a leg; the ticket came with "punch".
+
+    Args:
+        on: a server says it, which passes a rank's leg on. Nobody passes it on again.
+    """
+    more = {"on": True} if on else {}
+    return frames.PREFACE + frames.encode({"t": "relay", "ticket": ticket} | more)
 
 
 RELAY_GO = b"\x01"

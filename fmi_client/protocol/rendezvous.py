@@ -117,6 +117,8 @@ class RelayLeg:
     """Not a rank that joins, but the second connection of one that did: its ticket."""
 
     ticket: bytes
+    on: bool = False
+    """Whether another server passes it on to us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,7 @@ class ServerSide:
             if self._reader.waiting:
                 raise ProtocolError("relay: bytes that came before the word to begin")
             self._leg = True
-            return RelayLeg(sixteen(message, "ticket"))
+            return RelayLeg(sixteen(message, "ticket"), message.get("on") is True)
         if self._hello is None:
             self._hello, self._hello_body = Hello.decode(message), body
             self._challenge = auth.nonce()

@@ -17,9 +17,14 @@ from fmi_client.errors import AuthenticationFailed, ServerDraining
 from fmi_client.protocol import auth
 from fmi_client.protocol.frames import PREFACE, FrameReader, Message, encode
 from fmi_client.protocol.hello import Hello
+from fmi_client.protocol.relay import relay_request
 from fmi_client.protocol.rendezvous import Admission, Authenticated, ClientSide, ServerSide
+<<<<<<< HEAD
 from fmi_client.transport.sockets import parse_endpoint
 from rendezvous_server import shared
+=======
+from rendezvous_server import others, shared
+>>>>>>> w-mendr
 from rendezvous_server.config import Config, ConfigError, check_registry
 from rendezvous_server.forward import LineSide
 from rendezvous_server.several import SharingServer
@@ -287,6 +292,97 @@ async def test_a_false_server_in_redis_gets_no_rank(
     assert [each["t"] for each in heard[:2]] == ["hello", "proof"]
     await false.close()
     server.close()
+
+
+# ------------------------------------------------------------------- what strangers do
+async def leg(address: str, ticket: bytes, on: bool = False) -> bytes:
+    """Open a relay's leg; returns what is said until it is closed."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(relay_request(ticket, on))
+    try:
+        async with asyncio.timeout(1):
+            return await reader.read()
+    except ConnectionResetError:
+        return b""
+    finally:
+        writer.close()
+
+
+async def test_a_leg_is_passed_on_once(two: list[tuple[SharingServer, str]]) -> None:
+    (server, address), (other, _) = two
+    await server.others._shared.beat()
+    assert await leg(address, other.others.tag + bytes(12)) == b""
+    assert other.counters.connections == 1
+    assert await leg(address, other.others.tag + bytes(12), on=True) == b""
+    assert other.counters.connections == 1
+
+
+@pytest.mark.parametrize("where", ["own", "127.0.0.1:99999", "127.0.0.1:port", "", "[:1"])
+async def test_a_leg_to_nowhere_is_cut(where: str, two: list[tuple[SharingServer, str]]) -> None:
+    """Such as to who was at our address before us."""
+    server, address = two[0]
+    name = f"0badbeef@{address if where == 'own' else where}"
+    server.others._shared.servers |= {name}
+    assert await leg(address, bytes.fromhex("0badbeef") + bytes(12)) == b""
+    assert server.counters.connections == 1
+    assert not server.others.pipes
+
+
+async def test_a_leg_waits_no_longer_for_redis(
+    two: list[tuple[SharingServer, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, address = two[0]
+    monkeypatch.setattr(others, "LINE_SECONDS", 0.05)
+    async with server.others._shared._looking:
+        assert await leg(address, bytes(16)) == b""
+
+
+async def test_who_is_struck_off_is_forgotten_at_once(three: list[Shared]) -> None:
+    one, other, third = three
+    await third.bury(one.me, third.me)
+    assert third.servers == {other.me, third.me}
+
+
+async def test_a_senseless_entry_in_redis_stops_no_beat(three: list[Shared]) -> None:
+    one = three[0]
+    await one._redis.zadd(shared.SERVERS, {b"\xff\xfe": 9e12})
+    assert await one.beat()
+    assert one.me in one.servers
+
+
+async def test_a_beat_that_fails_is_made_again(
+    two: list[tuple[SharingServer, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, _ = two[0]
+    monkeypatch.setattr(others, "BEAT_SECONDS", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(server.others, "_beat_once", lambda: {}["no such thing"])
+        await until(lambda: server.away != "")
+    await until(lambda: server.away == "")
+
+
+async def test_claims_that_redis_did_not_hear_are_made_again(
+    two: list[tuple[SharingServer, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The beat that finds us struck off is the only one that says so."""
+    server = two[0][0]
+    asked: list[str] = []
+
+    async def claim(job: str) -> str:
+        asked.append(job)
+        if len(asked) == 1:
+            raise ServerDraining("no answer")
+        return server.others._shared.me
+
+    monkeypatch.setattr(server.others, "_jobs", lambda: ["job"])
+    monkeypatch.setattr(server.others._shared, "claim", claim)
+    await server.others._shared.bury(server.others._shared.me)
+    with pytest.raises(ServerDraining):
+        await server.others._beat_once()
+    for _ in range(2):
+        await server.others._beat_once()
+    assert asked == ["job"] * 2
 
 
 # ------------------------------------------------------------------------- the command
