@@ -19,12 +19,8 @@ from fmi_client.protocol.frames import PREFACE, FrameReader, Message, encode
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.relay import relay_request
 from fmi_client.protocol.rendezvous import Admission, Authenticated, ClientSide, ServerSide
-<<<<<<< HEAD
 from fmi_client.transport.sockets import parse_endpoint
-from rendezvous_server import shared
-=======
 from rendezvous_server import others, shared
->>>>>>> w-mendr
 from rendezvous_server.config import Config, ConfigError, check_registry
 from rendezvous_server.forward import LineSide
 from rendezvous_server.several import SharingServer
