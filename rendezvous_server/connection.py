@@ -50,6 +50,17 @@ USER_TIMEOUT_MS = 8000
 """Not for the legs of a relay: one whose rank computes may have its window closed for minutes."""
 
 
+def keep_alive(transport: asyncio.Transport, user_timeout_ms: int = USER_TIMEOUT_MS) -> None:
+    """Notice that the other side is gone, even if it cannot say so."""
+    sock: Any = transport.get_extra_info("socket")
+    if sock is None:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, user_timeout_ms)
+    for name, value in KEEPALIVE.items():
+        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 def _copy(sock: Any) -> socket.socket:
     return socket.socket(fileno=os.dup(sock.fileno()))
 
@@ -184,9 +195,7 @@ class Connection(asyncio.Protocol):
             server.counters.relay_limits += 1
             self.write(RELAY_FULL)
             raise
-        server.strangers.discard(self)
-        self._keep_alive(user_timeout_ms=0)
-        server.open.discard(self)
+        self._release(user_timeout_ms=0)
         leg = Leg(transport, pair, server.relayed)
         transport.set_protocol(leg)
         self._transport = self._side = None
@@ -195,19 +204,31 @@ class Connection(asyncio.Protocol):
         else:
             pair.first = leg
 
+    def _release(self, user_timeout_ms: int = USER_TIMEOUT_MS) -> float | None:
+        """Let another protocol take the connection over; returns its deadline."""
+        assert self._transport is not None
+        deadline = self._server.strangers.discard(self)
+        keep_alive(self._transport, user_timeout_ms)
+        self._server.open.discard(self)
+        return deadline
+
     def _become_legacy(self, data: bytes) -> None:
         """Hand the connection over to TCPunch's protocol; its deadline stays."""
         server, transport = self._server, self._transport
         assert transport is not None
         assert self._side is not None
-        deadline = server.strangers.discard(self)
+        deadline = self._release()
         assert deadline is not None
-        self._keep_alive()
-        server.open.discard(self)
         client = LegacyConnection(transport, server.legacy, self._side.observed, deadline)
         transport.set_protocol(client)
         self._transport = self._side = None
         client.data_received(data)
+
+    def _settle(self) -> None:
+        """It is no stranger any more."""
+        self._server.strangers.discard(self)
+        if self._transport is not None:
+            keep_alive(self._transport)
 
     def _join(self, event: Authenticated) -> None:
         assert self._side is not None
@@ -216,8 +237,7 @@ class Connection(asyncio.Protocol):
         member, outbox = server.registry.join(hello, self._side.observed, self, now)
         job = member.job
         self._member = member
-        server.strangers.discard(self)
-        self._keep_alive()
+        self._settle()
         server.counters.joined += 1
         self.write(encode(event.welcome | {"run": job.run}))
         server.deliver(outbox)
@@ -292,15 +312,6 @@ class Connection(asyncio.Protocol):
         self._server.strangers.discard(self)
         if self._transport is not None:
             self._transport.abort()
-
-    def _keep_alive(self, user_timeout_ms: int = USER_TIMEOUT_MS) -> None:
-        sock: Any = self._transport.get_extra_info("socket") if self._transport else None
-        if sock is None:
-            return
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, user_timeout_ms)
-        for name, value in KEEPALIVE.items():
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None:

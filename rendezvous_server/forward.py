@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import struct
 from typing import Any, Protocol, cast
 
 from fmi_client.errors import FmiError
 from fmi_client.protocol.frames import Message, encode
 from fmi_client.protocol.rendezvous import ClientSide, Welcome
-from rendezvous_server.connection import KEEPALIVE, USER_TIMEOUT_MS
+from rendezvous_server.connection import keep_alive
 from rendezvous_server.proxy import LOCAL, SIGNATURE
 
 LOCAL_HEADER = SIGNATURE + struct.pack("!BBH", LOCAL, 0, 0)
@@ -20,15 +19,6 @@ LINE_LIMIT = 1024 * 1024
 """Bytes that may wait for the other server to read them."""
 
 PIPE_LIMIT = 128 * 1024
-
-
-def keep_alive(transport: asyncio.Transport, user_timeout_ms: int) -> None:
-    """Notice that the other server is gone, even if it cannot say so; see `Connection`."""
-    sock: Any = transport.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, user_timeout_ms)
-    for name, value in KEEPALIVE.items():
-        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Carried(Protocol):
@@ -67,7 +57,7 @@ class Line(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=LINE_LIMIT)
-        keep_alive(self._transport, USER_TIMEOUT_MS)
+        keep_alive(self._transport)
         self._lines.add(self)
         self._transport.write(self._first)
         self._flush()

@@ -21,7 +21,7 @@ from fmi_client.protocol.relay import relay_request
 from rendezvous_server.config import Config, ConfigError
 from rendezvous_server.forward import LOCAL_HEADER, Line, LineSide, Pipe
 from rendezvous_server.listen import EVERYWHERE
-from rendezvous_server.shared import LEASE_SECONDS, TAG_BYTES, Shared, come_back
+from rendezvous_server.shared import LEASE_SECONDS, TAG_BYTES, Shared, address_of, come_back
 
 log = structlog.get_logger()
 
@@ -168,8 +168,8 @@ class Others:
         Raises:
             OSError: it cannot be reached, or its name in Redis is nonsense.
         """
-        address = server.partition("@")[2]
-        if address == self._shared.me.partition("@")[2]:
+        address = address_of(server)
+        if address == address_of(self._shared.me):
             raise ConnectionRefusedError("it was at our own address before us")
         host, _, port = address.rpartition(":")
         loop = asyncio.get_running_loop()

@@ -126,8 +126,7 @@ class SharingConnection(Connection):
                 self._join(event)
             else:
                 self._line = line
-                self._server.strangers.discard(self)
-                self._keep_alive()
+                self._settle()
                 self.write(encode(event.welcome | {"run": line.run.result()}))
                 line.carry(self)
                 log.info("carried", job=event.hello.job, rank=event.hello.rank, to=line.owner)
@@ -138,9 +137,7 @@ class SharingConnection(Connection):
         """Pass the connection on to the server that knows the ticket."""
         transport = self._transport
         assert transport is not None
-        self._server.strangers.discard(self)
-        self._keep_alive(user_timeout_ms=0)
-        self._server.open.discard(self)
+        self._release(user_timeout_ms=0)
         leg = Pipe(self._others.pipes)
         transport.set_protocol(leg)
         leg.connection_made(transport)

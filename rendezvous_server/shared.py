@@ -76,6 +76,11 @@ def come_back(why: str) -> ServerDraining:
     return ServerDraining(f"{why}; try again in a few seconds")
 
 
+def address_of(server: str) -> str:
+    """Return where a server is, from its name."""
+    return server.partition("@")[2]
+
+
 class Shared:
     """This server's view of what is shared.
 
@@ -161,8 +166,8 @@ class Shared:
 
     def earlier(self) -> list[str]:
         """Return those that were at our address before us, and cannot be there any more."""
-        address = self.me.partition("@")[2]
-        return [each for each in self.servers - {self.me} if each.partition("@")[2] == address]
+        address = address_of(self.me)
+        return [each for each in self.servers - {self.me} if address_of(each) == address]
 
     async def bury(self, *servers: str) -> None:
         """Strike off servers; one that lives notices with its next beat."""

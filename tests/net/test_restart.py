@@ -65,15 +65,19 @@ def test_ranks_that_have_no_links_yet_make_them_at_the_next_server(one: Nat, oth
             assert fine(result, "direct" if one == "preserving" else "relay"), result
 
 
-def test_ranks_that_have_no_links_yet_wait_so_long_for_a_server() -> None:
-    with build(*sites_of("preserving", "double")) as lab, ranks(lab, "joined") as both:
+def _lost_without_a_server(one: str, other: str, stage: str) -> None:
+    with build(*sites_of(one, other)) as lab, ranks(lab, stage) as both:
         for rank in both:
-            rank.comes_to("joined")
+            rank.comes_to(stage)
         lab.kill_server()
         for rank in both:
             rank.go()
         for rank in both:
             lost(rank.ends())
+
+
+def test_ranks_that_have_no_links_yet_wait_so_long_for_a_server() -> None:
+    _lost_without_a_server("preserving", "double", "joined")
 
 
 def test_a_punch_that_was_told_comes_about_without_the_server() -> None:
@@ -154,11 +158,4 @@ def test_relayed_links_on_which_nothing_was_lost_are_made_anew() -> None:
 
 
 def test_relayed_links_end_when_no_server_comes_and_no_rank_is_blamed() -> None:
-    with build(*sites_of("random", "random")) as lab, ranks(lab, "linked") as both:
-        for rank in both:
-            rank.comes_to("linked")
-        lab.kill_server()
-        for rank in both:
-            rank.go()
-        for rank in both:
-            lost(rank.ends())
+    _lost_without_a_server("random", "random", "linked")

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fmi_client import sync
+
 Collective = Callable[[Any, Any], Any]
 """Called with a communicator and an array."""
 
@@ -28,3 +30,17 @@ AGREEING = [name for name in COLLECTIVES if name not in ("bcast", "gather", "sca
 """Those that no rank finishes before all have begun."""
 
 SMALL, LARGE = np.ones(8), np.ones(200_000)
+
+
+def act_after(comm: sync.Communicator, steps: int, act: Callable[[], None]) -> None:
+    """Do something when a rank has begun that many more steps of collectives."""
+    post, left = comm._post, [steps]
+
+    def posting(*step: Any) -> Any:
+        under_way = post(*step)
+        left[0] -= 1
+        if left[0] == 0:
+            act()
+        return under_way
+
+    comm._post = posting  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ import pytest
 from fmi_client import sync
 from fmi_client.errors import FmiError, RankFailed
 from tests.processes import run_processes, spawn
-from tests.reliability.collectives import COLLECTIVES, LARGE, SMALL
+from tests.reliability.collectives import COLLECTIVES, LARGE, SMALL, act_after
 from tests.reliability.conftest import Measured
 
 SIZE = 8
@@ -21,17 +21,12 @@ NIGHTLY = 100
 
 def die_after(comm: sync.Communicator, steps: int, died: Any) -> None:
     """Let this process be killed when it has begun that many more steps of collectives."""
-    post, left = comm._post, [steps]
 
-    def posting(*step: Any) -> Any:
-        under_way = post(*step)
-        left[0] -= 1
-        if left[0] == 0:
-            died.value = time.monotonic()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return under_way
+    def act() -> None:
+        died.value = time.monotonic()
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    comm._post = posting  # type: ignore[method-assign]
+    act_after(comm, steps, act)
 
 
 def seconds_until_all_know(address: str, name: str, number: int) -> list[float]:

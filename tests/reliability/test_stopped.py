@@ -20,7 +20,7 @@ from fmi_client.communicator import Communicator, memory_world
 from fmi_client.endpoint import ANSWER_SECONDS
 from fmi_client.errors import CollectiveTimeout, FmiError
 from tests.processes import running, spawn
-from tests.reliability.collectives import AGREEING, COLLECTIVES, LARGE, SMALL
+from tests.reliability.collectives import AGREEING, COLLECTIVES, LARGE, SMALL, act_after
 from tests.reliability.conftest import Measured
 from tests.support import KEY, run_ranks, serving
 
@@ -65,17 +65,12 @@ def check(ends: list[Ended], name: str, missing: list[int]) -> float:
 
 def stop_after(comm: sync.Communicator, steps: int, stopped: Any) -> None:
     """Stop this process when it has begun that many more steps of collectives."""
-    post, left = comm._post, [steps]
 
-    def posting(*step: Any) -> Any:
-        under_way = post(*step)
-        left[0] -= 1
-        if left[0] == 0:
-            stopped[comm.rank] = 1
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return under_way
+    def act() -> None:
+        stopped[comm.rank] = 1
+        os.kill(os.getpid(), signal.SIGSTOP)
 
-    comm._post = posting  # type: ignore[method-assign]
+    act_after(comm, steps, act)
 
 
 def stop(address: str, name: str, number: int) -> float:
