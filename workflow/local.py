@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import secrets
 import time
@@ -22,16 +21,17 @@ from typing import Any
 from fmi_client.transport.sockets import parse_endpoint
 from lambda_worker.threads import cores
 from lambda_worker.timing import Stopwatch
-from workflow.calls import Call, RunFailed, start, with_log
+from workflow.calls import Call, RunFailed, with_log
 from workflow.plan import Json, OnEvent, RankProgress, RunPlan, RunResult, Step, StepName
 from workflow.processes import ProcessFamily, death_note, read_tail
+from workflow.serving import NAME, start_server
 from workflow.spans import all_spans
 
 __all__ = ["RunFailed", "run_job"]
 
 # How long the error of a rank that only noticed another one's end waits for the culprit's own.
 _CULPRIT_WAIT = 1.0
-_SERVER_START = 10.0
+_PROBE_SECONDS = 10.0
 
 
 async def run_job(plan: RunPlan, on_event: OnEvent) -> RunResult:
@@ -115,31 +115,17 @@ class _Job:
         self._tell("server", "rendezvous server: starting")
         # The server reads the file once, at its start: the secret is on disk until then only.
         with _secret_file(self.family.folder, secret) as path:
-            options = ("--host", "127.0.0.1", "--port", "0", "--admin-port", "0")
-            command = (*self.plan.server, *options, "--secret-file", path)
-            server = await start(self.family, "the rendezvous server", command, os.environ)
-            return await self._listening(server)
-
-    async def _listening(self, server: Process) -> str:
-        assert server.stderr is not None
-        seen = ""
-        try:
-            async with asyncio.timeout(_SERVER_START):
-                while line := (await server.stderr.readline()).decode(errors="replace"):
-                    seen += line
-                    if port := _listening_port(line):
-                        self._spawn(self._watch(server))
-                        return f"127.0.0.1:{port}"
-                note = death_note(await server.wait())
-        except TimeoutError:
-            note = f"did not listen within {_SERVER_START:g} s"
-        raise RunFailed("the rendezvous server", with_log(note, seen))
+            server, address = await start_server(
+                self.family, self.plan.server, "--secret-file", path
+            )
+        self._spawn(self._watch(server))
+        return address
 
     async def _watch(self, server: Process) -> None:
         assert server.stderr is not None
         log = await read_tail(server.stderr)
         note = f"{death_note(await server.wait())} during the run"
-        self._fail(RunFailed("the rendezvous server", with_log(note, log)))
+        self._fail(RunFailed(NAME, with_log(note, log)))
 
     def _admit(self, task: Json, secret: str) -> None:
         import fmi_client
@@ -219,7 +205,7 @@ class _Job:
 async def _probe(endpoint: str) -> None:
     """Fail early where nobody listens: ranks would go on trying until the run's timeout."""
     try:
-        async with asyncio.timeout(_SERVER_START):
+        async with asyncio.timeout(_PROBE_SECONDS):
             _, writer = await asyncio.open_connection(*parse_endpoint(endpoint))
     except OSError as error:  # TimeoutError is one
         known = error.errno is not None and error.errno > 0  # asyncio's own text has no reason
@@ -238,11 +224,3 @@ def _secret_file(folder: str, secret: str) -> Iterator[str]:
         yield str(path)
     finally:
         path.unlink()
-
-
-def _listening_port(line: str) -> int | None:
-    with contextlib.suppress(ValueError):
-        entry = json.loads(line)
-        if isinstance(entry, dict) and entry.get("event") == "listening":
-            return int(entry["port"])
-    return None

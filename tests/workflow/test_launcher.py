@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from launched import alive, pids, recorded, until
 
-from workflow import calls, local
+from workflow import calls, local, serving
 from workflow.local import RunFailed, run_job
 from workflow.plan import Event, RankProgress, RunPlan, Span, Step
 from workflow.processes import ProcessFamily
@@ -238,7 +238,7 @@ async def test_a_server_that_refuses_to_start(
 
 async def test_a_server_that_never_listens(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_SERVER", "mute")
-    monkeypatch.setattr(local, "_SERVER_START", 0.5)
+    monkeypatch.setattr(serving, "_START_SECONDS", 0.5)
     error = await failure(plan(fmi=True))
     assert str(error).startswith("the rendezvous server did not listen within 0.5 s")
 
