@@ -19,7 +19,7 @@ USUAL := not full and not nightly
 # ARGS may name tests of one half only.
 OR_NONE := || [ $$? = 5 ]
 
-.PHONY: help env tools run sweep test test-full nightly fuzz soak bench-joins bench-tls bench bench-inference lint format clean
+.PHONY: help env tools run sweep test test-full nightly fuzz soak examples bench-joins bench-tls bench bench-inference lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -71,6 +71,10 @@ fuzz: env ## every parser, ten minutes in all; ARGS="--minutes 30 server"
 
 soak: env ## half an hour of jobs whose ranks are killed; ARGS="--minutes 5"
 	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+examples: env ## each program of examples/, by itself; ARGS="--ranks 2"
+	@set -e; for name in monte_carlo_pi mean_and_variance histogram sgd word_count; do \
+		echo "examples/$$name.py"; $(BIN)/python -m examples.$$name $(ARGS); done
 
 bench-joins: env ## how many joins a second, and 10,000 ranks of one job
 	$(BIN)/python -m benchmarks.joins $(ARGS)

@@ -33,9 +33,10 @@ def work(comm: sync.Communicator) -> bool:
     right = np.array_equal(counts, exact) and np.array_equal(edges, exact_edges)
     if comm.rank == 0:
         for start, count in zip(edges, counts, strict=False):
-            print(f"z from {start:.3f} {count:6,} {'#' * round(50 * count / counts.max())}")
+            bar = "#" * round(50 * count / counts.max())
+            print(f"z from {start:.3f} {count:6,} {bar}".rstrip())
         verdict = "right, each bin as numpy.histogram has it" if right else "WRONG"
-        print(f"{counts.sum():,} galaxies on {comm.size} ranks: {verdict}")
+        print(f"{counts.sum():,} galaxies on {comm.size} rank(s): {verdict}")
     return right
 
 

@@ -26,7 +26,7 @@ GRACE = 5.0
 
 SERVER = (sys.executable, "-m", "rendezvous_server")
 
-Ranks = Annotated[int, typer.Option(min=1, max=256, help="Processes to start.")]
+Ranks = Annotated[int, typer.Option(min=1, max=128, help="Processes to start.")]
 
 
 def run_example() -> None:
@@ -123,7 +123,7 @@ async def _watch(number: int, rank: Process) -> bool:
 
 async def _pass_on(source: asyncio.StreamReader | None, to: IO[str]) -> None:
     assert source is not None
-    async for line in source:  # whole lines: those of several ranks do not mix
+    async for line in source:  # whole lines, whoever else is writing
         to.write(line.decode(errors="replace"))
         to.flush()
 

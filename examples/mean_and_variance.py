@@ -45,7 +45,7 @@ def work(comm: sync.Communicator) -> bool:
         for name, *values in zip(NAMES, mean, variance, strict=True):
             print(f"{name:8}  mean {values[0]:9.6f}  variance {values[1]:9.6f}")
         verdict = "right to 12 digits, beside numpy's two passes" if right else "WRONG"
-        print(f"{count[0]:,.0f} galaxies on {comm.size} ranks: {verdict}")
+        print(f"{count[0]:,.0f} galaxies on {comm.size} rank(s): {verdict}")
     return right
 
 

@@ -33,7 +33,7 @@ def work(comm: sync.Communicator) -> bool:
     error = 4 * math.sqrt(p * (1 - p) / points)
     right = bool(abs(estimate - math.pi) < 5 * error)
     if comm.rank == 0:
-        print(f"{points:,} points on {comm.size} ranks, {total:,} inside")
+        print(f"{points:,} points on {comm.size} rank(s), {total:,} inside")
         print(f"pi is about {estimate:.6f}, off by {estimate - math.pi:+.6f}", end="; ")
         print(f"the standard error is {error:.6f}: {'right' if right else 'WRONG'}")
     return right

@@ -51,5 +51,5 @@ def _be_rank(work: Callable[[sync.Communicator], bool]) -> int:
         with join() as comm:
             return 0 if work(comm) else 1
     except FmiError as error:  # says what failed, and which rank: a traceback would add nothing
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"rank {os.environ['FMI_RANK']}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

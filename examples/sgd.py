@@ -33,7 +33,7 @@ def work(comm: sync.Communicator) -> bool:
         print(f"root mean square error: {before:.5f} before, {after:.5f} after")
         print("weights: " + " ".join(f"{weight:+.5f}" for weight in weights))
         off = np.abs(weights - alone).max()
-        print(f"{comm.size} ranks have {'the same' if same else 'DIFFERENT'} bits,", end=" ")
+        print(f"{comm.size} rank(s) with {'the same' if same else 'DIFFERENT'} bits,", end=" ")
         print(f"{off:.0e} from those of one process: {'right' if right else 'WRONG'}")
     return bool(right)
 

@@ -45,7 +45,7 @@ def work(comm: sync.Communicator) -> bool:
         right = right and (words, occurrences) == (len(exact), exact.total())
         print(", ".join(f"{word} {number}" for word, number in top))
         print(f"{len(FILES)} files, {words:,} different words, {occurrences:,} in all", end=" ")
-        print(f"on {comm.size} ranks: {'right' if right else 'WRONG'}")
+        print(f"on {comm.size} rank(s): {'right' if right else 'WRONG'}")
     return right
 
 

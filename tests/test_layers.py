@@ -19,8 +19,10 @@ ALLOWED = {
     "rendezvous_server": {"fmi_client.errors", "fmi_client.protocol", "rendezvous_server"},
     "lambda_worker": {"fmi_client", "lambda_worker"},
     "workflow": {"fmi_client", "rendezvous_server", "lambda_worker", "workflow"},
+    "examples/ranks.py": {"fmi_client", "examples.launch"},
+    "examples": {"fmi_client", "workflow", "examples"},
 }
-OURS = ("fmi_client", "rendezvous_server", "lambda_worker", "workflow")
+OURS = ("fmi_client", "rendezvous_server", "lambda_worker", "workflow", "examples")
 
 
 def imports(path: Path) -> set[str]:
@@ -59,6 +61,8 @@ def test_heavy_modules_are_loaded_late() -> None:
     assert not loaded_by("import rendezvous_server.__main__") & heavy
     assert not loaded_by("import fmi_client; fmi_client.sync.connect") & (heavy - {"numpy"})
     assert not loaded_by("import workflow.cli") & heavy
+    # A rank that others started, in a Lambda function say, needs the client only.
+    assert not loaded_by("import examples.monte_carlo_pi") & {"workflow", "typer", "torch"}
     assert not loaded_by("import lambda_worker.handlers") & {"aws_lambda_powertools", "boto3"}
 
 
