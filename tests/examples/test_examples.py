@@ -175,7 +175,7 @@ def test_ranks_without_data_do_no_harm(
     example: Any, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = load_catalogue()
-    few = type(everything)(*(column[:3] for column in everything))
+    few = everything._make(column[:3] for column in everything)
     if example is word_count:
         monkeypatch.setattr(example, "FILES", word_count.FILES[:3])
     else:
