@@ -30,7 +30,9 @@ async def start_server(
     Raises:
         RunFailed: it cannot be started, has ended, or does not listen in time; with its log.
     """
-    server = await start(family, NAME, (*command, *_OPTIONS, *options), os.environ)
+    # Settings that are exported for another server (a secret, a certificate) are not for this one.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RENDEZVOUS_")}
+    server = await start(family, NAME, (*command, *_OPTIONS, *options), env)
     assert server.stderr is not None
     seen = ""
     try:
