@@ -1,0 +1,165 @@
+"""The JSON configuration of the C++ FMI library, in our terms.
+
+Its `backends` become the server ("Direct") and the store ("S3") of `fmi_client.connect`; its
+`model` becomes what `fmi_client.choose` predicts with. docs/from-fmi.md has every field.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from fmi_client.hints import MODELS, PRICES, Choice, Prices, choose
+from fmi_client.model import Model
+from fmi_client.protocol.addresses import format_address
+from fmi_client.protocol.tls import SCHEME
+
+CHANNELS = {"Direct": "auto", "S3": "object"}
+"""What we call their backends."""
+
+OPERATION_SECONDS = 30.0
+"""How long an operation may take where no backend has a `max_timeout`."""
+
+LOOK_SECONDS = 0.01
+"""A message through a store waits so long for the receiver's next look, on average."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a configuration says."""
+
+    server: str | None
+    store: str | None
+    timeouts: Mapping[str, float]
+    """Seconds that an operation may take, by channel."""
+    models: Mapping[str, Model]
+    prices: Prices
+
+    def choose(self, hint: str, size: int, memory_mb: int) -> Choice:
+        """Return the channel for a hint, among those that are enabled, and what was predicted."""
+        return choose(
+            hint,
+            size=size,
+            channels=list(self.timeouts),
+            models=self.models,
+            prices=self.prices,
+            memory_mb=memory_mb,
+        )
+
+
+def read(path: str | PathLike[str]) -> Settings:
+    """Read a configuration file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not what the library would read, or enables nothing that there is here;
+            the text names the file and the field.
+    """
+    try:
+        return parse(json.loads(Path(path).read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse(config: Any) -> Settings:
+    """Translate a configuration; `read` has the errors."""
+    backends, model = _table(config, "backends"), _table(config, "model")
+    enabled = {name: _table(backends, name) for name in backends}
+    enabled = {name: values for name, values in enabled.items() if _flag(values, "enabled")}
+    known = {name: enabled[name] for name in CHANNELS if name in enabled}
+    _check(enabled, known)
+    direct, s3 = known.get("Direct"), known.get("S3")
+    return Settings(
+        _server(direct) if direct is not None else None,
+        f"s3://{_text(s3, 'bucket_name')}/fmi" if s3 is not None else None,
+        {CHANNELS[name]: _seconds(values) for name, values in known.items()},
+        {ours: _model(_table(model, name), ours) for name, ours in CHANNELS.items()},
+        _prices(model),
+    )
+
+
+def _check(enabled: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse what cannot be done; say what is left out."""
+    advice = "enable Direct (a rendezvous server), S3, or both"
+    unknown = enabled.keys() - known.keys() - {"Redis"}
+    if unknown:
+        raise ValueError(f"no backend is called {', '.join(sorted(unknown))}: {advice}")
+    if not known:
+        which = "of the backends only Redis" if enabled else "no backend"
+        raise ValueError(f"{which} is enabled, and data does not go through Redis here: {advice}")
+    if "Redis" in enabled:
+        warnings.warn(
+            f"data does not go through Redis here: a hint chooses from {', '.join(known)} only",
+            stacklevel=5,
+        )
+
+
+def _server(direct: Mapping[str, Any]) -> str:
+    host = _text(direct, "host")
+    scheme = SCHEME if host.startswith(SCHEME) else ""
+    return scheme + format_address((host.removeprefix(SCHEME), int(_number(direct, "port"))))
+
+
+def _seconds(backend: Mapping[str, Any]) -> float:
+    """`max_timeout` is in milliseconds."""
+    seconds = _number(backend, "max_timeout", 1000 * OPERATION_SECONDS) / 1000
+    if not 0 < seconds < float("inf"):
+        raise ValueError("max_timeout is not a number of milliseconds above 0")
+    return seconds
+
+
+def _model(theirs: Mapping[str, Any], channel: str) -> Model:
+    """`overhead` is in milliseconds, `bandwidth` in megabytes a second."""
+    ours = MODELS[channel]
+    look = LOOK_SECONDS if channel == "object" else 0.0
+    latency = _number(theirs, "overhead", 1000 * (ours.latency - look)) / 1000 + look
+    bandwidth = _number(theirs, "bandwidth", ours.bandwidth / 1e6) * 1e6
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth={bandwidth} is not above 0")
+    return Model(latency, bandwidth, ours.reduction)
+
+
+def _prices(model: Mapping[str, Any]) -> Prices:
+    faas, s3, direct = (_table(model, name) for name in ("FaaS", "S3", "Direct"))
+    server = _number(direct, "vm_price", PRICES.server_hour)
+    return Prices(
+        gb_second=_number(faas, "gib_second_price", PRICES.gb_second),
+        put=_number(s3, "upload_price", PRICES.put),
+        get=_number(s3, "download_price", PRICES.get),
+        # Theirs is one price for the whole machine.
+        vcpu_hour=0.0,
+        gb_hour=0.0,
+        ipv4_hour=server if _flag(direct, "include_infrastructure_costs", True) else 0.0,
+    )
+
+
+# ------------------------------------------------------------------------------ fields
+def _table(parent: Any, name: str) -> Mapping[str, Any]:
+    value = parent.get(name, {}) if isinstance(parent, dict) else None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is not an object of JSON")
+    return value
+
+
+def _flag(table: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """The library reads everything as text: "true" is as good as true."""
+    return table.get(name, default) in (True, "true")
+
+
+def _text(table: Mapping[str, Any], name: str) -> str:
+    value = table.get(name)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} is missing, or no text")
+    return value
+
+
+def _number(table: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    try:
+        return float(table.get(name, default))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={table.get(name)!r} is not a number") from None
