@@ -211,7 +211,8 @@ class Communicator:
     # ---------------------------------------------------------------- point to point
     def send(self, obj: Any, dst: int, type: types) -> None:
         """Send a number or list to rank `dst`."""
-        self._comm().send(type.array(obj), dst)
+        array = type.array(obj)  # what is wrong is said before waiting for the others
+        self._comm().send(array, dst)
 
     def recv(self, src: int, type: types) -> Any:
         """Return what rank `src` sent, in the order of sending."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import fmi_client
 import fmi_client.fmi as fmi
 from fmi_client.errors import CollectiveTimeout, RankFailed
 from tests.processes import spawn
@@ -255,7 +257,7 @@ def test_redis_is_left_out_or_refused(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Redis here: a hint chooses from Direct only") as seen:
         fmi.Communicator(0, 2, write(path, "h:1", "Redis", "Direct"), "job")
     assert seen[0].filename == __file__
-    with pytest.raises(ValueError, match="only Redis is enabled.*enable Direct"):
+    with pytest.raises(ValueError, match=r"only Redis is enabled.*enable Direct"):
         fmi.Communicator(0, 2, write(path, "h:1", "Redis"), "job")
     with pytest.raises(ValueError, match="no backend is enabled"):
         fmi.Communicator(0, 2, write(path, "h:1"), "job")
@@ -288,3 +290,25 @@ def test_a_script_runs_unchanged(config: Path, tmp_path: Path) -> None:
         for rank in range(2)
     ]
     assert [rank.communicate(timeout=20) for rank in ranks] == [("1.5\n", ""), ("None\n", "")]
+
+
+def rows() -> list[tuple[str, str]]:
+    page = (ROOT / "docs" / "from-fmi.md").read_text()
+    return re.findall(r"^\| `(comm\..+)` \| `(.+)` \|$", page, re.MULTILINE)
+
+
+def test_every_row_of_the_document_does_the_same_both_ways(config: Path, address: str) -> None:
+    calls = rows()
+    assert len(calls) == 10
+
+    def rank(comm: fmi.Communicator, r: int) -> list[tuple[Any, Any]]:
+        names = {"fmi": fmi, "fmi_client": fmi_client, "r": r}
+        with fmi_client.sync.connect(address, job="new", rank=r, size=2, timeout=10) as new:
+            return [
+                (eval(a, {"comm": comm, **names}), eval(b, {"comm": new, **names}))
+                for a, b in calls
+            ]
+
+    for results in run(config, 2, rank, "rows"):
+        for old, new in results:
+            assert old == new
