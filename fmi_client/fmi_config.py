@@ -7,11 +7,13 @@ Its `backends` become the server ("Direct") and the store ("S3") of `fmi_client.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from fmi_client.hints import MODELS, PRICES, Choice, Prices, choose
@@ -56,12 +58,15 @@ def read(path: str | PathLike[str]) -> Settings:
     """Read a configuration file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read; the text says what names it.
         ValueError: it is not what the library would read, or enables nothing that there is here;
             the text names the file and the field.
     """
     try:
         return parse(json.loads(Path(path).read_text()))
+    except OSError as error:
+        advice = "config_path, or FMI_CONFIG for fmi_communicator, names the JSON configuration"
+        raise type(error)(error.errno, f"{error.strerror}: {advice}", str(path)) from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -100,17 +105,16 @@ def _check(enabled: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 
 def _server(direct: Mapping[str, Any]) -> str:
-    host = _text(direct, "host")
+    host, port = _text(direct, "host"), _number(direct, "port")
+    if port not in range(1, 1 << 16):
+        raise ValueError(f"port={port:g} is no port: it is a whole number from 1 to 65535")
     scheme = SCHEME if host.startswith(SCHEME) else ""
-    return scheme + format_address((host.removeprefix(SCHEME), int(_number(direct, "port"))))
+    return scheme + format_address((host.removeprefix(SCHEME), int(port)))
 
 
 def _seconds(backend: Mapping[str, Any]) -> float:
-    """`max_timeout` is in milliseconds."""
-    seconds = _number(backend, "max_timeout", 1000 * OPERATION_SECONDS) / 1000
-    if not 0 < seconds < float("inf"):
-        raise ValueError("max_timeout is not a number of milliseconds above 0")
-    return seconds
+    """`max_timeout` is in milliseconds, for a wait in Direct.cpp as in ClientServer.cpp."""
+    return _number(backend, "max_timeout", 1000 * OPERATION_SECONDS, zero=False) / 1000
 
 
 def _model(theirs: Mapping[str, Any], channel: str) -> Model:
@@ -118,9 +122,7 @@ def _model(theirs: Mapping[str, Any], channel: str) -> Model:
     ours = MODELS[channel]
     look = LOOK_SECONDS if channel == "object" else 0.0
     latency = _number(theirs, "overhead", 1000 * (ours.latency - look)) / 1000 + look
-    bandwidth = _number(theirs, "bandwidth", ours.bandwidth / 1e6) * 1e6
-    if not bandwidth > 0:
-        raise ValueError(f"bandwidth={bandwidth} is not above 0")
+    bandwidth = _number(theirs, "bandwidth", ours.bandwidth / 1e6, zero=False) * 1e6
     return Model(latency, bandwidth, ours.reduction)
 
 
@@ -134,7 +136,7 @@ def _prices(model: Mapping[str, Any]) -> Prices:
         # Theirs is one price for the whole machine.
         vcpu_hour=0.0,
         gb_hour=0.0,
-        ipv4_hour=server if _flag(direct, "include_infrastructure_costs", True) else 0.0,
+        ipv4_hour=server if _flag(direct, "include_infrastructure_costs") else 0.0,
     )
 
 
@@ -146,9 +148,9 @@ def _table(parent: Any, name: str) -> Mapping[str, Any]:
     return value
 
 
-def _flag(table: Mapping[str, Any], name: str, default: bool = False) -> bool:
-    """The library reads everything as text: "true" is as good as true."""
-    return table.get(name, default) in (True, "true")
+def _flag(table: Mapping[str, Any], name: str) -> bool:
+    """The library reads everything as text: "true" is as good as true, and all else is false."""
+    return table.get(name) in (True, "true")
 
 
 def _text(table: Mapping[str, Any], name: str) -> str:
@@ -158,8 +160,19 @@ def _text(table: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _number(table: Mapping[str, Any], name: str, default: float | None = None) -> float:
+def _number(
+    table: Mapping[str, Any], name: str, default: float | None = None, *, zero: bool = True
+) -> float:
+    """Return a finite number that is positive, or 0 where that makes sense."""
+    value = table.get(name, default)
+    if value is None:
+        raise ValueError(f"{name} is missing")
     try:
-        return float(table.get(name, default))
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={table.get(name)!r} is not a number") from None
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not (0 <= number < math.inf and (number or zero)):
+        raise ValueError(
+            f"{name}={short(value)} is not a number {'from 0 on' if zero else 'above 0'}"
+        )
+    return number

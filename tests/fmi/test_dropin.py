@@ -42,7 +42,12 @@ def write(path: Path, address: str, *enabled: str, **direct: Any) -> Path:
     model = {
         "FaaS": {"gib_second_price": 0.0000166667},
         "S3": {"bandwidth": 50.0, "overhead": 40.4, "download_price": 4e-7, "upload_price": 5e-6},
-        "Direct": {"bandwidth": 400.0, "overhead": 0.34, "vm_price": 0.0134},
+        "Direct": {
+            "bandwidth": 400.0,
+            "overhead": 0.34,
+            "vm_price": 0.0134,
+            "include_infrastructure_costs": True,
+        },
     }
     path.write_text(json.dumps({"backends": backends, "model": model}))
     return path
@@ -233,14 +238,23 @@ def test_wrong_lists_and_functions_are_refused(config: Path) -> None:
 
 # -------------------------------------------------------------------------- channels
 def test_the_hint_chooses_and_the_prediction_shows(tmp_path: Path) -> None:
-    config = write(tmp_path / "fmi.json", "h:1", "Direct", "S3", include_infrastructure_costs=True)
+    config = write(tmp_path / "fmi.json", "h:1", "Direct", "S3")
     comm = fmi.Communicator(0, 2, config, "job", 512)
-    assert comm.choice.channel == "auto"
-    comm.hint(fmi.hints.cheap)
+    assert comm.choice.hint == "cheap", "as the library's, before any hint"
     assert comm.choice.channel == "object", "two ranks send less than a server costs"
+    comm.hint(fmi.hints.fast)
+    assert comm.choice.channel == "auto"
     assert "<- chosen" in str(comm.choice)
-    # One round of 0.34 ms for each of three operations (two for gather), and their bytes.
-    assert 0.001 < comm.choice.predictions["auto"].seconds < 0.002
+    # One round of 0.34 ms for each of three operations, and their bytes at 400 MB/s.
+    assert 0.00102 < comm.choice.predictions["auto"].seconds < 0.0016
+
+
+def test_a_server_that_runs_anyway_costs_nothing(tmp_path: Path) -> None:
+    config = write(tmp_path / "fmi.json", "h:1", "Direct", "S3")
+    settings = json.loads(config.read_text())
+    del settings["model"]["Direct"]["include_infrastructure_costs"]  # false, as in the library
+    config.write_text(json.dumps(settings))
+    assert fmi.Communicator(0, 2, config, "job", 512).choice.channel == "auto"
 
 
 def test_s3_is_the_object_channel(tmp_path: Path, bucket: Path) -> None:
