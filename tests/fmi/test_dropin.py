@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,16 @@ import pytest
 
 import fmi_client
 import fmi_client.fmi as fmi
+from fmi_client import fmi_config
 from fmi_client.errors import CollectiveTimeout, RankFailed
 from tests.processes import spawn
 
 ROOT = Path(__file__).parents[2]
-INT, DOUBLE = fmi.types(fmi.datatypes.int), fmi.types(fmi.datatypes.double)
+INT = fmi.types(fmi.datatypes.int)
 
 
 def ints(n: int | None = None) -> fmi.types:
     return fmi.types(fmi.datatypes.int_list, n)
-
-
-def doubles(n: int | None = None) -> fmi.types:
-    return fmi.types(fmi.datatypes.double_list, n)
 
 
 def write(path: Path, address: str, *enabled: str, **direct: Any) -> Path:
@@ -90,90 +86,7 @@ def run(config: Path, size: int, function: Any, job: str = "drop-in") -> list[An
             rank.join()
 
 
-def weave(a: Any, b: Any) -> Any:
-    """Neither commutative nor associative."""
-    return 2 * a - b
-
-
-def woven(values: list[Any]) -> Any:
-    total = values[0]
-    for value in values[1:]:
-        total = weave(total, value)
-    return total
-
-
-TIMES = fmi.func(fmi.op.custom, lambda a, b: a * b, True, True)
-IN_ORDER = fmi.func(fmi.op.custom, weave, False, False)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_every_operation_of_every_type(config: Path, size: int) -> None:
-    def rank(comm: fmi.Communicator, r: int) -> list[Any]:
-        last = size - 1
-        add, most = fmi.func(fmi.op.sum), fmi.func(fmi.op.max)
-        comm.barrier()
-        got = [
-            comm.bcast(7 if r == last else None, last, INT),
-            comm.bcast([1.5, 2.5] if r == 0 else None, 0, doubles(2)),
-            comm.gather(r, last, INT),
-            comm.gather([r + 0.5, r], 0, doubles(2)),
-            comm.scatter(list(range(2 * size)) if r == last else None, last, ints(2 * size)),
-            comm.reduce(r + 1, last, add, INT),
-            comm.reduce([r, 1], 0, fmi.func(fmi.op.prod), ints(2)),
-            comm.allreduce(r + 0.5, most, DOUBLE),
-            comm.allreduce([r, -r], fmi.func(fmi.op.min), ints(2)),
-            comm.scan(r + 1, add, INT),
-            comm.scan([r, -r], most, ints(2)),
-            comm.allreduce(r + 1, IN_ORDER, INT),
-            comm.reduce([r, 2 * r], last, IN_ORDER, ints(2)),
-            comm.scan(r + 1.5, IN_ORDER, DOUBLE),
-            comm.allreduce([r + 1, 2], TIMES, ints(2)),
-        ]
-        return got
-
-    everybody = range(size)
-    for r, got in enumerate(run(config, size, rank, f"all {size}")):
-        first, last = r == 0, r == size - 1
-        product = 0 if size > 1 or first else 1
-        assert got == [
-            7,
-            [1.5, 2.5],
-            list(everybody) if last else [],
-            [x for i in everybody for x in (i + 0.5, i)] if first else [],
-            [2 * r, 2 * r + 1],
-            sum(range(size + 1)) if last else None,
-            [product, 1] if first else None,
-            size - 0.5,
-            [0, 1 - size],
-            sum(range(r + 2)),
-            [r, 0],
-            woven([i + 1 for i in everybody]),
-            [woven(list(everybody)), woven([2 * i for i in everybody])] if last else None,
-            woven([i + 1.5 for i in range(r + 1)]),
-            [factorial(size), 2**size],
-        ]
-        assert type(got[0]) is type(got[9]) is int
-        assert type(got[7]) is type(got[3][1] if first else 0.0) is float
-
-
-def factorial(n: int) -> int:
-    return 1 if n < 2 else n * factorial(n - 1)
-
-
-def test_the_senders_list_is_left_alone(config: Path) -> None:
-    """The original combines into what it is given to send."""
-
-    def rank(comm: fmi.Communicator, r: int) -> list[int]:
-        mine = [r, r]
-        for f in (fmi.func(fmi.op.sum), IN_ORDER):
-            comm.allreduce(mine, f, ints(2))
-            comm.reduce(mine, 0, f, ints(2))
-            comm.scan(mine, f, ints(2))
-        return mine
-
-    assert run(config, 3, rank, "alone") == [[0, 0], [1, 1], [2, 2]]
-
-
+# ------------------------------------------------------------------------- failures
 def test_a_dead_rank_is_an_error_on_all_others(config: Path) -> None:
     """The original logs a failed send and goes on."""
 
@@ -189,51 +102,115 @@ def test_a_dead_rank_is_an_error_on_all_others(config: Path) -> None:
     for error in (first, third):
         assert isinstance(error, RankFailed)
         assert error.rank == 1
+        assert "allreduce" in str(error)
+
+
+def test_a_send_to_a_dead_rank_is_an_error(config: Path) -> None:
+    def rank(comm: fmi.Communicator, r: int) -> Any:
+        comm.barrier()
+        if r == 1:
+            os._exit(1)
+        while True:
+            comm.send([0] * 1000, 1, ints(1000))
+
+    error, _ = run(config, 2, rank, "send to the dead")
+    assert isinstance(error, RankFailed)
+    assert "rank 1, send" in str(error)
 
 
 def test_a_late_rank_is_named_after_max_timeout(tmp_path: Path, address: str) -> None:
+    """Milliseconds: rank 1 comes when rank 0 has given up, which in seconds would be never."""
     config = write(tmp_path / "fmi.json", address, "Direct", max_timeout=200)
+    given_up = spawn.Event()
 
     def rank(comm: fmi.Communicator, r: int) -> Any:
         comm.barrier()
-        return comm.recv(1, INT) if r == 0 else comm.barrier()
+        if r == 1:
+            assert given_up.wait(15)
+            return "late"
+        began = time.monotonic()
+        try:
+            comm.recv(1, INT)
+        except CollectiveTimeout as error:
+            return error.missing, str(error), time.monotonic() - began
+        finally:
+            given_up.set()
 
-    assert isinstance(run(config, 2, rank, "late")[0], CollectiveTimeout)
-
-
-def test_what_was_sent_is_not_read_as_another_type(config: Path) -> None:
-    def rank(comm: fmi.Communicator, r: int) -> Any:
-        if r == 0:
-            comm.send([1.5], 1, doubles())
-            comm.send([1, 2], 1, ints())
-            return None
-        for type in (ints(1), ints(3)):
-            with pytest.raises((TypeError, ValueError), match="is not types"):
-                comm.recv(0, type)
-        return "refused"
-
-    assert run(config, 2, rank, "types") == [None, "refused"]
-
-
-@pytest.mark.parametrize("value", [1.5, "1", [1], None, 2**63, 2**64])
-def test_what_is_no_int_is_refused(value: Any) -> None:
-    with pytest.raises((TypeError, OverflowError)):
-        INT.array(value)
+    (missing, text, seconds), late = run(config, 2, rank, "late")
+    assert (missing, late) == ([1], "late")
+    assert text.startswith("[rank 0, ")
+    assert "recv" in text
+    assert 0.2 <= seconds < 5
 
 
-def test_wrong_lists_and_functions_are_refused(config: Path) -> None:
-    comm = fmi.Communicator(0, 2, str(config), "never joined")
-    with pytest.raises(ValueError, match="a list of 1"):
-        comm.send([1], 1, ints(2))
-    with pytest.raises(ValueError, match="no 2 equal parts"):
-        comm.scatter([1, 2, 3], 0, ints(3))
-    with pytest.raises(TypeError, match="takes a list"):
-        comm.scatter(1, 0, INT)
-    with pytest.raises(TypeError, match="needs a function"):
-        fmi.func(fmi.op.custom)
+def test_long_lists_have_time_by_their_length(tmp_path: Path, address: str) -> None:
+    """The original's `max_timeout` is for a pause: a transfer may take longer than that."""
+    config = write(tmp_path / "fmi.json", address, "Direct", max_timeout=100)
+    comm = fmi.Communicator(0, 1, config, "long")
+    for type, seconds in [(INT, 0.1), (ints(1_250_000), 1.1), (ints(), 0.1)]:
+        assert comm._comm(type).timeout == pytest.approx(seconds)
     comm.close()
-    with pytest.raises(ValueError, match="closed"):
-        comm.barrier()
+
+
+# ------------------------------------------------------------------- the configuration
+WRONG = [
+    ("{", "Expecting property name"),
+    ("[]", "backends is not an object"),
+    ('{"backends": 1}', "backends is not an object"),
+    ('{"backends": {"Direct": 1}}', "Direct is not an object"),
+    ('{"backends": {"Direct": {}}}', "no backend is enabled.*enable Direct"),
+    ('{"backends": {"direct": {"enabled": true}}}', "no backend is called direct: enable Direct"),
+    ('{"backends": {"Direct": {"enabled": true}}}', "host is missing"),
+    ('{"backends": {"Direct": {"enabled": true, "host": "h"}}}', "port is missing"),
+    ('{"backends": {"Direct": {"enabled": "true", "host": "h", "port": 1.5}}}', "port=1.5 is no"),
+    ('{"backends": {"S3": {"enabled": true}}}', "bucket_name is missing"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG)
+def test_a_wrong_configuration_is_told(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "fmi.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
+        fmi.Communicator(0, 2, path, "job")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value"),
+    [
+        ("backends", "port", "many"),
+        ("backends", "port", 0),
+        ("backends", "port", 65536),
+        ("backends", "max_timeout", 0),
+        ("backends", "max_timeout", -1),
+        ("backends", "max_timeout", float("inf")),
+        ("backends", "max_timeout", 10**400),
+        ("model", "bandwidth", 0),
+        ("model", "overhead", [1]),
+        ("model", "vm_price", float("nan")),
+    ],
+)
+def test_a_wrong_number_is_told(tmp_path: Path, place: str, name: str, value: Any) -> None:
+    path = write(tmp_path / "fmi.json", "h:1", "Direct")
+    config = json.loads(path.read_text())
+    config[place]["Direct"][name] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"^{path}: {name}=.* is no"):
+        fmi.Communicator(0, 2, path, "job")
+
+
+def test_a_missing_configuration_is_told() -> None:
+    with pytest.raises(FileNotFoundError, match=r"FMI_CONFIG for fmi_communicator.*'no/fmi.json'"):
+        fmi.Communicator(0, 2, "no/fmi.json", "job")
+
+
+def test_all_that_is_text_is_read_as_the_library_does(tmp_path: Path) -> None:
+    path = tmp_path / "fmi.json"
+    backend = {"enabled": "true", "host": "::1", "port": "10000", "max_timeout": "1000"}
+    path.write_text(json.dumps({"backends": {"Direct": backend}}))
+    settings = fmi_config.read(path)
+    assert settings.server == "[::1]:10000"
+    assert settings.timeouts == {"auto": 1.0}
 
 
 # -------------------------------------------------------------------------- channels
@@ -278,35 +255,7 @@ def test_redis_is_left_out_or_refused(tmp_path: Path) -> None:
         fmi.Communicator(0, 2, write(path, "h:1"), "job")
 
 
-# ----------------------------------------------------------------------------- alias
-SCRIPT = """
-import sys
-import fmi
-from fmilib.fmi_operations import fmi_communicator
-
-size, rank = map(int, sys.argv[1:])
-comm = fmi_communicator(size, rank)
-comm.hint(fmi.hints.fast)
-comm.barrier()
-double = fmi.types(fmi.datatypes.double)
-print(comm.reduce(rank + 0.25, 0, fmi.func(fmi.op.sum), double))
-"""
-
-
-def test_a_script_runs_unchanged(config: Path, tmp_path: Path) -> None:
-    """And leaves in order without a word, as the original's destructor does."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "FMI_CONFIG": str(config)}
-    command = [sys.executable, "-W", "error", "-m", "fmi_client.fmi", "script.py", "2"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank)], env=env, cwd=tmp_path, stdout=-1, stderr=-1, text=True
-        )
-        for rank in range(2)
-    ]
-    assert [rank.communicate(timeout=20) for rank in ranks] == [("1.5\n", ""), ("None\n", "")]
-
-
+# -------------------------------------------------------------------------- document
 def rows() -> list[tuple[str, str]]:
     page = (ROOT / "docs" / "from-fmi.md").read_text()
     return re.findall(r"^\| `(comm\..+)` \| `(.+)` \|$", page, re.MULTILINE)
