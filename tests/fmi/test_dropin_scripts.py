@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+import fmi_client.fmi
 from fmi_client import fmi_operations
+from fmi_client.errors import RankTaken
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 20
@@ -208,9 +210,25 @@ def test_the_wrapper_has_a_configuration_of_its_own(
     write_config(tmp_path / "fmi.json", address)
     comm = fmi_operations.fmi_communicator(1, 0)
     comm.barrier()
+    with pytest.raises(RankTaken):  # of the same job
+        fmi_operations.fmi_communicator(1, 0).barrier()
+    monkeypatch.setenv("FMI_JOB", "another")
+    other = fmi_operations.fmi_communicator(1, 0)
+    other.barrier()
+    other.close()
     comm.close()
     with pytest.raises(ValueError, match="peer_id=1 is not a rank of 1"):
         fmi_operations.fmi_communicator(1, 1)
+
+
+def test_an_alias_is_found_however_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fmi", "fmilib", "fmilib.fmi_operations"):
+        monkeypatch.setitem(sys.modules, name, None)  # and put back afterwards
+    fmi_client.fmi.alias()
+    found: dict[str, Any] = {}
+    exec("import fmi, fmilib, fmilib.fmi_operations\nfrom fmilib import fmi_operations", found)
+    assert found["fmi"] is fmi_client.fmi
+    assert found["fmi_operations"] is found["fmilib"].fmi_operations is fmi_operations
 
 
 # Rank 2 is done early, and says nothing of it. Then the others go on, once told to.

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import fmi_client.fmi as fmi
+from fmi_client import values as reduced
 from fmi_client.errors import FmiError
 
 SIZES = [1, 2, 3, 5]
@@ -173,6 +174,7 @@ def test_an_array_that_was_given_is_left_alone(config: Path) -> None:
             comm.reduce(mine, 0, f, types)
             comm.scan(mine, f, types)
         assert mine.tolist() == [r + 1.0] * 3
+        assert not np.shares_memory(types.array(mine), mine)
 
     in_threads(config, 3, rank)
 
@@ -194,8 +196,11 @@ def test_what_is_returned_is_not_what_was_given(config: Path) -> None:
     in_threads(config, 1, rank)
 
 
-def test_a_custom_function_sees_only_what_was_sent(config: Path) -> None:
-    """Division would fail on a trial with zeros."""
+def test_a_custom_function_sees_only_what_was_sent(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Division would fail on a trial with zeros, as operations of numpy have it once."""
+    monkeypatch.setattr(reduced, "_checked", set())
     f = fmi.func(fmi.op.custom, lambda a, b: a / b, False, False)
     halves = fmi.func(fmi.op.custom, lambda a, b: 1 / (1 / a + 1 / b), True, True)
 
@@ -320,6 +325,17 @@ def test_who_names_another_type_than_the_sender_is_told(config: Path) -> None:
         ]:
             with pytest.raises(kind, match=r"^\[rank 1, recv\] rank 0 sent .* that is not types"):
                 comm.recv(0, types)
+
+    in_threads(config, 2, rank)
+
+
+def test_a_part_of_another_length_is_told(config: Path) -> None:
+    def rank(comm: fmi.Communicator, r: int) -> None:
+        if r == 0:
+            assert comm.scatter([1, 2], 0, INTS) == [1]
+            return
+        with pytest.raises(ValueError, match=r"\[rank 1, scatter\] rank 0 sent a list of 1: that"):
+            comm.scatter(None, 0, fmi.types(fmi.datatypes.int_list, 4))
 
     in_threads(config, 2, rank)
 
