@@ -73,17 +73,18 @@ def read(path: str | PathLike[str]) -> Settings:
 
 def parse(config: Any) -> Settings:
     """Translate a configuration; `read` has the errors."""
-    backends, model = _table(config, "backends"), _table(config, "model")
-    enabled = {name: _table(backends, name) for name in backends}
-    enabled = {name: values for name, values in enabled.items() if _flag(values, "enabled")}
+    root = Table("the configuration", config)
+    backends, model = root.table("backends"), root.table("model")
+    enabled = {name: backends.table(name) for name in backends.fields}
+    enabled = {name: backend for name, backend in enabled.items() if backend.flag("enabled")}
     known = {name: enabled[name] for name in CHANNELS if name in enabled}
     _check(enabled, known)
     direct, s3 = known.get("Direct"), known.get("S3")
     return Settings(
         _server(direct) if direct is not None else None,
-        f"s3://{_text(s3, 'bucket_name')}/fmi" if s3 is not None else None,
-        {CHANNELS[name]: _seconds(values) for name, values in known.items()},
-        {ours: _model(_table(model, name), ours) for name, ours in CHANNELS.items()},
+        f"s3://{s3.text('bucket_name')}/fmi" if s3 is not None else None,
+        {CHANNELS[name]: _seconds(backend) for name, backend in known.items()},
+        {ours: _model(model.table(name), ours) for name, ours in CHANNELS.items()},
         _prices(model),
     )
 
@@ -104,75 +105,78 @@ def _check(enabled: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         )
 
 
-def _server(direct: Mapping[str, Any]) -> str:
-    host, port = _text(direct, "host"), _number(direct, "port")
+def _server(direct: Table) -> str:
+    host, port = direct.text("host"), direct.number("port")
     if port not in range(1, 1 << 16):
-        raise ValueError(f"port={port:g} is no port: it is a whole number from 1 to 65535")
+        raise ValueError(f"{direct.name}.port={port:g} is no port: 1 to 65535")
     scheme = SCHEME if host.startswith(SCHEME) else ""
     return scheme + format_address((host.removeprefix(SCHEME), int(port)))
 
 
-def _seconds(backend: Mapping[str, Any]) -> float:
+def _seconds(backend: Table) -> float:
     """`max_timeout` is in milliseconds, for a wait in Direct.cpp as in ClientServer.cpp."""
-    return _number(backend, "max_timeout", 1000 * OPERATION_SECONDS, zero=False) / 1000
+    return backend.number("max_timeout", 1000 * OPERATION_SECONDS, zero=False) / 1000
 
 
-def _model(theirs: Mapping[str, Any], channel: str) -> Model:
+def _model(theirs: Table, channel: str) -> Model:
     """`overhead` is in milliseconds, `bandwidth` in megabytes a second."""
     ours = MODELS[channel]
     look = LOOK_SECONDS if channel == "object" else 0.0
-    latency = _number(theirs, "overhead", 1000 * (ours.latency - look)) / 1000 + look
-    bandwidth = _number(theirs, "bandwidth", ours.bandwidth / 1e6, zero=False) * 1e6
+    latency = theirs.number("overhead", 1000 * (ours.latency - look)) / 1000 + look
+    bandwidth = theirs.number("bandwidth", ours.bandwidth / 1e6, zero=False) * 1e6
     return Model(latency, bandwidth, ours.reduction)
 
 
-def _prices(model: Mapping[str, Any]) -> Prices:
-    faas, s3, direct = (_table(model, name) for name in ("FaaS", "S3", "Direct"))
-    server = _number(direct, "vm_price", PRICES.server_hour)
+def _prices(model: Table) -> Prices:
+    faas, s3, direct = (model.table(name) for name in ("FaaS", "S3", "Direct"))
+    server = direct.number("vm_price", PRICES.server_hour)
     return Prices(
-        gb_second=_number(faas, "gib_second_price", PRICES.gb_second),
-        put=_number(s3, "upload_price", PRICES.put),
-        get=_number(s3, "download_price", PRICES.get),
+        gb_second=faas.number("gib_second_price", PRICES.gb_second),
+        put=s3.number("upload_price", PRICES.put),
+        get=s3.number("download_price", PRICES.get),
         # Theirs is one price for the whole machine.
         vcpu_hour=0.0,
         gb_hour=0.0,
-        ipv4_hour=server if _flag(direct, "include_infrastructure_costs") else 0.0,
+        ipv4_hour=server if direct.flag("include_infrastructure_costs") else 0.0,
     )
 
 
-# ------------------------------------------------------------------------------ fields
-def _table(parent: Any, name: str) -> Mapping[str, Any]:
-    value = parent.get(name, {}) if isinstance(parent, dict) else None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is not an object of JSON")
-    return value
+@dataclass(frozen=True, slots=True)
+class Table:
+    """An object of the JSON, and where it is, for messages."""
 
+    name: str
+    fields: Any
 
-def _flag(table: Mapping[str, Any], name: str) -> bool:
-    """The library reads everything as text: "true" is as good as true, and all else is false."""
-    return table.get(name) in (True, "true")
+    def __post_init__(self) -> None:
+        if not isinstance(self.fields, dict):
+            raise ValueError(f"{self.name} is no object of JSON, but {short(self.fields)}")
 
+    def table(self, name: str) -> Table:
+        """Return a field that is an object itself; an empty one where it is missing."""
+        top = self.name == "the configuration"
+        return Table(name if top else f"{self.name}.{name}", self.fields.get(name, {}))
 
-def _text(table: Mapping[str, Any], name: str) -> str:
-    value = table.get(name)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} is missing, or no text")
-    return value
+    def flag(self, name: str) -> bool:
+        """The library reads everything as text: "true" is as good as true, all else is false."""
+        return self.fields.get(name) in (True, "true")
 
+    def text(self, name: str) -> str:
+        value = self.fields.get(name)
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{self.name}.{name} is missing, or no text")
+        return value
 
-def _number(
-    table: Mapping[str, Any], name: str, default: float | None = None, *, zero: bool = True
-) -> float:
-    """Return a finite number that is positive, or 0 where that makes sense."""
-    value = table.get(name, default)
-    if value is None:
-        raise ValueError(f"{name} is missing")
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not (0 <= number < math.inf and (number or zero)):
-        raise ValueError(
-            f"{name}={short(value)} is not a number {'from 0 on' if zero else 'above 0'}"
-        )
-    return number
+    def number(self, name: str, default: float | None = None, *, zero: bool = True) -> float:
+        """Return a finite number that is positive, or 0 where that makes sense."""
+        value = self.fields.get(name, default)
+        if value is None:
+            raise ValueError(f"{self.name}.{name} is missing")
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not (0 <= number < math.inf and (number or zero)):
+            what = "a number from 0 on" if zero else "a number above 0"
+            raise ValueError(f"{self.name}.{name}={short(value)} is not {what}")
+        return number

@@ -14,7 +14,7 @@ import pytest
 import fmi_client
 import fmi_client.fmi as fmi
 from fmi_client import fmi_config
-from fmi_client.errors import CollectiveTimeout, RankFailed
+from fmi_client.errors import CollectiveTimeout, JoinTimeout, RankFailed
 from tests.processes import spawn
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +144,20 @@ def test_a_late_rank_is_named_after_max_timeout(tmp_path: Path, address: str) ->
     assert 0.2 <= seconds < 5
 
 
+def test_to_join_there_is_more_time(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of a shipped configuration may start more than its second apart."""
+    for joining, max_timeout, seconds in [(0.1, 50, "0.1"), (0.05, 100, "0.1")]:
+        monkeypatch.setattr(fmi, "JOIN_SECONDS", joining)
+        config = write(tmp_path / "fmi.json", address, "Direct", max_timeout=max_timeout)
+        comm = fmi.Communicator(0, 2, config, f"alone {joining}")
+        message = rf"^\[rank 0, connect\] .* did not join within {seconds} s: 1$"
+        with pytest.raises(JoinTimeout, match=message):
+            comm.barrier()
+        comm.close()
+
+
 def test_long_lists_have_time_by_their_length(tmp_path: Path, address: str) -> None:
     """The original's `max_timeout` is for a pause: a transfer may take longer than that."""
     config = write(tmp_path / "fmi.json", address, "Direct", max_timeout=100)
@@ -156,15 +170,18 @@ def test_long_lists_have_time_by_their_length(tmp_path: Path, address: str) -> N
 # ------------------------------------------------------------------- the configuration
 WRONG = [
     ("{", "Expecting property name"),
-    ("[]", "backends is not an object"),
-    ('{"backends": 1}', "backends is not an object"),
-    ('{"backends": {"Direct": 1}}', "Direct is not an object"),
+    ("[]", "the configuration is no object"),
+    ('{"backends": 1}', "backends is no object"),
+    ('{"backends": {"Direct": 1}}', "backends.Direct is no object"),
     ('{"backends": {"Direct": {}}}', "no backend is enabled.*enable Direct"),
     ('{"backends": {"direct": {"enabled": true}}}', "no backend is called direct: enable Direct"),
-    ('{"backends": {"Direct": {"enabled": true}}}', "host is missing"),
-    ('{"backends": {"Direct": {"enabled": true, "host": "h"}}}', "port is missing"),
-    ('{"backends": {"Direct": {"enabled": "true", "host": "h", "port": 1.5}}}', "port=1.5 is no"),
-    ('{"backends": {"S3": {"enabled": true}}}', "bucket_name is missing"),
+    ('{"backends": {"Direct": {"enabled": true}}}', "backends.Direct.host is missing"),
+    ('{"backends": {"Direct": {"enabled": true, "host": "h"}}}', "backends.Direct.port is missing"),
+    (
+        '{"backends": {"Direct": {"enabled": "true", "host": "h", "port": 1.5}}}',
+        "Direct.port=1.5 is no",
+    ),
+    ('{"backends": {"S3": {"enabled": true}}}', "backends.S3.bucket_name is missing"),
 ]
 
 
@@ -196,7 +213,7 @@ def test_a_wrong_number_is_told(tmp_path: Path, place: str, name: str, value: An
     config = json.loads(path.read_text())
     config[place]["Direct"][name] = value
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"^{path}: {name}=.* is no"):
+    with pytest.raises(ValueError, match=rf"^{path}: {place}\.Direct\.{name}=.* is no"):
         fmi.Communicator(0, 2, path, "job")
 
 
