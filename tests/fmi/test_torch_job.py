@@ -20,7 +20,7 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import _test_python_store
 from torch.distributed import DistBackendError, DistStoreError, PrefixStore
 
-from fmi_client import torch_backend
+from fmi_client import torch_backend, torch_register
 from fmi_client.background import Background
 from fmi_client.errors import RankFailed
 from fmi_client.torch_store import FmiStore
@@ -243,6 +243,14 @@ def test_who_forgets_to_leave_leaves_in_order(address: str, tmp_path: Path) -> N
     errors = [process.communicate(timeout=60)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     assert errors == [b"", b""]
+
+
+def test_a_torch_that_has_changed_can_still_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist.Backend, "backend_list", [])
+    monkeypatch.setattr(dist.Backend, "register_backend", None)
+    monkeypatch.setattr("torch.distributed.rendezvous._rendezvous_handlers", {})
+    with pytest.warns(UserWarning, match="no backend 'fmi'"):
+        torch_register.autoload()
 
 
 # ----------------------------------------------------------------------------- mistakes
