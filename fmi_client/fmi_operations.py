@@ -14,7 +14,7 @@ JOB, MEMORY_MB = "fmi_pair", 512
 
 
 def fmi_communicator(world_size: int, rank: int) -> fmi.Communicator:
-    """Return the communicator of a run, with the hint "fast"; it joins with its first operation.
+    """Return the communicator of a run; it joins with its first operation.
 
     Args:
         world_size: number of ranks.

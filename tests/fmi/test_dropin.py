@@ -6,9 +6,12 @@ import json
 import os
 import re
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fmi_client
@@ -319,23 +322,76 @@ def test_redis_is_left_out_or_refused(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------- document
-def rows() -> list[tuple[str, str]]:
-    page = (ROOT / "docs" / "from-fmi.md").read_text()
-    return re.findall(r"^\| `(comm\..+)` \| `(.+)` \|$", page, re.MULTILINE)
+PAGE = (ROOT / "docs" / "from-fmi.md").read_text()
+TABLE = PAGE.partition("| with the drop-in |")[2].partition("\n\n")[0].splitlines()[2:]
+ROWS = [re.fullmatch(r"\| `(.+)` \| `(.+)` \|", line).groups() for line in TABLE]
+RESULTS = [  # on ranks 0 and 1
+    *[(None, None)] * 3,
+    (7, 7),
+    (None, None),
+    ([0.5, 1.5], [0.5, 1.5]),
+    (3, 3),
+    ([0.5, 1.0], [0.5, 1.0]),
+    ([0, 1], []),
+    ([0, 5, 1, 5], []),
+    ([1], [2]),
+    (3, None),
+    (0.75, 0.75),
+    ([1, 5], [1, 5]),
+    *[(1, 1)] * 3,
+    (None, None),
+]
 
 
-def test_every_row_of_the_document_does_the_same_both_ways(config: Path, address: str) -> None:
-    calls = rows()
-    assert len(calls) == 10
+def block(language: str, start: str = "") -> str:
+    """Return the only block of code in a language that starts so."""
+    found = re.findall(rf"^```{language}\n({re.escape(start)}.*?)^```$", PAGE, re.M | re.S)
+    assert len(found) == 1
+    return str(found[0])
 
-    def rank(comm: fmi.Communicator, r: int) -> list[tuple[Any, Any]]:
-        names = {"fmi": fmi, "fmi_client": fmi_client, "r": r}
-        with fmi_client.sync.connect(address, job="new", rank=r, size=2, timeout=10) as new:
-            return [
-                (eval(a, {"comm": comm, **names}), eval(b, {"comm": new, **names}))
-                for a, b in calls
-            ]
 
-    for results in run(config, 2, rank, "rows"):
-        for old, new in results:
-            assert old == new
+def perform(calls: Sequence[str], rank: int) -> list[Any]:
+    """Return what each call returned, None for a statement; arrays as lists."""
+    names: dict[str, Any] = {"fmi": fmi, "fmi_client": fmi_client, "r": rank}
+    exec(block("python", "import functools"), names)
+    results = []
+    for call in calls:
+        try:
+            code = compile(call, call, "eval")
+        except SyntaxError:
+            code = compile(call, call, "exec")
+        got = eval(code, names)
+        results.append(got.tolist() if isinstance(got, np.ndarray | np.generic) else got)
+    return results
+
+
+def test_every_row_of_the_document_does_the_same_both_ways(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "fmi.json", address, "Direct")
+    monkeypatch.chdir(tmp_path)
+    for column in zip(*ROWS, strict=True):
+        calls = [call.replace("127.0.0.1:10000", address) for call in column]
+        with ProcessPoolExecutor(2, spawn) as pool:
+            results = pool.map(perform, [calls, calls], range(2), timeout=20)
+            assert list(zip(*results, strict=True)) == RESULTS
+
+
+def test_the_document_shows_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fmi.json").write_text(block("json"))
+    monkeypatch.chdir(tmp_path)
+    exec(block("python", "comm = "), {"fmi": fmi})
+    assert capsys.readouterr().out == block("text")
+
+
+def test_the_document_names_every_field() -> None:
+    """Of the configuration that the library ships."""
+    names = """
+        backends.Redis model.Redis host port bucket_name max_timeout timeout s3_region
+        gib_second_price bandwidth overhead upload_price download_price transfer_price vm_price
+        requests_per_hour include_infrastructure_costs
+    """
+    for field in names.split():
+        assert f"`{field}`" in PAGE, field

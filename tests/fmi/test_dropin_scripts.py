@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -186,6 +187,27 @@ if __name__ == "__main__":
     parser.add_argument("--world_size", type=int, default=os.environ.get("WORLD_SIZE"))
     inference(**vars(parser.parse_args()))
 """
+
+
+def test_two_files_do_as_well(address: str, tmp_path: Path) -> None:
+    """That the document names: then the script is started as ever."""
+    page = (ROOT / "docs" / "from-fmi.md").read_text()
+    files = re.findall(r"`(fmi\S*\.py)` with `(from .+)`", page)
+    assert len(files) == 2
+    for name, text in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    config = write_config(tmp_path / "fmi.json", address)
+    (tmp_path / "script.py").write_text(INFERENCE)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "script.py", "--rank", "0", "--world_size", "1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "FMI_CONFIG": str(config), "FMI_JOB": "files"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert (done.stdout, done.stderr) == ("0.25\n", "")
 
 
 @pytest.mark.parametrize(("size", "total"), [(1, "0.25"), (3, "3.75")])
