@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fmi_client.model import Model as Model
     from fmi_client.ops import BAND as BAND
     from fmi_client.ops import BOR as BOR
+    from fmi_client.ops import BXOR as BXOR
     from fmi_client.ops import LAND as LAND
     from fmi_client.ops import LOR as LOR
     from fmi_client.ops import MAX as MAX
@@ -48,7 +49,7 @@ _HOMES = {
     "fmi_client.hints": ("Choice", "Prices", "choose"),
     "fmi_client.model": ("Model",),
     "fmi_client.ops": (
-        *("SUM", "PROD", "MIN", "MAX", "LAND", "LOR", "BAND", "BOR"),
+        *("SUM", "PROD", "MIN", "MAX", "LAND", "LOR", "BAND", "BOR", "BXOR"),
         *("MINLOC", "MAXLOC", "Op", "custom"),
     ),
     "fmi_client.protocol.auth": ("make_token",),

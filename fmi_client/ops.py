@@ -19,6 +19,7 @@ from fmi_client.payloads import Array
 __all__ = [
     "BAND",
     "BOR",
+    "BXOR",
     "LAND",
     "LOR",
     "MAX",
@@ -117,6 +118,7 @@ LAND = Op("land", lambda a, b: bool(a) and bool(b), _logical(np.logical_and))
 LOR = Op("lor", lambda a, b: bool(a) or bool(b), _logical(np.logical_or))
 BAND = Op("band", operator.and_, _ufunc(np.bitwise_and))
 BOR = Op("bor", operator.or_, _ufunc(np.bitwise_or))
+BXOR = Op("bxor", operator.xor, _ufunc(np.bitwise_xor))
 MINLOC = Op("minloc", min, _locate(np.less))
 """Of pairs (value, place) the one with the lowest value, and of equals with the lowest place.
 

@@ -267,7 +267,7 @@ def _combine(obj: Any, op: Op, dtype: np.dtype[Any]) -> Combine:
 
 def _half(tensor: torch.Tensor) -> bool:
     """Whether torch must do the arithmetic: numpy is far slower on halves, or lacks them."""
-    return tensor.element_size() <= 2 and tensor.is_floating_point()
+    return not numpy_has(tensor) or (tensor.element_size() <= 2 and tensor.is_floating_point())
 
 
 def _tensor_combine(like: torch.Tensor, op: Op) -> Combine:

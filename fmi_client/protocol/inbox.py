@@ -220,11 +220,14 @@ class Inbox:
             self._detach(current)
 
     def _detach(self, arrival: _Arrival) -> None:
-        """Let a message go on arriving in memory of its own, ahead of those behind it."""
+        """Let a message go on arriving in memory of its own, for the next receive of its key."""
         arrival.receive = arrival.fold = None
         place = self._allocate(arrival.nbytes)
         place[: arrival.filled] = arrival.data[: arrival.filled]
         arrival.data, arrival.filled = place, arrival.nbytes - arrival.left
+        if arrival.key in self._awaited:
+            arrival.receive = self._next_awaited(arrival.key)
+            return
         self._unexpected.setdefault(arrival.key, deque()).appendleft(arrival)
         self.unexpected_bytes += arrival.cost
 

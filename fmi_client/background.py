@@ -1,0 +1,189 @@
+"""A communicator in a thread of its own, for callers that must not wait, or wait elsewhere.
+
+The thread runs an event loop with the async communicator: whatever was begun goes on side by
+side, and peers are answered, while the caller computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+from fmi_client.communicator import Communicator, connect
+from fmi_client.errors import Aborted, CollectiveTimeout, FmiError
+from fmi_client.joining import LEAVE_SECONDS
+from fmi_client.payloads import unpack
+from fmi_client.protocol.inbox import Receive
+from fmi_client.protocol.peer import POINT_TO_POINT
+from fmi_client.transport.link import Link
+
+Begin = Callable[[], Awaitable[Any]]
+
+
+class Background:
+    """A job's communicator, and the thread that alone may use it.
+
+    Args and errors: those of `fmi_client.connect`.
+    """
+
+    comm: Communicator
+
+    def __init__(self, server: str | None, **options: Any) -> None:
+        self._process = os.getpid()
+        self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="fmi-background", daemon=True)
+        self._thread.start()
+        try:
+            self.comm = self.submit(lambda: _join(server, options)).result()
+        except BaseException:
+            self._stop()
+            raise
+        atexit.register(self.close)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.close()
+
+    def part(self, ranks: list[int], context: int) -> Communicator:
+        """Return a communicator of some ranks of the job, which all must name alike."""
+        return self.comm._child(ranks, context)
+
+    def submit(self, begin: Begin, then: Sequence[Callable[[], None]] = ()) -> Future[Any]:
+        """Let the thread call `begin`, await what it returns, and call all of `then`.
+
+        Operations begin in the order in which they were submitted, provided that `begin` itself
+        calls the communicator's methods, which number them, and leaves only the waiting.
+        """
+        done: Future[Any] = Future()
+        with self._lock:
+            if self._closed:
+                done.set_exception(self._over())
+            else:
+                self._loop.call_soon_threadsafe(self._begin, begin, then, done)
+        return done
+
+    def _over(self) -> FmiError:
+        rank = self.comm.rank
+        return Aborted(by=rank, reason="this process has left the job", rank=rank)
+
+    def _begin(self, begin: Begin, then: Sequence[Callable[[], None]], done: Future[Any]) -> None:
+        try:
+            task = self._loop.create_task(_await(begin(), then))
+        except BaseException as error:
+            done.set_exception(error)
+            return
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._end, done))
+
+    def _end(self, done: Future[Any], task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            done.set_exception(self._over())
+        elif (error := task.exception()) is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(task.result())
+
+    def close(self) -> None:
+        """Leave the job; what is still under way is given up. Closing twice does nothing."""
+        atexit.unregister(self.close)
+        if os.getpid() != self._process:
+            return  # forked: the thread is the parent's, and so is the job
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if closed:
+            return
+        with contextlib.suppress(FmiError, OSError):
+            asyncio.run_coroutine_threadsafe(self._leave(), self._loop).result(2 * LEAVE_SECONDS)
+        self._stop()
+
+    async def _leave(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.comm.close()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(LEAVE_SECONDS)
+
+
+async def _join(server: str | None, options: dict[str, Any]) -> Communicator:
+    return await connect(server, **options)
+
+
+async def _await(awaitable: Awaitable[Any], then: Sequence[Callable[[], None]]) -> Any:
+    result = await awaitable
+    for call in then:
+        call()
+    return result
+
+
+async def recv_any(
+    comm: Communicator, tag: int, *, timeout: float | None = None
+) -> tuple[int, Any]:
+    """Receive from whichever other rank's message of `tag` comes first.
+
+    Makes the links with all ranks of the communicator.
+
+    Returns:
+        The sender's rank, and what it sent.
+
+    Raises:
+        CollectiveTimeout: nobody sent anything in time.
+        FmiError: the job is over.
+    """
+    first = _First(comm, tag)
+    try:
+        source, receive = await asyncio.wait_for(first.found, comm._seconds(timeout))
+    except TimeoutError:
+        why = "no rank sent anything in time"
+        raise CollectiveTimeout(why, rank=comm.rank, op="recv from any source") from None
+    finally:
+        first.cancel()
+    comm._raise_ended("recv from any source")
+    if receive.error is not None:
+        raise receive.error
+    return source, unpack(receive.meta, receive.data)
+
+
+class _First:
+    """Receives posted on the links with all other ranks, of which the first to end stays."""
+
+    def __init__(self, comm: Communicator, tag: int) -> None:
+        self.found: asyncio.Future[tuple[int, Receive]]
+        self.found = asyncio.get_running_loop().create_future()
+        self._posted: dict[int, tuple[Link, Receive]] = {}
+        for source, world in enumerate(comm._group):
+            if source != comm.rank and not self.found.done():
+                key = (POINT_TO_POINT, comm._context, tag)
+                self._post(source, comm._endpoint.link(world), Receive(key, b"", None))
+
+    def _post(self, source: int, link: Link, receive: Receive) -> None:
+        receive.on_done = partial(self._hear, source)
+        self._posted[source] = link, receive
+        link.post(receive)
+
+    def _hear(self, source: int) -> None:
+        _, receive = self._posted.pop(source)
+        if receive.error is not None and self._posted:
+            return  # that rank has left; another one may still send
+        self.cancel()  # at once: a second message must stay for who receives next
+        if not self.found.done():
+            self.found.set_result((source, receive))
+
+    def cancel(self) -> None:
+        for link, receive in self._posted.values():
+            link.cancel(receive)
+        self._posted.clear()

@@ -1,0 +1,523 @@
+"""Backend "fmi" of `torch.distributed`: process groups over this library's links.
+
+::
+
+    import torch.distributed as dist
+    dist.init_process_group("fmi", init_method="fmi://host:10000/job?key=…", rank=r, world_size=n)
+
+With any other `init_method` ("env://", as torchrun wants it, "file://…", or a `store`) the server
+comes from the environment variable FMI_SERVER, and rank 0 tells the others the job's name and
+key through torch's store. docs/torch.md says more.
+"""
+
+# torch's stubs have a second form of most methods, which torch.distributed never calls.
+# mypy: disable-error-code="override, assignment"
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import os
+import secrets
+from collections import Counter
+from collections.abc import Awaitable, Iterable, Sequence
+from datetime import timedelta
+from functools import wraps
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+
+from fmi_client.background import Background, Begin, recv_any
+from fmi_client.communicator import Communicator
+from fmi_client.errors import CollectiveTimeout
+from fmi_client.torch_register import NAME, register
+from fmi_client.torch_store import FmiStore
+from fmi_client.torch_tensors import Reduction, Rooms, check_parts, flat, only, seconds, split
+from fmi_client.torch_work import Work
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+"""As gloo's."""
+
+ANSWER_SECONDS = 1.0
+"""How much longer than rank 0 waits for the others its word may take."""
+
+
+class _Job:
+    """What this process has joined: one job at a time, as torch has one default group."""
+
+    def __init__(self) -> None:
+        self.background: Background | None = None
+        self.store: FmiStore | None = None  # torch keeps its C++ half only
+        self.joined = itertools.count()
+        self.groups: Counter[str] = Counter()
+
+
+_job = _Job()
+
+
+# ------------------------------------------------------------------------------- joining
+def rendezvous(
+    url: str, timeout: timedelta = DEFAULT_TIMEOUT, **_: Any
+) -> tuple[FmiStore, int, int]:
+    """Join the job that a URL names: ``fmi://host:port/job?key=…&token=…&rank=…&world_size=…``.
+
+    What is left out comes from FMI_SERVER, FMI_JOB, FMI_KEY, FMI_TOKEN, RANK and WORLD_SIZE;
+    ``tls=1`` encrypts everything, ``epoch=`` and ``channel=`` are those of `fmi_client.connect`.
+
+    Returns:
+        The store, this process's rank, the world size.
+
+    Raises:
+        ValueError: something is missing or malformed.
+        FmiError: the server refuses, or not all ranks came.
+    """
+    parts = urlsplit(url)
+    given = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    server = ("tls://" if given.get("tls") == "1" else "") + parts.netloc
+    size = int(given.get("world_size") or _environment("WORLD_SIZE", "world_size=…"))
+    background = _join(
+        server if parts.netloc else _environment("FMI_SERVER", f"{NAME}://host:port/job"),
+        parts.path.strip("/") or _environment("FMI_JOB", f"{NAME}://host:port/job"),
+        rank=int(given.get("rank") or _environment("RANK", "rank=…")),
+        size=size,
+        timeout=timeout,
+        **{name: given[name] for name in ("key", "token", "channel") if name in given},
+        epoch=int(given.get("epoch") or _restarts()),
+    )
+    _job.store = FmiStore(background, timeout)
+    return _job.store, background.comm.rank, size
+
+
+def _join(server: str, job: str, timeout: timedelta, **options: Any) -> Background:
+    if _job.background is not None:
+        raise ValueError("this process is in a job already: destroy_process_group() first")
+    _job.background = Background(server, job=job, timeout=timeout.total_seconds(), **options)
+    _job.groups.clear()
+    return _job.background
+
+
+def _join_by_store(store: Any, rank: int, size: int, timeout: timedelta) -> Background:
+    """Join through FMI_SERVER; rank 0 tells the others the job's name and key by torch's store."""
+    server = _environment("FMI_SERVER", f'init_method="{NAME}://host:port/job"')
+    place = f"{NAME}/{next(_job.joined)}"
+    if rank == 0:
+        job = os.environ.get("FMI_JOB") or f"torch-{secrets.token_hex(8)}"
+        key = os.environ.get("FMI_KEY") or secrets.token_hex(32)
+        store.set(place, json.dumps([job, key]))
+    job, key = json.loads(store.get(place))
+    return _join(server, job, timeout, rank=rank, size=size, key=key, epoch=_restarts())
+
+
+def _restarts() -> int:
+    """Return how often torchrun has begun anew: ranks of an earlier attempt are not to join."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def _environment(name: str, instead: str) -> str:
+    value = os.environ.get(name)
+    if not value:
+        raise ValueError(f"backend {NAME!r} needs {instead}, or {name} in the environment")
+    return value
+
+
+def create(options: Any, backend_options: Any = None) -> FmiProcessGroup:
+    """Make a process group; called by torch, with its `DistributedBackendOptions`."""
+    if backend_options is not None:
+        raise ValueError(f"backend {NAME!r} takes no pg_options")
+    rank, size = options.group_rank, options.group_size
+    ranks = list(options.global_ranks_in_group)
+    background = _job.background
+    if background is None and not ranks:
+        background = _join_by_store(options.store, rank, size, options.timeout)
+    if background is None:
+        raise ValueError(f"a group of backend {NAME!r} needs a default group of that backend")
+    _allow_monitored_barrier()
+    name = str(options.group_id)
+    label = f"{name} {_job.groups[name]}".encode()
+    _job.groups[name] += 1
+    context = int.from_bytes(hashlib.blake2b(label, digest_size=8).digest(), "big")
+    comm = background.part(ranks or list(range(size)), context)
+    comm.timeout = options.timeout.total_seconds()
+    return FmiProcessGroup(background, comm, options.store, whole=not ranks)
+
+
+# ----------------------------------------------------------------------------- the group
+class FmiProcessGroup(ProcessGroup):
+    """A process group of some ranks of a job; methods and arguments are torch's.
+
+    Tensors may be of any dtype, in any memory layout, on the CPU. Sparse ones can be summed. A
+    failed collective ends the job on all its ranks and in all its groups: every later call
+    raises `DistBackendError` with the same cause.
+    """
+
+    def __init__(
+        self, background: Background, comm: Communicator, store: Any, *, whole: bool
+    ) -> None:
+        super().__init__(comm.rank, comm.size)  # type: ignore[call-arg]  # see the stubs' note
+        self._background = background
+        self._comm = comm
+        self._store = store
+        self._whole = whole
+        self._names = {"name": "", "desc": ""}
+        self._coalescing: list[Work] | None = None
+        self._monitor = background.part(list(comm._group), comm._context ^ 1)
+        self._barriers = 0
+
+    # ------------------------------------------------------------------ what it is called
+    def name(self) -> str:
+        return NAME
+
+    getBackendName = _get_backend_name = name
+
+    @property
+    def group_name(self) -> Any:
+        return self._names["name"]
+
+    @property
+    def group_desc(self) -> str:
+        return self._names["desc"]
+
+    def _set_group_name(self, name: Any) -> None:
+        self._names["name"] = name
+
+    def _set_group_desc(self, desc: str) -> None:
+        self._names["desc"] = desc
+
+    def getGroupName(self) -> Any:
+        return self.group_name
+
+    def getGroupDesc(self) -> str:
+        return self.group_desc
+
+    setGroupName, setGroupDesc = _set_group_name, _set_group_desc
+
+    def get_group_store(self) -> Any:
+        return self._store
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu")]
+
+    def _get_backend(self, device: torch.device) -> Any:
+        if device.type != "cpu":
+            raise RuntimeError(
+                f"backend {NAME!r} has no tensors of device {device}, only the CPU's"
+            )
+        return self
+
+    supports_splitting = supports_coalescing = supports_time_estimate = False
+
+    # ------------------------------------------------------------------------- ending
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._comm.timeout = timeout.total_seconds()
+
+    setTimeout = _set_default_timeout = set_timeout
+
+    def shutdown(self) -> None:
+        """Leave the job, if this is the default group; a part of it leaves nothing."""
+        if self._whole:
+            self._background.close()
+            if _job.background is self._background:
+                _job.background = _job.store = None
+
+    def abort(self) -> None:
+        """End the job, on all ranks and in all its groups."""
+
+        async def abort() -> None:
+            self._comm.abort("abort() of the process group")
+
+        self._run("abort", abort, []).wait()
+
+    def _set_sequence_number_for_group(self) -> None:
+        """Collectives are numbered from the beginning, alike on all ranks."""
+
+    def _get_sequence_number_for_group(self) -> int:
+        return int(self._comm._seq)
+
+    # ----------------------------------------------------------------------- reductions
+    def allreduce(self, tensors: Any, opts: Any = None) -> Work:
+        opts = opts or distributed.AllreduceOptions()
+        tensor = only(tensors)
+        reduction = Reduction(opts.reduceOp, self.size())
+        return self._run(
+            "allreduce", lambda: reduction.allreduce(self._comm, tensor, seconds(opts)), [tensor]
+        )
+
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> Work:
+        reduction = Reduction(opts.reduceOp, self.size())
+
+        def begin() -> Any:
+            return _all([reduction.allreduce(self._comm, t, seconds(opts)) for t in tensors])
+
+        return self._run("allreduce_coalesced", begin, tensors)
+
+    def reduce(self, tensors: Any, opts: Any = None) -> Work:
+        opts = opts or distributed.ReduceOptions()
+        tensor = only(tensors)
+        reduction = Reduction(opts.reduceOp, self.size())
+
+        def begin() -> Any:
+            return reduction.reduce(self._comm, tensor, opts.rootRank, seconds(opts))
+
+        return self._run("reduce", begin, [tensor])
+
+    def reduce_scatter(
+        self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None
+    ) -> Work:
+        whole = torch.stack([flat(each) for each in only(inputs)])
+        return self._reduce_scatter("reduce_scatter", outputs, [whole], opts)
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
+        return self._reduce_scatter("reduce_scatter_single", [output], [input], opts)
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> Work:
+        return self._reduce_scatter("reduce_scatter_single_coalesced", outputs, inputs, opts)
+
+    _reduce_scatter_base = reduce_scatter_single
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    def _reduce_scatter(
+        self, name: str, outputs: list[Tensor], inputs: list[Tensor], opts: Any
+    ) -> Work:
+        opts = opts or distributed.ReduceScatterOptions()
+        reduction = Reduction(opts.reduceOp, self.size())
+        for output, whole in zip(outputs, inputs, strict=True):
+            check_parts(whole, output, self.size())
+
+        def begin() -> Any:
+            pairs = zip(outputs, inputs, strict=True)
+            limit = seconds(opts)
+            return _all([reduction.scatter(self._comm, out, all_, limit) for out, all_ in pairs])
+
+        return self._run(name, begin, outputs)
+
+    # ------------------------------------------------------------------- moving tensors
+    def broadcast(self, tensors: Any, opts: Any = None) -> Work:
+        opts = opts or distributed.BroadcastOptions()
+        tensor, root = only(tensors), opts.rootRank
+        rooms = Rooms([] if self.rank() == root else [tensor])
+
+        def begin() -> Any:
+            obj = flat(tensor) if self.rank() == root else None
+            out = None if self.rank() == root else rooms.flat[0]
+            return self._comm.bcast(obj, root, out=out, timeout=seconds(opts))
+
+        return self._run("broadcast", begin, [tensor], rooms)
+
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Work:
+        return self._allgather("allgather", [only(outputs)], [only(inputs)], opts)
+
+    def allgather_coalesced(
+        self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None
+    ) -> Work:
+        by_input = list(zip(*outputs, strict=True))  # torch gives them by rank
+        return self._allgather("allgather_coalesced", by_input, inputs, opts)
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
+        return self.all_gather_single_coalesced([output], [input], opts)
+
+    def all_gather_single_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> Work:
+        for output, part in zip(outputs, inputs, strict=True):
+            check_parts(output, part, self.size())
+        whole = Rooms(outputs)
+        rows = [list(room.view(self.size(), -1 if room.numel() else 0)) for room in whole.flat]
+        return self._allgather("all_gather_single", rows, inputs, opts, whole)
+
+    _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
+    def _allgather(
+        self,
+        name: str,
+        places: Sequence[Sequence[Tensor]],
+        inputs: list[Tensor],
+        opts: Any,
+        whole: Rooms | None = None,
+    ) -> Work:
+        limit = seconds(opts)
+        rooms = [Rooms(each) for each in places]
+
+        def begin() -> Any:
+            pairs = zip(inputs, rooms, strict=True)
+            gathers = [self._comm.allgather(flat(i), out=r.flat, timeout=limit) for i, r in pairs]
+            return _all(gathers)
+
+        outputs = [tensor for each in places for tensor in each]
+        return self._run(name, begin, outputs, *rooms, *([whole] if whole else []))
+
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
+        opts = opts or distributed.GatherOptions()
+        root, tensor = opts.rootRank, only(inputs)
+        rooms = Rooms(only(outputs) if self.rank() == root else [])
+
+        def begin() -> Any:
+            out = rooms.flat if self.rank() == root else None
+            return self._comm.gather(flat(tensor), root, out=out, timeout=seconds(opts))
+
+        return self._run("gather", begin, rooms.tensors, rooms)
+
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Work:
+        opts = opts or distributed.ScatterOptions()
+        root, rooms = opts.rootRank, Rooms([only(outputs)])
+        items = only(inputs) if self.rank() == root else None
+
+        def begin() -> Any:
+            parts = None if items is None else [flat(each) for each in items]
+            return self._comm.scatter(parts, root, out=rooms.flat[0], timeout=seconds(opts))
+
+        return self._run("scatter", begin, rooms.tensors, rooms)
+
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
+        rooms = Rooms(outputs)
+
+        def begin() -> Any:
+            parts = [flat(each) for each in inputs]
+            return self._comm.alltoall(parts, out=rooms.flat, timeout=seconds(opts))
+
+        return self._run("alltoall", begin, outputs, rooms)
+
+    def all_to_all_single(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: list[int],
+        input_split_sizes: list[int],
+        opts: Any = None,
+    ) -> Work:
+        outputs = split(output, output_split_sizes, self.size())
+        return self.alltoall(outputs, split(input, input_split_sizes, self.size()), opts)
+
+    alltoall_base = all_to_all_single
+
+    # -------------------------------------------------------------------- point to point
+    def send(self, tensors: list[Tensor], dst: int, tag: int = 0) -> Work:
+        tensor = only(tensors)
+        return self._run("send", lambda: self._comm.send(flat(tensor), dst, tag), [tensor])
+
+    def recv(self, tensors: list[Tensor], src: int, tag: int = 0) -> Work:
+        rooms = Rooms([only(tensors)])
+
+        async def receive() -> int:
+            await self._comm.recv(src, tag, out=rooms.flat[0])
+            return src
+
+        return self._run("recv", receive, rooms.tensors, rooms)
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Work:
+        rooms = Rooms([only(tensors)])
+
+        async def receive() -> int:
+            source, got = await recv_any(self._comm, tag)
+            rooms.fill(got)
+            return source
+
+        return self._run("recv from any source", receive, rooms.tensors, rooms)
+
+    # ------------------------------------------------------------------------- waiting
+    def barrier(self, opts: Any = None) -> Work:
+        return self._run("barrier", lambda: self._comm.barrier(timeout=seconds(opts)), [])
+
+    def monitored_barrier(
+        self, timeout: timedelta | None = None, wait_all_ranks: bool = False
+    ) -> None:
+        """Block until all ranks are here; where some are not, all others hear which.
+
+        Unlike after a `barrier` that failed, the group can still be used.
+
+        Args:
+            timeout: default: the group's.
+            wait_all_ranks: name all ranks that are late, not only the first.
+        """
+        number = self._barriers = self._barriers + 1
+        limit = self._comm.timeout if timeout is None else timeout.total_seconds()
+
+        def begin() -> Awaitable[None]:
+            return _monitor(self._monitor, number, limit, wait_all_ranks)
+
+        self._run("monitored_barrier", begin, []).wait()
+
+    # ------------------------------------------------------------------------ coalescing
+    def _start_coalescing(self, device: torch.device) -> None:
+        self._coalescing = []
+
+    def _end_coalescing(self, device: torch.device) -> Work:
+        works, self._coalescing = self._coalescing or [], None
+
+        def begin() -> Any:
+            return _all([asyncio.wrap_future(work.done) for work in works])
+
+        return self._run("coalesced operations", begin, [t for w in works for t in w.tensors])
+
+    def _run(self, name: str, begin: Begin, tensors: Sequence[Tensor], *rooms: Rooms) -> Work:
+        """Let the thread begin an operation, and put what came where it belongs."""
+        done = self._background.submit(begin, [each.put_back for each in rooms])
+        work = Work(f"rank {self._comm._endpoint.rank}, {name}", done, tensors)
+        if self._coalescing is not None:
+            self._coalescing.append(work)
+        return work
+
+
+async def _all(begun: Iterable[Awaitable[Any]]) -> None:
+    """Wait for operations that go on side by side."""
+    await asyncio.gather(*begun)
+
+
+async def _monitor(comm: Communicator, number: int, limit: float, wait_all_ranks: bool) -> None:
+    """Let rank 0 hear from all others, and say who was late to those who were not."""
+    if comm.rank:
+        await comm.send(None, 0, number, timeout=limit)
+        late = await comm.recv(0, number, timeout=limit + ANSWER_SECONDS)
+    else:
+        late = await _late(comm, number, limit, wait_all_ranks)
+        for peer in range(1, comm.size):
+            await comm.send(late, peer, number)
+    if late:
+        ranks = ", ".join(f"rank {rank}" for rank in late)
+        why = f"{ranks} failed to pass monitored_barrier in {limit * 1000:.0f} ms"
+        raise CollectiveTimeout(why, missing=late, rank=comm._endpoint.rank, op="monitored_barrier")
+
+
+async def _late(comm: Communicator, number: int, limit: float, wait_all_ranks: bool) -> list[int]:
+    late: list[int] = []
+    end = asyncio.get_running_loop().time() + limit
+    for peer in range(1, comm.size):
+        left = max(0.0, end - asyncio.get_running_loop().time())
+        try:
+            await comm.recv(peer, number, timeout=left)
+        except CollectiveTimeout:
+            late.append(comm._group[peer])
+            if not wait_all_ranks:
+                break
+    return late
+
+
+def _allow_monitored_barrier() -> None:
+    """Let `torch.distributed.monitored_barrier`, which refuses all but gloo, take our groups."""
+    theirs = distributed.distributed_c10d.monitored_barrier
+    if hasattr(theirs, "__wrapped__"):
+        return
+
+    @wraps(theirs)
+    def monitored_barrier(
+        group: Any = None, timeout: timedelta | None = None, wait_all_ranks: bool = False
+    ) -> None:
+        ours = distributed.group.WORLD if group is None else group
+        if isinstance(ours, FmiProcessGroup):
+            ours.monitored_barrier(timeout, wait_all_ranks)
+        else:
+            theirs(group, timeout, wait_all_ranks)
+
+    distributed.distributed_c10d.monitored_barrier = monitored_barrier
+    distributed.monitored_barrier = monitored_barrier
+
+
+register()
