@@ -205,9 +205,7 @@ class FmiProcessGroup(ProcessGroup):
 
     def _get_backend(self, device: torch.device) -> Any:
         if device.type != "cpu":
-            raise RuntimeError(
-                f"backend {NAME!r} has no tensors of device {device}, only the CPU's"
-            )
+            raise RuntimeError(f"backend {NAME!r} takes tensors of the CPU only, not of {device}")
         return self
 
     supports_splitting = supports_coalescing = supports_time_estimate = False

@@ -156,14 +156,17 @@ class Reduction:
             )
         mine = self._before(tensor.detach().coalesce())
         gathered = comm.allgather([mine.indices(), mine.values()], timeout=limit)
-        return self._after(_add_sparse(gathered, tensor.detach()), tensor.detach())
+        return _add_sparse(gathered, tensor, self._size if self._average else 1)
 
 
-async def _add_sparse(gathered: Awaitable[Any], tensor: Tensor) -> None:
+async def _add_sparse(gathered: Awaitable[Any], tensor: Tensor, divisor: int) -> None:
     pieces = await gathered
     indices = torch.cat([each[0] for each in pieces], dim=1)
     values = torch.cat([each[1] for each in pieces])
-    tensor.copy_(torch.sparse_coo_tensor(indices, values, tensor.shape).coalesce())
+    # Indices that are out of bounds would write anywhere, and these come from others.
+    summed = torch.sparse_coo_tensor(indices, values, tensor.shape, check_invariants=True)
+    with torch.no_grad():  # detach() would not share what copy_ replaces
+        tensor.copy_(summed.coalesce().div(divisor, rounding_mode=_rounding(values)))
 
 
 def _rounding(tensor: Tensor) -> str | None:
