@@ -35,6 +35,7 @@ from torch.distributed import ProcessGroup
 from fmi_client.background import Background, Begin, recv_any
 from fmi_client.communicator import Communicator
 from fmi_client.errors import CollectiveTimeout
+from fmi_client.torch_profile import recorded
 from fmi_client.torch_register import NAME, register
 from fmi_client.torch_store import FmiStore
 from fmi_client.torch_tensors import Reduction, Rooms, check_parts, flat, only, seconds, split
@@ -294,7 +295,7 @@ class FmiProcessGroup(ProcessGroup):
             limit = seconds(opts)
             return _all([reduction.scatter(self._comm, out, all_, limit) for out, all_ in pairs])
 
-        return self._run(name, begin, outputs)
+        return self._run(name, begin, outputs, inputs=inputs)
 
     # ------------------------------------------------------------------- moving tensors
     def broadcast(self, tensors: Any, opts: Any = None) -> Work:
@@ -350,7 +351,8 @@ class FmiProcessGroup(ProcessGroup):
             return _all(gathers)
 
         outputs = [tensor for each in places for tensor in each]
-        return self._run(name, begin, outputs, *rooms, *([whole] if whole else []))
+        filled = [*rooms, whole] if whole else rooms
+        return self._run(name, begin, outputs, *filled, inputs=inputs)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
         opts = opts or distributed.GatherOptions()
@@ -361,7 +363,7 @@ class FmiProcessGroup(ProcessGroup):
             out = rooms.flat if self.rank() == root else None
             return self._comm.gather(flat(tensor), root, out=out, timeout=seconds(opts))
 
-        return self._run("gather", begin, rooms.tensors, rooms)
+        return self._run("gather", begin, rooms.tensors, rooms, inputs=[tensor])
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Work:
         opts = opts or distributed.ScatterOptions()
@@ -372,7 +374,7 @@ class FmiProcessGroup(ProcessGroup):
             parts = None if items is None else [flat(each) for each in items]
             return self._comm.scatter(parts, root, out=rooms.flat[0], timeout=seconds(opts))
 
-        return self._run("scatter", begin, rooms.tensors, rooms)
+        return self._run("scatter", begin, rooms.tensors, rooms, inputs=items or [])
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
         rooms = Rooms(outputs)
@@ -381,7 +383,7 @@ class FmiProcessGroup(ProcessGroup):
             parts = [flat(each) for each in inputs]
             return self._comm.alltoall(parts, out=rooms.flat, timeout=seconds(opts))
 
-        return self._run("alltoall", begin, outputs, rooms)
+        return self._run("alltoall", begin, outputs, rooms, inputs=inputs)
 
     def all_to_all_single(
         self,
@@ -455,8 +457,19 @@ class FmiProcessGroup(ProcessGroup):
 
         return self._run("coalesced operations", begin, [t for w in works for t in w.tensors])
 
-    def _run(self, name: str, begin: Begin, tensors: Sequence[Tensor], *rooms: Rooms) -> Work:
-        """Let the thread begin an operation, and put what came where it belongs."""
+    def _run(
+        self,
+        name: str,
+        begin: Begin,
+        tensors: Sequence[Tensor],
+        *rooms: Rooms,
+        inputs: Sequence[Tensor] | None = None,
+    ) -> Work:
+        """Let the thread begin an operation, and put what came where it belongs.
+
+        `inputs` are what a profiler shows of it, where that is not `tensors`.
+        """
+        begin = recorded(name, tensors if inputs is None else inputs, begin)
         done = self._background.submit(begin, [each.put_back for each in rooms])
         work = Work(f"rank {self._comm._endpoint.rank}, {name}", done, tensors)
         if self._coalescing is not None:
