@@ -44,6 +44,9 @@ from fmi_client.torch_work import Work
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 """As gloo's."""
 
+KNOWN = ("key", "token", "tls", "channel", "epoch", "rank", "world_size", "use_libuv")
+"""What may stand behind the "?" of a URL; `use_libuv` is torch's own, and does nothing here."""
+
 ANSWER_SECONDS = 1.0
 """How much longer than rank 0 waits for the others its word may take."""
 
@@ -78,20 +81,34 @@ def rendezvous(
         FmiError: the server refuses, or not all ranks came.
     """
     parts = urlsplit(url)
-    given = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    given = _query(parts.query)
     server = ("tls://" if given.get("tls") == "1" else "") + parts.netloc
-    size = int(given.get("world_size") or _environment("WORLD_SIZE", "world_size=…"))
+    place = f"{NAME}://host:port/job"
     background = _join(
-        server if parts.netloc else _environment("FMI_SERVER", f"{NAME}://host:port/job"),
-        parts.path.strip("/") or _environment("FMI_JOB", f"{NAME}://host:port/job"),
-        rank=int(given.get("rank") or _environment("RANK", "rank=…")),
-        size=size,
-        timeout=timeout,
+        server if parts.netloc else _environment("FMI_SERVER", place),
+        parts.path.strip("/") or _environment("FMI_JOB", place),
+        timeout,
+        rank=_number("rank", given.get("rank") or _environment("RANK", "rank=…")),
+        size=_number("size", given.get("world_size") or _environment("WORLD_SIZE", "world_size=…")),
+        epoch=_number("epoch", given["epoch"]) if "epoch" in given else _restarts(),
         **{name: given[name] for name in ("key", "token", "channel") if name in given},
-        epoch=int(given.get("epoch") or _restarts()),
     )
     _job.store = FmiStore(background, timeout)
-    return _job.store, background.comm.rank, size
+    return _job.store, background.comm.rank, background.comm.size
+
+
+def _query(text: str) -> dict[str, str]:
+    given = {name: values[-1] for name, values in parse_qs(text).items()}
+    unknown = ", ".join(sorted(given.keys() - KNOWN))
+    if unknown:
+        raise ValueError(f"{NAME}://… takes {', '.join(KNOWN)} behind its ?, not {unknown}")
+    return given
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text} is not a number")
+    return int(text)
 
 
 def _join(server: str, job: str, timeout: timedelta, **options: Any) -> Background:

@@ -154,6 +154,9 @@ class FmiStore(Store):
         for key, value in zip(keys, values, strict=True):
             self.set(key, value)
 
+    def clone(self) -> FmiStore:
+        return self  # its methods may be called from any thread
+
     def has_extended_api(self) -> bool:
         return True  # append, multi_get, multi_set
 

@@ -1,0 +1,271 @@
+"""The torch backend as programs use it: joining by address or environment, the store, leaving."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch._C._distributed_c10d import _test_python_store
+from torch.distributed import DistBackendError, DistStoreError, PrefixStore
+
+from fmi_client import torch_backend
+from fmi_client.background import Background
+from fmi_client.errors import RankFailed
+from fmi_client.torch_store import FmiStore
+from tests.fmi.test_torch_backend import joined
+from tests.processes import RankProcess, spawn
+
+SHORT = timedelta(seconds=0.2)
+SOON = timedelta(seconds=15)
+
+
+# ------------------------------------------------------------------------------- the store
+@contextmanager
+def stores(address: str, size: int) -> Iterator[list[FmiStore]]:
+    with joined(address, size) as members:
+        yield [FmiStore(member, SOON) for member in members]
+
+
+def test_a_store_is_what_torch_expects(address: str) -> None:
+    with stores(address, 1) as (store,):
+        _test_python_store(store)
+
+
+def test_all_ranks_see_the_same_keys(address: str) -> None:
+    with stores(address, 3) as (zero, one, two):
+        one.set("a", "1")
+        assert zero.get("a") == two.get("a") == b"1"
+        assert [each.add("n", 2) for each in (zero, one, two)] == [2, 4, 6]
+        assert two.compare_set("c", "", "first") == b"first"
+        assert one.compare_set("c", "other", "second") == b"first"
+        assert one.compare_set("c", "first", "second") == b"second"
+        assert one.compare_set("missing", "expected", "x") == b"expected"
+        two.append("a", b"\x00\xff")
+        assert one.multi_get(["a", "c"]) == [b"1\x00\xff", b"second"]
+        one.multi_set(["x", "y"], ["1", "2"])
+        assert zero.check(["x", "y"])
+        assert not zero.check(["x", "z"])
+        assert two.num_keys() == 5
+        assert two.delete_key("x")
+        assert not one.delete_key("x")
+
+
+def test_a_key_is_waited_for(address: str) -> None:
+    with stores(address, 2) as (zero, one), ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(each.get, "late") for each in (zero, one)]
+        one.set("other", b"")
+        assert not any(future.done() for future in waiting)
+        PrefixStore("la", zero).set("te", "x")  # its key is "la/te"
+        zero.set("late", b"there")
+        assert [future.result(10) for future in waiting] == [b"there", b"there"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_key_that_does_not_come(address: str, rank: int) -> None:
+    with stores(address, 2) as both:
+        with pytest.raises(
+            DistStoreError, match=f"rank {rank}: store.wait.*nobody set b, c in 0.2 s"
+        ):
+            both[rank].wait(["b", "c"], SHORT)
+        both[rank].set("b", "still here")
+        assert both[1 - rank].get("b") == b"still here"
+
+
+def test_a_store_without_rank_0(address: str) -> None:
+    with joined(address, 2) as members:
+        store = [FmiStore(member, SOON) for member in members][1]
+        members[0].close()
+        with pytest.raises(DistStoreError, match=r"rank 1: store\.set"):
+            store.set("a", "1")
+
+
+# ------------------------------------------------------------------- ranks in processes
+Program = Callable[[int, int], Any]
+
+
+def be(rank: int, size: int, pipe: Any, function: Program, environment: dict[str, str]) -> None:
+    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(size))
+    try:
+        pipe.send(function(rank, size))
+    except BaseException as error:
+        pipe.send(error)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def programs(size: int, function: Program, **environment: str) -> Iterator[list[RankProcess]]:
+    """Let `function(rank, size)` run in processes, with what torchrun sets."""
+    ranks: list[RankProcess] = []
+    try:
+        for rank in range(size):
+            ours, theirs = spawn.Pipe(duplex=False)
+            arguments = rank, size, theirs, function, environment
+            process = spawn.Process(target=be, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            ranks.append(RankProcess(process, ours))
+        yield ranks
+    finally:
+        for each in ranks:
+            each.process.kill()
+            each.process.join()
+            each.pipe.close()
+
+
+def run(size: int, function: Program, **environment: str) -> list[Any]:
+    with programs(size, function, **environment) as ranks:
+        return [rank.result() for rank in ranks]
+
+
+def total(rank: int) -> float:
+    tensor = torch.tensor([float(rank)])
+    dist.all_reduce(tensor)
+    return float(tensor.item())
+
+
+def test_by_address(address: str) -> None:
+    def program(rank: int, size: int) -> Any:
+        key = "ab" * 32
+        dist.init_process_group(
+            "fmi", init_method=f"fmi://{address}/by-address?key={key}", rank=rank, world_size=size
+        )
+        group = dist.new_group([0, 2])
+        part = None
+        if rank != 1:
+            tensor = torch.ones(1)
+            dist.all_reduce(tensor, group=group)
+            part = tensor.item()
+        objects: list[Any] = [None] * size
+        dist.all_gather_object(objects, {"rank": rank})
+        dist.monitored_barrier()
+        return dist.get_backend(), total(rank), part, [each["rank"] for each in objects]
+
+    want = [0, 1, 2]
+    assert run(3, program) == [
+        ("fmi", 3.0, 2.0, want),
+        ("fmi", 3.0, None, want),
+        ("fmi", 3.0, 2.0, want),
+    ]
+
+
+def test_by_environment_without_the_import(address: str, tmp_path: Path) -> None:
+    """As any program that torchrun starts: torch finds the backend by its entry point."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch, torch.distributed as dist\n"
+        "dist.init_process_group('fmi')\n"
+        "tensor = torch.ones(3) * dist.get_rank()\n"
+        "dist.all_reduce(tensor)\n"
+        "print(f'{dist.get_backend()} {tensor.sum().item()}', flush=True)\n"
+        "dist.destroy_process_group()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"FMI_SERVER": address, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(script)], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["fmi 3.0"] * 2
+
+
+def test_one_job_after_another_by_a_file(address: str, tmp_path: Path) -> None:
+    def program(rank: int, size: int) -> list[float]:
+        totals = []
+        for number in range(3):
+            place = f"file://{tmp_path}/{number}"
+            dist.init_process_group("fmi", init_method=place, rank=rank, world_size=size)
+            totals.append(total(rank))
+            dist.destroy_process_group()
+        return totals
+
+    assert run(2, program, FMI_SERVER=address) == [[1.0] * 3] * 2
+
+
+def test_one_job_after_another_of_the_same_name(address: str) -> None:
+    def program(rank: int, size: int) -> list[float]:
+        totals = []
+        for _ in range(5):
+            dist.init_process_group("fmi", init_method=f"fmi://{address}/again")
+            totals.append(total(rank))
+            dist.destroy_process_group()
+        return totals
+
+    assert run(3, program) == [[3.0] * 5] * 3
+
+
+def test_a_killed_rank_is_named_at_once(address: str) -> None:
+    def program(rank: int, size: int) -> Any:
+        dist.init_process_group("fmi", init_method=f"fmi://{address}/killed")
+        dist.barrier()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        begun = time.monotonic()
+        try:
+            total(rank)
+        except DistBackendError as error:
+            return str(error), type(error.__cause__), time.monotonic() - begun
+
+    with programs(3, program) as ranks:
+        answers = [ranks[rank].result() for rank in (0, 2)]
+    for text, cause, seconds in answers:
+        assert "rank 1" in text
+        assert cause is RankFailed
+        assert seconds < 3
+
+
+def test_who_forgets_to_leave_leaves_in_order(address: str, tmp_path: Path) -> None:
+    """A program without destroy_process_group() ends, and so do the others."""
+    script = tmp_path / "forgets.py"
+    script.write_text(
+        "import sys, torch.distributed as dist\n"
+        f"dist.init_process_group('fmi', init_method='fmi://{address}/forgets',\n"
+        "                        rank=int(sys.argv[1]), world_size=2)\n"
+        "dist.barrier()\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen([sys.executable, str(script), str(rank)], env=environment, stderr=-1)
+        for rank in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (0, b"")
+
+
+# ----------------------------------------------------------------------------- mistakes
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("fmi://", "needs fmi://host:port/job, or FMI_SERVER"),
+        ("fmi://127.0.0.1:1/j", "needs rank=…, or RANK"),
+        ("fmi://127.0.0.1:1/j?rank=0", "needs world_size=…, or WORLD_SIZE"),
+        ("fmi://127.0.0.1:1?rank=0&world_size=1", "needs fmi://host:port/job, or FMI_JOB"),
+        ("fmi://127.0.0.1:1/j?rank=0&world_size=1&key=ab", "key"),
+        ("fmi://127.0.0.1:1/j?rank=0&world_size=1&kye=ab", "kye"),
+        ("fmi://127.0.0.1:1/j?rank=one&world_size=1", "rank=one"),
+    ],
+)
+def test_what_is_missing_is_said(url: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FMI_SERVER", "FMI_JOB", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=text):
+        torch_backend.rendezvous(url)
+    assert torch_backend._job.background is None
+
+
+def test_a_thread_that_could_not_join_ends() -> None:
+    with pytest.raises(ValueError, match="rank=3"):
+        Background("127.0.0.1:1", job="j", rank=3, size=2)
