@@ -444,18 +444,20 @@ class FmiProcessGroup(ProcessGroup):
         return self._run("barrier", lambda: self._comm.barrier(timeout=seconds(opts)), [])
 
     def monitored_barrier(
-        self, timeout: timedelta | None = None, wait_all_ranks: bool = False
+        self, timeout: timedelta | float | None = None, wait_all_ranks: bool = False
     ) -> None:
         """Block until all ranks are here; where some are not, all others hear which.
 
         Unlike after a `barrier` that failed, the group can still be used.
 
         Args:
-            timeout: default: the group's.
+            timeout: or seconds; default: the group's.
             wait_all_ranks: name all ranks that are late, not only the first.
         """
         number = self._barriers = self._barriers + 1
-        limit = self._comm.timeout if timeout is None else timeout.total_seconds()
+        if isinstance(timeout, timedelta):
+            timeout = timeout.total_seconds()
+        limit = self._comm.timeout if timeout is None else timeout
 
         def begin() -> Awaitable[None]:
             return _monitor(self._monitor, number, limit, wait_all_ranks)
@@ -509,9 +511,21 @@ async def _monitor(comm: Communicator, number: int, limit: float, wait_all_ranks
         for peer in range(1, comm.size):
             await comm.send(late, peer, number)
     if late:
-        ranks = ", ".join(f"rank {rank}" for rank in late)
-        why = f"{ranks} failed to pass monitored_barrier in {limit * 1000:.0f} ms"
-        raise CollectiveTimeout(why, missing=late, rank=comm._endpoint.rank, op="monitored_barrier")
+        rank = comm._endpoint.rank
+        why = _blame(late, limit, rank, comm._group[0])
+        raise CollectiveTimeout(why, missing=late, rank=rank, op="monitored_barrier")
+
+
+def _blame(late: list[int], limit: float, rank: int, first: int) -> str:
+    """Say who was late in the words of gloo's errors, which programs look for."""
+    names = f"Rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}"
+    why = f"{names} failed to pass monitoredBarrier in {limit * 1000:.0f} ms"
+    if rank == first:
+        return f"Rank {rank} timed out in monitoredBarrier: {why}"
+    return (
+        f"Rank {rank} successfully reached monitoredBarrier, "
+        f"but received errors while waiting for send/recv from rank {first}: {why}"
+    )
 
 
 async def _late(comm: Communicator, number: int, limit: float, wait_all_ranks: bool) -> list[int]:
@@ -536,7 +550,7 @@ def _allow_monitored_barrier() -> None:
 
     @wraps(theirs)
     def monitored_barrier(
-        group: Any = None, timeout: timedelta | None = None, wait_all_ranks: bool = False
+        group: Any = None, timeout: timedelta | float | None = None, wait_all_ranks: bool = False
     ) -> None:
         ours = distributed.group.WORLD if group is None else group
         if isinstance(ours, FmiProcessGroup):
