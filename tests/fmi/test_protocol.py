@@ -317,3 +317,18 @@ def test_a_message_of_another_size_than_its_place_is_an_error() -> None:
         if not post_first:
             inbox.post(receive)
         assert isinstance(receive.error, ProtocolError)
+
+
+def test_a_message_whose_receive_is_taken_back_half_way_goes_to_the_next_one() -> None:
+    inbox, key = Inbox(allocate), (1, 0, 7)
+    first, second, third = (Receive(key, b"", None) for _ in range(3))
+    inbox.post(first)
+    inbox.post(second)
+    inbox.feed(peer.head(key, b"", Payload(b"", ()), 8) + b"abcd")
+    inbox.cancel(first)
+    inbox.post(third)
+    inbox.feed(b"efgh" + peer.head(key, b"", Payload(b"", ()), 2) + b"ij")
+    assert not first.done
+    assert bytes(second.data) == b"abcdefgh"
+    assert bytes(third.data) == b"ij"
+    assert inbox.waiting == inbox.unexpected_bytes == 0

@@ -240,9 +240,9 @@ def test_who_forgets_to_leave_leaves_in_order(address: str, tmp_path: Path) -> N
         subprocess.Popen([sys.executable, str(script), str(rank)], env=environment, stderr=-1)
         for rank in range(2)
     ]
-    for process in both:
-        _, errors = process.communicate(timeout=60)
-        assert (process.returncode, errors) == (0, b"")
+    errors = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert errors == [b"", b""]
 
 
 # ----------------------------------------------------------------------------- mistakes
