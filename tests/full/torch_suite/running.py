@@ -100,7 +100,7 @@ class ForkedRanks:
             each.join()
         if hung:
             raise AssertionError(f"{', '.join(hung)}: no end within {self.deadline:g} s")
-        self._check_return_codes(test, time.monotonic() - began)  # type: ignore[attr-defined]
+        self._check_return_codes(test, time.monotonic() - began)
 
     def _alive(self) -> list[Any]:
         return [each for each in self.processes if each.is_alive()]
@@ -127,7 +127,7 @@ def load() -> type[unittest.TestCase]:
     return type("TorchSuite", bases, {"suite": suite})
 
 
-def names(cases: type[unittest.TestCase], pattern: str = "") -> list[str]:
+def names(cases: type[unittest.TestCase], pattern: str) -> list[str]:
     """Return the names of all tests in which `pattern` occurs."""
     return [name for name in unittest.TestLoader().getTestCaseNames(cases) if pattern in name]
 
