@@ -35,6 +35,7 @@ from torch.distributed import ProcessGroup
 from fmi_client.background import Background, Begin, recv_any
 from fmi_client.communicator import Communicator
 from fmi_client.errors import CollectiveTimeout
+from fmi_client.torch_profile import recorded
 from fmi_client.torch_register import NAME, register
 from fmi_client.torch_store import FmiStore
 from fmi_client.torch_tensors import Reduction, Rooms, check_parts, flat, only, seconds, split
@@ -311,7 +312,7 @@ class FmiProcessGroup(ProcessGroup):
             limit = seconds(opts)
             return _all([reduction.scatter(self._comm, out, all_, limit) for out, all_ in pairs])
 
-        return self._run(name, begin, outputs)
+        return self._run(name, begin, outputs, inputs=inputs)
 
     # ------------------------------------------------------------------- moving tensors
     def broadcast(self, tensors: Any, opts: Any = None) -> Work:
@@ -367,7 +368,8 @@ class FmiProcessGroup(ProcessGroup):
             return _all(gathers)
 
         outputs = [tensor for each in places for tensor in each]
-        return self._run(name, begin, outputs, *rooms, *([whole] if whole else []))
+        filled = [*rooms, whole] if whole else rooms
+        return self._run(name, begin, outputs, *filled, inputs=inputs)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
         opts = opts or distributed.GatherOptions()
@@ -378,7 +380,7 @@ class FmiProcessGroup(ProcessGroup):
             out = rooms.flat if self.rank() == root else None
             return self._comm.gather(flat(tensor), root, out=out, timeout=seconds(opts))
 
-        return self._run("gather", begin, rooms.tensors, rooms)
+        return self._run("gather", begin, rooms.tensors, rooms, inputs=[tensor])
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Work:
         opts = opts or distributed.ScatterOptions()
@@ -389,7 +391,7 @@ class FmiProcessGroup(ProcessGroup):
             parts = None if items is None else [flat(each) for each in items]
             return self._comm.scatter(parts, root, out=rooms.flat[0], timeout=seconds(opts))
 
-        return self._run("scatter", begin, rooms.tensors, rooms)
+        return self._run("scatter", begin, rooms.tensors, rooms, inputs=items or [])
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
         rooms = Rooms(outputs)
@@ -398,7 +400,7 @@ class FmiProcessGroup(ProcessGroup):
             parts = [flat(each) for each in inputs]
             return self._comm.alltoall(parts, out=rooms.flat, timeout=seconds(opts))
 
-        return self._run("alltoall", begin, outputs, rooms)
+        return self._run("alltoall", begin, outputs, rooms, inputs=inputs)
 
     def all_to_all_single(
         self,
@@ -442,18 +444,20 @@ class FmiProcessGroup(ProcessGroup):
         return self._run("barrier", lambda: self._comm.barrier(timeout=seconds(opts)), [])
 
     def monitored_barrier(
-        self, timeout: timedelta | None = None, wait_all_ranks: bool = False
+        self, timeout: timedelta | float | None = None, wait_all_ranks: bool = False
     ) -> None:
         """Block until all ranks are here; where some are not, all others hear which.
 
         Unlike after a `barrier` that failed, the group can still be used.
 
         Args:
-            timeout: default: the group's.
+            timeout: or seconds; default: the group's.
             wait_all_ranks: name all ranks that are late, not only the first.
         """
         number = self._barriers = self._barriers + 1
-        limit = self._comm.timeout if timeout is None else timeout.total_seconds()
+        if isinstance(timeout, timedelta):
+            timeout = timeout.total_seconds()
+        limit = self._comm.timeout if timeout is None else timeout
 
         def begin() -> Awaitable[None]:
             return _monitor(self._monitor, number, limit, wait_all_ranks)
@@ -472,8 +476,19 @@ class FmiProcessGroup(ProcessGroup):
 
         return self._run("coalesced operations", begin, [t for w in works for t in w.tensors])
 
-    def _run(self, name: str, begin: Begin, tensors: Sequence[Tensor], *rooms: Rooms) -> Work:
-        """Let the thread begin an operation, and put what came where it belongs."""
+    def _run(
+        self,
+        name: str,
+        begin: Begin,
+        tensors: Sequence[Tensor],
+        *rooms: Rooms,
+        inputs: Sequence[Tensor] | None = None,
+    ) -> Work:
+        """Let the thread begin an operation, and put what came where it belongs.
+
+        `inputs` are what a profiler shows of it, where that is not `tensors`.
+        """
+        begin = recorded(name, tensors if inputs is None else inputs, begin)
         done = self._background.submit(begin, [each.put_back for each in rooms])
         work = Work(f"rank {self._comm._endpoint.rank}, {name}", done, tensors)
         if self._coalescing is not None:
@@ -496,9 +511,21 @@ async def _monitor(comm: Communicator, number: int, limit: float, wait_all_ranks
         for peer in range(1, comm.size):
             await comm.send(late, peer, number)
     if late:
-        ranks = ", ".join(f"rank {rank}" for rank in late)
-        why = f"{ranks} failed to pass monitored_barrier in {limit * 1000:.0f} ms"
-        raise CollectiveTimeout(why, missing=late, rank=comm._endpoint.rank, op="monitored_barrier")
+        rank = comm._endpoint.rank
+        why = _blame(late, limit, rank, comm._group[0])
+        raise CollectiveTimeout(why, missing=late, rank=rank, op="monitored_barrier")
+
+
+def _blame(late: list[int], limit: float, rank: int, first: int) -> str:
+    """Say who was late in the words of gloo's errors, which programs look for."""
+    names = f"Rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}"
+    why = f"{names} failed to pass monitoredBarrier in {limit * 1000:.0f} ms"
+    if rank == first:
+        return f"Rank {rank} timed out in monitoredBarrier: {why}"
+    return (
+        f"Rank {rank} successfully reached monitoredBarrier, "
+        f"but received errors while waiting for send/recv from rank {first}: {why}"
+    )
 
 
 async def _late(comm: Communicator, number: int, limit: float, wait_all_ranks: bool) -> list[int]:
@@ -523,7 +550,7 @@ def _allow_monitored_barrier() -> None:
 
     @wraps(theirs)
     def monitored_barrier(
-        group: Any = None, timeout: timedelta | None = None, wait_all_ranks: bool = False
+        group: Any = None, timeout: timedelta | float | None = None, wait_all_ranks: bool = False
     ) -> None:
         ours = distributed.group.WORLD if group is None else group
         if isinstance(ours, FmiProcessGroup):

@@ -12,6 +12,8 @@ import torch
 from torch.distributed import DistBackendError
 from torch.distributed import Work as TorchWork
 
+from fmi_client.errors import CollectiveTimeout
+
 MOST_CALLBACKS = 32
 """Threads for callbacks: each may itself wait for another operation's."""
 
@@ -59,7 +61,13 @@ class Work(TorchWork):
         if isinstance(error, TypeError | ValueError):
             return type(error)(f"[{self._where}] {error}")
         text = str(error)
-        return DistBackendError(text if text.startswith("[") else f"[{self._where}] {text}")
+        if not text.startswith("["):
+            text = f"[{self._where}] {text}"
+        if isinstance(error, CollectiveTimeout) and "imed out" not in text:
+            # gloo's errors say so, and programs look for it.
+            where, _, why = text.partition("] ")
+            text = f"{where}] Timed out ({why})"
+        return DistBackendError(text)
 
     def synchronize(self) -> None:
         self.wait()

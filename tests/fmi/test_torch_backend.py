@@ -442,12 +442,12 @@ def test_monitored_barrier(groups: list[Group]) -> None:
             enter(groups[0])
             return texts
 
-        assert "rank 1 failed to pass monitored_barrier in 100 ms" in late(False)[0]
-        assert "rank 1, rank 2 failed to pass" in late(True)[0]
+        assert "Rank 1 failed to pass monitoredBarrier in 100 ms" in late(False)[0]
+        assert "Ranks 1, 2 failed to pass" in late(True)[0]
 
 
 def test_the_group_lives_on_after_a_monitored_barrier_that_failed(groups: list[Group]) -> None:
-    with pytest.raises(DistBackendError, match="rank 1"):
+    with pytest.raises(DistBackendError, match="Rank 1"):
         groups[0].monitored_barrier(timedelta(milliseconds=10))
     tensors = values()
     want = folded(tensors, ReduceOp.SUM)
