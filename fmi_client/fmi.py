@@ -151,8 +151,8 @@ class func:
         self,
         op: op,
         function: Callable[[Any, Any], Any] | None = None,
-        commutative: bool = True,
-        associative: bool = True,
+        commutative: bool = False,
+        associative: bool = False,
     ) -> None:
         standard = _OPS.get(_Kind(op))
         self.op = standard or _custom(function, commutative)
@@ -184,6 +184,8 @@ def _placed(
     @wraps(operation)
     def placed(self: Communicator, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
+            if any(isinstance(each, datatypes | _Kind) for each in args):
+                raise TypeError("say fmi.types(fmi.datatypes.…) or fmi.func(fmi.op.…)")
             return operation(self, *args, **kwargs)
         except (TypeError, ValueError, OverflowError) as error:
             error.args = (f"[rank {self._rank}, {operation.__name__}] {error}",)
