@@ -16,10 +16,13 @@ Tokens and keys come from FMI_TOKEN and FMI_KEY, as everywhere.
 
 from __future__ import annotations
 
-import contextlib
+import atexit
+import concurrent.futures.thread  # noqa: F401 (before `_leave_all` is registered)
 import enum
 import operator
+import os
 import sys
+import threading
 import weakref
 from array import array as machine_array
 from collections.abc import Callable, Sequence
@@ -33,7 +36,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 
 from fmi_client import fmi_config, ops, sync
-from fmi_client.errors import FmiError
 from fmi_client.hints import Choice
 from fmi_client.payloads import Array
 
@@ -149,8 +151,8 @@ class func:
         self,
         op: op,
         function: Callable[[Any, Any], Any] | None = None,
-        commutative: bool = True,
-        associative: bool = True,
+        commutative: bool = False,
+        associative: bool = False,
     ) -> None:
         standard = _OPS.get(_Kind(op))
         self.op = standard or _custom(function, commutative)
@@ -182,6 +184,8 @@ def _placed(
     @wraps(operation)
     def placed(self: Communicator, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
+            if any(isinstance(each, datatypes | _Kind) for each in args):
+                raise TypeError("say fmi.types(fmi.datatypes.…) or fmi.func(fmi.op.…)")
             return operation(self, *args, **kwargs)
         except (TypeError, ValueError, OverflowError) as error:
             error.args = (f"[rank {self._rank}, {operation.__name__}] {error}",)
@@ -220,7 +224,9 @@ class Communicator:
         self._settings = fmi_config.read(config_path)
         self._job, self._memory_mb = comm_name, faas_memory
         self._joined: dict[str, sync.Communicator] = {}
-        self._leave = weakref.finalize(self, _leave, self._joined)
+        self._leave = weakref.finalize(self, _leave, self._joined, os.getpid())
+        if threading.current_thread() is threading.main_thread():
+            _of_main_thread.add(self)
         self.hint(hints.cheap)  # as theirs
 
     def hint(self, hint: hints) -> None:
@@ -374,10 +380,24 @@ def _fold(parts: Sequence[Any], f: func, type: types) -> Any:
     return fold(combine, map(np.asarray, parts)).tolist()
 
 
-def _leave(joined: dict[str, sync.Communicator]) -> None:
-    while joined:
-        with contextlib.suppress(FmiError):  # the job may have ended before
-            joined.popitem()[1].close()
+def _leave(joined: dict[str, sync.Communicator], pid: int) -> None:
+    """Leave, but not when a child that was forked ends: it has the same sockets."""
+    while joined and os.getpid() == pid:
+        joined.popitem()[1].close()
+
+
+_of_main_thread: weakref.WeakSet[Communicator] = weakref.WeakSet()
+
+
+def _leave_all() -> None:
+    """Leave when the main thread ends; others may go on, and leave when they let go."""
+    for communicator in list(_of_main_thread):
+        communicator.close()
+
+
+# Leaving through a store needs threads that concurrent.futures ends before `atexit` calls anybody.
+# For that it is in this list of threading's itself, of which the last comes first.
+getattr(threading, "_register_atexit", atexit.register)(_leave_all)
 
 
 def alias() -> None:
@@ -385,7 +405,6 @@ def alias() -> None:
     from fmi_client import fmi, fmi_operations
 
     fmilib = ModuleType("fmilib", "The astronomy code's wrapper, on fmi_client.")
-    fmilib.__path__ = []  # a package
     fmilib.fmi_operations = fmi_operations  # type: ignore[attr-defined]
     sys.modules["fmi"] = fmi
     sys.modules["fmilib"] = fmilib

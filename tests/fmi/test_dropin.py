@@ -234,6 +234,11 @@ def test_all_that_is_text_is_read_as_the_library_does(tmp_path: Path) -> None:
     assert settings.timeouts == {"auto": 1.0}
 
 
+def test_where_data_lies_in_a_bucket(tmp_path: Path) -> None:
+    settings = fmi_config.read(write(tmp_path / "fmi.json", "h:1", "S3"))
+    assert (settings.server, settings.store) == (None, "s3://bucket/fmi")
+
+
 def test_a_server_can_be_one_with_tls(tmp_path: Path) -> None:
     config = json.loads(write(tmp_path / "fmi.json", "h:1", "Direct").read_text())
     config["backends"]["Direct"]["host"] = "tls://name"

@@ -270,6 +270,8 @@ WRONG: list[tuple[str, tuple[Any, ...], str]] = [
     ("reduce", ([1], 0, SUM, DOUBLES), r"a list of 1: that is not types\(double_list, 2\)"),
     ("allreduce", (1.5, SUM, INT), r"1.5 is not"),
     ("scan", ([1, 2], SUM, DOUBLE), r"\[1, 2\] is not types\(double\)"),
+    ("recv", (1, fmi.datatypes.int), r"fmi.types\(fmi.datatypes.…\) or fmi.func"),
+    ("scan", (1, fmi.op.sum, INT), r"fmi.types\(fmi.datatypes.…\) or fmi.func"),
 ]
 
 
@@ -297,6 +299,7 @@ def test_functions_and_names_are_checked() -> None:
         fmi.func("average")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'float' is not a valid datatypes"):
         fmi.types("float")  # type: ignore[arg-type]
+    assert fmi.func(fmi.op.custom, max).in_order, "nothing is known of it"
     # The library ignores a function, and flags, beside another operation: so do we.
     assert not fmi.func(fmi.op.sum, max, False, False).in_order
 
