@@ -18,11 +18,13 @@ from typing import Any
 
 from fmi_client.communicator import Communicator, connect
 from fmi_client.errors import Aborted, CollectiveTimeout, FmiError
-from fmi_client.joining import LEAVE_SECONDS
 from fmi_client.payloads import unpack
 from fmi_client.protocol.inbox import Receive
 from fmi_client.protocol.peer import POINT_TO_POINT
 from fmi_client.transport.link import Link
+
+CLOSE_SECONDS = 10.0
+"""Leaving is limited by itself; so long a thread may take that gets no time to run."""
 
 Begin = Callable[[], Awaitable[Any]]
 
@@ -105,7 +107,7 @@ class Background:
         if closed:
             return
         with contextlib.suppress(FmiError, OSError):
-            asyncio.run_coroutine_threadsafe(self._leave(), self._loop).result(2 * LEAVE_SECONDS)
+            asyncio.run_coroutine_threadsafe(self._leave(), self._loop).result(CLOSE_SECONDS)
         self._stop()
 
     async def _leave(self) -> None:
@@ -116,7 +118,7 @@ class Background:
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(LEAVE_SECONDS)
+        self._thread.join(CLOSE_SECONDS)
 
 
 async def _join(server: str | None, options: dict[str, Any]) -> Communicator:
