@@ -34,7 +34,7 @@ from torch.distributed import ProcessGroup
 
 from fmi_client.background import Background, Begin, recv_any
 from fmi_client.communicator import Communicator
-from fmi_client.errors import CollectiveTimeout
+from fmi_client.errors import CollectiveTimeout, PunchFailed
 from fmi_client.torch_profile import recorded
 from fmi_client.torch_register import NAME, register
 from fmi_client.torch_store import FmiStore
@@ -49,6 +49,9 @@ KNOWN = ("key", "token", "tls", "channel", "epoch", "rank", "world_size", "use_l
 
 ANSWER_SECONDS = 1.0
 """How much longer than rank 0 waits for the others its word may take."""
+
+NOT_THERE = CollectiveTimeout, PunchFailed
+"""A rank that is late may not have been linked yet."""
 
 
 class _Job:
@@ -508,8 +511,11 @@ async def _monitor(comm: Communicator, number: int, limit: float, wait_all_ranks
         late = await comm.recv(0, number, timeout=limit + ANSWER_SECONDS)
     else:
         late = await _late(comm, number, limit, wait_all_ranks)
-        for peer in range(1, comm.size):
-            await comm.send(late, peer, number)
+        # Who was late may be dead, or without a link: then it hears nothing, and nobody waits.
+        patience = ANSWER_SECONDS if late else None
+        peers = range(1, comm.size)
+        answers = [comm.send(late, peer, number, timeout=patience) for peer in peers]
+        await asyncio.gather(*answers, return_exceptions=bool(late))
     if late:
         rank = comm._endpoint.rank
         why = _blame(late, limit, rank, comm._group[0])
@@ -529,17 +535,15 @@ def _blame(late: list[int], limit: float, rank: int, first: int) -> str:
 
 
 async def _late(comm: Communicator, number: int, limit: float, wait_all_ranks: bool) -> list[int]:
-    late: list[int] = []
-    end = asyncio.get_running_loop().time() + limit
-    for peer in range(1, comm.size):
-        left = max(0.0, end - asyncio.get_running_loop().time())
-        try:
-            await comm.recv(peer, number, timeout=left)
-        except CollectiveTimeout:
-            late.append(comm._group[peer])
-            if not wait_all_ranks:
-                break
-    return late
+    """Return who did not come; one by one, the last ones would have no time left for a link."""
+    peers = range(1, comm.size)
+    waits = [comm.recv(peer, number, timeout=limit) for peer in peers]
+    errors = await asyncio.gather(*waits, return_exceptions=True)
+    for error in errors:
+        if isinstance(error, BaseException) and not isinstance(error, NOT_THERE):
+            raise error
+    late = [comm._group[p] for p, e in zip(peers, errors, strict=True) if isinstance(e, NOT_THERE)]
+    return late if wait_all_ranks else late[:1]
 
 
 def _allow_monitored_barrier() -> None:
