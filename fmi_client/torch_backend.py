@@ -34,7 +34,7 @@ from torch.distributed import ProcessGroup
 
 from fmi_client.background import Background, Begin, recv_any
 from fmi_client.communicator import Communicator
-from fmi_client.errors import CollectiveTimeout
+from fmi_client.torch_monitor import monitor
 from fmi_client.torch_profile import recorded
 from fmi_client.torch_register import NAME, register
 from fmi_client.torch_store import FmiStore
@@ -46,9 +46,6 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 KNOWN = ("key", "token", "tls", "channel", "epoch", "rank", "world_size", "use_libuv")
 """What may stand behind the "?" of a URL; `use_libuv` is torch's own, and does nothing here."""
-
-ANSWER_SECONDS = 1.0
-"""How much longer than rank 0 waits for the others its word may take."""
 
 
 class _Job:
@@ -460,7 +457,7 @@ class FmiProcessGroup(ProcessGroup):
         limit = self._comm.timeout if timeout is None else timeout
 
         def begin() -> Awaitable[None]:
-            return _monitor(self._monitor, number, limit, wait_all_ranks)
+            return monitor(self._monitor, number, limit, wait_all_ranks)
 
         self._run("monitored_barrier", begin, []).wait()
 
@@ -499,47 +496,6 @@ class FmiProcessGroup(ProcessGroup):
 async def _all(begun: Iterable[Awaitable[Any]]) -> None:
     """Wait for operations that go on side by side."""
     await asyncio.gather(*begun)
-
-
-async def _monitor(comm: Communicator, number: int, limit: float, wait_all_ranks: bool) -> None:
-    """Let rank 0 hear from all others, and say who was late to those who were not."""
-    if comm.rank:
-        await comm.send(None, 0, number, timeout=limit)
-        late = await comm.recv(0, number, timeout=limit + ANSWER_SECONDS)
-    else:
-        late = await _late(comm, number, limit, wait_all_ranks)
-        for peer in range(1, comm.size):
-            await comm.send(late, peer, number)
-    if late:
-        rank = comm._endpoint.rank
-        why = _blame(late, limit, rank, comm._group[0])
-        raise CollectiveTimeout(why, missing=late, rank=rank, op="monitored_barrier")
-
-
-def _blame(late: list[int], limit: float, rank: int, first: int) -> str:
-    """Say who was late in the words of gloo's errors, which programs look for."""
-    names = f"Rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}"
-    why = f"{names} failed to pass monitoredBarrier in {limit * 1000:.0f} ms"
-    if rank == first:
-        return f"Rank {rank} timed out in monitoredBarrier: {why}"
-    return (
-        f"Rank {rank} successfully reached monitoredBarrier, "
-        f"but received errors while waiting for send/recv from rank {first}: {why}"
-    )
-
-
-async def _late(comm: Communicator, number: int, limit: float, wait_all_ranks: bool) -> list[int]:
-    late: list[int] = []
-    end = asyncio.get_running_loop().time() + limit
-    for peer in range(1, comm.size):
-        left = max(0.0, end - asyncio.get_running_loop().time())
-        try:
-            await comm.recv(peer, number, timeout=left)
-        except CollectiveTimeout:
-            late.append(comm._group[peer])
-            if not wait_all_ranks:
-                break
-    return late
 
 
 def _allow_monitored_barrier() -> None:

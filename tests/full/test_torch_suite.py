@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.full.torch_suite import record
+from tests.full.torch_suite import record, running
 
 ENOUGH = 0.95
 """Share of gloo's passes below which the backend is not what it says."""
@@ -71,6 +71,30 @@ def missing(got: record.Record) -> set[str]:
     """Return what passed once and does not now; gloo's own failures are torch's, not ours."""
     known = set(record.PASSING.read_text().split())
     return (known & got.runs["gloo"].passed()) - got.runs["fmi"].passed()
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (
+            "Traceback:\n  File\nAssertionError: no end within 2 s\n",
+            "AssertionError: no end within 2 s",
+        ),
+        (
+            "RuntimeError: Process 0 exited with error code 10 and exception:\nTraceback:\n  File\n"
+            "AssertionError: Scalars are not equal!\n\nExpected 1 but got 0.\nAbsolute difference: 1\n"
+            "Process 1 exited with error code 10 and exception:\nValueError: no\n",
+            "AssertionError: Scalars are not equal! Expected 1 but got 0.",
+        ),
+        (
+            "torch.distributed.DistBackendError: [rank 0] gone",
+            "torch.distributed.DistBackendError: [rank 0] gone",
+        ),
+        ("killed", "killed"),
+    ],
+)
+def test_the_reason_is_the_first_rank_s_error(text: str, error: str) -> None:
+    assert running.reason(text) == error
 
 
 def test_the_page_and_the_names_are_of_one_run() -> None:

@@ -26,7 +26,7 @@ def main() -> int:
     given.logs.mkdir(parents=True, exist_ok=True)
     with _ready(given.backend):
         runs = [_run(cases, tests, backend, given) for backend in given.backend]
-    made = record.Record(record.about(), {run.backend: run for run in runs})
+    made = record.Record(record.about(given.jobs), {run.backend: run for run in runs})
     _tell(made, given.logs)
     if given.json:
         record.save(made, given.json)
@@ -40,7 +40,7 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--backend", nargs="+", choices=["gloo", "fmi"], default=["gloo", "fmi"])
     add("-k", dest="pattern", default="", help="only tests in whose names this occurs")
-    add("--jobs", type=int, default=2, help="tests at a time (default: 2)")
+    add("--jobs", type=int, default=4, help="tests at a time (default: 4)")
     add("--deadline", type=float, default=60.0, help="seconds for each test (default: 60)")
     logs = Path(tempfile.gettempdir(), "torch-suite")
     add("--logs", type=Path, default=logs, help="what tests print (default: %(default)s)")

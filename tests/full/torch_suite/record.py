@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from collections import Counter
@@ -59,14 +60,16 @@ class Record(NamedTuple):
         return 1 - len(self.lost()) / len(self.runs["gloo"].passed())
 
 
-def about() -> dict[str, Any]:
-    """Return day, versions, machine and numbers of ranks."""
+def about(jobs: int) -> dict[str, Any]:
+    """Return day, versions, machine, numbers of ranks, and of tests at a time."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "torch": metadata.version("torch"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
         "ranks": [RANKS, MORE_RANKS],
+        "jobs": jobs,
     }
 
 
@@ -155,11 +158,11 @@ CPUs, and with [ours](torch.md), in the same way.
 
 **{summary}**
 
-Taken {date} with torch {torch}, Python {python}, {machine}, two tests at a time on a machine that
-others used as well. A test has {few} ranks, or {many} if it skips fewer than eight, as {large} of
-those passed do.
+Taken {date} with torch {torch}, Python {python}, {machine}, {jobs} tests at a time on {cores} cores
+that others used as well: the seconds say what a run costs, not which backend is faster. A test has
+{few} ranks, or {many} if it skips fewer than eight, as {large} of those passed do.
 
-    python -m tests.full.torch_suite                        # both backends; some three minutes
+    python -m tests.full.torch_suite                        # both backends; some two minutes
     python -m tests.full.torch_suite --backend fmi -k send  # tests with "send" in their names
 
 ## Failed with `fmi`

@@ -32,7 +32,10 @@ fork = multiprocessing.get_context("fork")
 RANKS = 4
 MORE_RANKS = 8
 
-ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Timeout|Lost)\b")
+# Some of torch's say what they expected only after an empty line.
+ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Timeout)\b.*(?:\n\nExpected .*)?", re.MULTILINE)
+MOST = 300
+"""Characters of an error that are reported."""
 
 SUITE = "torch.testing._internal.distributed.distributed_test"
 
@@ -177,11 +180,11 @@ def _run_with(test: str, ranks: int) -> Outcome:
         return Outcome(test, "skipped", ranks, seconds, result.skipped[0][1])
     if found := result.errors + result.failures:
         print(*(text for _, text in found), flush=True)
-        return Outcome(test, "failed", ranks, seconds, _last_line(found[0][1]))
+        return Outcome(test, "failed", ranks, seconds, reason(found[0][1]))
     return Outcome(test, "passed", ranks, seconds)
 
 
-def _last_line(text: str) -> str:
-    """Return what a traceback ends with; of several ranks' tracebacks, the first one's end."""
-    lines = [line for line in text.splitlines() if ERROR.match(line)]
-    return next((line for line in lines if "exited with error code" not in line), text[-200:])
+def reason(text: str) -> str:
+    """Return the error that a traceback ends with; of several ranks' tracebacks, the first's."""
+    errors = [found for found in ERROR.finditer(text) if "exited with error code" not in found[0]]
+    return " ".join(errors[0][0].split())[:MOST] if errors else text[-MOST:]
