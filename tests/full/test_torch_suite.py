@@ -82,7 +82,7 @@ def missing(got: record.Record) -> set[str]:
         ),
         (
             "RuntimeError: Process 0 exited with error code 10 and exception:\nTraceback:\n  File\n"
-            "AssertionError: Scalars are not equal!\n\nExpected 1 but got 0.\nAbsolute difference: 1\n"
+            "AssertionError: Scalars are not equal!\n\nExpected 1 but got 0.\nAbsolute: 1\n"
             "Process 1 exited with error code 10 and exception:\nValueError: no\n",
             "AssertionError: Scalars are not equal! Expected 1 but got 0.",
         ),
