@@ -36,10 +36,10 @@ def lab() -> Iterator[Lab]:
 
 
 # ------------------------------------------------------------------------- what is learned
-def learned(ranks: list[Rank]) -> str:
-    """Return the hash of the weights, which all ranks must have."""
+def learned(ranks: list[Rank], *more: int) -> str:
+    """Return the hash of the weights, which all ranks must have; exit codes are 0 or `more`."""
     for rank in ranks:
-        assert rank.ends(START) == 0, rank.err
+        assert rank.ends(START) in (0, *more), rank.err
     hashes = {rank.weights() for rank in ranks}
     assert len(hashes) == 1, hashes
     return hashes.pop()
@@ -61,7 +61,8 @@ def trained_by_gloo(folder: Path, size: int) -> tuple[str, Weights]:
     """Train on loopback."""
     words = ["--save", str(folder / "gloo.pt")]
     with training(folder / "gloo", size, words, by_gloo()) as ranks:
-        weights = learned(ranks)
+        # In one of some twenty processes gloo's threads abort the interpreter at its very end.
+        weights = learned(ranks, -signal.SIGABRT)
     return weights, torch.load(folder / "gloo.pt")
 
 
