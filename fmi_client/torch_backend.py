@@ -119,7 +119,8 @@ def _join(server: str, job: str, timeout: timedelta, **options: Any) -> Backgrou
 def _join_by_store(store: Any, rank: int, size: int, timeout: timedelta) -> Background:
     """Join through FMI_SERVER; rank 0 tells the others the job's name and key by torch's store."""
     server = _environment("FMI_SERVER", f'init_method="{NAME}://host:port/job"')
-    place = f"{NAME}/{next(_job.joined)}"
+    # torchrun keeps its store when it begins anew, and in it what was said in the last attempt.
+    place = f"{NAME}/{_restarts()}/{next(_job.joined)}"
     if rank == 0:
         job = os.environ.get("FMI_JOB") or f"torch-{secrets.token_hex(8)}"
         key = os.environ.get("FMI_KEY") or secrets.token_hex(32)
