@@ -7,6 +7,7 @@ state has a part in runs in processes (at the end).
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -402,6 +403,26 @@ def test_a_callback_may_wait_for_an_operation(groups: list[Group]) -> None:
 
     futures = [group.allreduce([torch.ones(1)]).get_future().then(more(group)) for group in groups]
     assert [future.wait().item() for future in futures] == [9] * SIZE
+
+
+def test_many_callbacks_may_wait_at_once(groups: list[Group]) -> None:
+    """As in a model of many buckets: each callback is done when another one's future is."""
+    count = 100
+    entered = threading.Barrier(count * SIZE, timeout=30)
+
+    def more(group: Group) -> Callable[[Any], Tensor]:
+        def callback(_: Any) -> Tensor:
+            entered.wait()
+            return group.allreduce([torch.ones(1)]).get_future().wait()[0]
+
+        return callback
+
+    futures = [
+        group.allreduce([torch.ones(1)]).get_future().then(more(group))
+        for _ in range(count)
+        for group in groups
+    ]
+    assert [future.wait().item() for future in futures] == [SIZE] * len(futures)
 
 
 def test_coalesced_calls_end_as_one(groups: list[Group]) -> None:
