@@ -229,6 +229,17 @@ def test_broadcast(groups: list[Group], dtype: torch.dtype, root: int) -> None:
     assert all(torch.equal(tensor, want) for tensor in tensors)
 
 
+def test_tensors_of_inference_mode_are_filled(groups: list[Group]) -> None:
+    with torch.inference_mode():
+        tensors = [strided(tensor) for tensor in values()]
+        contiguous = [tensor.clone() for tensor in tensors]
+        opts = options(dist.AllreduceOptions, reduceOp=ReduceOp.AVG)
+        everywhere(groups, lambda group, rank: group.broadcast([tensors[rank]]))
+        everywhere(groups, lambda group, rank: group.allreduce([contiguous[rank]], opts))
+    assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
+    assert all(torch.equal(tensor, folded(values(), ReduceOp.AVG)) for tensor in contiguous)
+
+
 def test_allgather(groups: list[Group]) -> None:
     inputs = values()
     outputs = [
