@@ -167,6 +167,7 @@ class _First:
         self.found: asyncio.Future[tuple[int, Receive]]
         self.found = asyncio.get_running_loop().create_future()
         self._posted: dict[int, tuple[Link, Receive]] = {}
+        self._left = comm.size - 1  # how many may still send
         for source, world in enumerate(comm._group):
             if source != comm.rank and not self.found.done():
                 key = (POINT_TO_POINT, comm._context, tag)
@@ -179,8 +180,9 @@ class _First:
 
     def _hear(self, source: int) -> None:
         _, receive = self._posted.pop(source)
-        if receive.error is not None and self._posted:
-            return  # that rank has left; another one may still send
+        self._left -= receive.error is not None
+        if receive.error is not None and self._left:
+            return  # that rank has left; another one may still send, or be asked next
         self.cancel()  # at once: a second message must stay for who receives next
         if not self.found.done():
             self.found.set_result((source, receive))

@@ -559,6 +559,25 @@ def test_who_left_is_named_and_may_not_call(address: str) -> None:
         assert isinstance(work.done.exception(), RankFailed)
 
 
+def test_who_has_left_does_not_keep_others_from_sending(address: str) -> None:
+    """Also where the first rank that is asked has left before."""
+    with joined(address, 3) as members:
+        groups = [group_of(member) for member in members]
+        everywhere(groups, lambda group, _: group.barrier())
+        members[0].close()
+        with pytest.raises(DistBackendError, match="rank 0"):
+            groups[2].recv([torch.zeros(1)], 0).wait()
+        place = torch.zeros(1)
+        receive = groups[2].recv_anysource([place])
+        groups[1].send([torch.ones(1)], 2).wait()
+        assert receive.wait(timedelta(seconds=10))
+        assert (receive.source_rank(), place.item()) == (1, 1)
+
+        members[1].close()
+        with pytest.raises(DistBackendError, match=r"rank [01] has left"):
+            groups[2].recv_anysource([place]).wait(timedelta(seconds=10))
+
+
 def test_leaving_gives_up_what_is_under_way(address: str) -> None:
     with joined(address, 2) as members:
         work = group_of(members[0]).recv([torch.ones(1)], 1)
