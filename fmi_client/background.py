@@ -39,6 +39,7 @@ class Background:
 
     def __init__(self, server: str | None, **options: Any) -> None:
         self._process = os.getpid()
+        self._rank: int = options.get("rank", 0)
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._lock = threading.Lock()
@@ -47,7 +48,8 @@ class Background:
         self._thread.start()
         try:
             self.comm = self.submit(lambda: _join(server, options)).result()
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: joining then still goes on
+            asyncio.run_coroutine_threadsafe(self._give_up(), self._loop).result(CLOSE_SECONDS)
             self._stop()
             raise
         atexit.register(self.close)
@@ -76,7 +78,7 @@ class Background:
         return done
 
     def _over(self) -> FmiError:
-        rank = self.comm.rank
+        rank = self._rank
         return Aborted(by=rank, reason="this process has left the job", rank=rank)
 
     def _begin(self, begin: Begin, then: Sequence[Callable[[], None]], done: Future[Any]) -> None:
@@ -111,10 +113,13 @@ class Background:
         self._stop()
 
     async def _leave(self) -> None:
+        await self._give_up()
+        await self.comm.close()
+
+    async def _give_up(self) -> None:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.comm.close()
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
