@@ -42,7 +42,7 @@ class Background:
         self._rank: int = options.get("rank", 0)
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may close while its thread submits
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="fmi-background", daemon=True)
         self._thread.start()
@@ -70,6 +70,10 @@ class Background:
         calls the communicator's methods, which number them, and leaves only the waiting.
         """
         done: Future[Any] = Future()
+        if os.getpid() != self._process:  # the thread, and maybe the lock, are the parent's
+            why = "this process was forked from a rank, and is none itself"
+            done.set_exception(FmiError(why, rank=self._rank))
+            return done
         with self._lock:
             if self._closed:
                 done.set_exception(self._over())

@@ -578,6 +578,14 @@ def test_who_has_left_does_not_keep_others_from_sending(address: str) -> None:
             groups[2].recv_anysource([place]).wait(timedelta(seconds=10))
 
 
+def test_a_handler_of_a_signal_may_leave(address: str) -> None:
+    """Also while the thread that it interrupts is beginning an operation."""
+    with joined(address, 1) as (member,), member._lock:
+        member.close()
+        with pytest.raises(Aborted, match="left the job"):
+            member.submit(member.comm.barrier).result(1)
+
+
 def test_leaving_gives_up_what_is_under_way(address: str) -> None:
     with joined(address, 2) as members:
         work = group_of(members[0]).recv([torch.ones(1)], 1)
