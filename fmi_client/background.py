@@ -39,15 +39,17 @@ class Background:
 
     def __init__(self, server: str | None, **options: Any) -> None:
         self._process = os.getpid()
+        self._rank: int = options.get("rank", 0)
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may close while its thread submits
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="fmi-background", daemon=True)
         self._thread.start()
         try:
             self.comm = self.submit(lambda: _join(server, options)).result()
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: joining then still goes on
+            asyncio.run_coroutine_threadsafe(self._give_up(), self._loop).result(CLOSE_SECONDS)
             self._stop()
             raise
         atexit.register(self.close)
@@ -68,6 +70,10 @@ class Background:
         calls the communicator's methods, which number them, and leaves only the waiting.
         """
         done: Future[Any] = Future()
+        if os.getpid() != self._process:  # the thread, and maybe the lock, are the parent's
+            why = "this process was forked from a rank, and is none itself"
+            done.set_exception(FmiError(why, rank=self._rank))
+            return done
         with self._lock:
             if self._closed:
                 done.set_exception(self._over())
@@ -76,7 +82,7 @@ class Background:
         return done
 
     def _over(self) -> FmiError:
-        rank = self.comm.rank
+        rank = self._rank
         return Aborted(by=rank, reason="this process has left the job", rank=rank)
 
     def _begin(self, begin: Begin, then: Sequence[Callable[[], None]], done: Future[Any]) -> None:
@@ -111,10 +117,13 @@ class Background:
         self._stop()
 
     async def _leave(self) -> None:
+        await self._give_up()
+        await self.comm.close()
+
+    async def _give_up(self) -> None:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.comm.close()
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -167,6 +176,7 @@ class _First:
         self.found: asyncio.Future[tuple[int, Receive]]
         self.found = asyncio.get_running_loop().create_future()
         self._posted: dict[int, tuple[Link, Receive]] = {}
+        self._left = comm.size - 1  # how many may still send
         for source, world in enumerate(comm._group):
             if source != comm.rank and not self.found.done():
                 key = (POINT_TO_POINT, comm._context, tag)
@@ -179,8 +189,9 @@ class _First:
 
     def _hear(self, source: int) -> None:
         _, receive = self._posted.pop(source)
-        if receive.error is not None and self._posted:
-            return  # that rank has left; another one may still send
+        self._left -= receive.error is not None
+        if receive.error is not None and self._left:
+            return  # that rank has left; another one may still send, or be asked next
         self.cancel()  # at once: a second message must stay for who receives next
         if not self.found.done():
             self.found.set_result((source, receive))

@@ -91,7 +91,8 @@ class Rooms:
         """Copy from the rooms that are memory of their own into their tensors."""
         for tensor, room in zip(self.tensors, self.flat, strict=True):
             if not _in_order(tensor):
-                tensor.copy_(room.view(tensor.shape))
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.copy_(room.view(tensor.shape))
 
 
 def _in_order(tensor: Tensor) -> bool:

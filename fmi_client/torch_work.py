@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
-from functools import cache
+from threading import Thread
 from typing import Any
 
 import torch
@@ -13,9 +13,6 @@ from torch.distributed import DistBackendError
 from torch.distributed import Work as TorchWork
 
 from fmi_client.errors import CollectiveTimeout
-
-MOST_CALLBACKS = 32
-"""Threads for callbacks: each may itself wait for another operation's."""
 
 
 class Work(TorchWork):
@@ -100,7 +97,7 @@ class Work(TorchWork):
             first: torch.futures.Future[Any] = torch.futures.Future()
             # What raises in `then` is an error for torch's own threads, too.
             self._future = first.then(self._outcome)
-            self.done.add_done_callback(lambda _: _threads().submit(first.set_result, None))
+            self.done.add_done_callback(lambda _: _in_a_thread(lambda: first.set_result(None)))
         return self._future
 
     def _outcome(self, _: object) -> list[torch.Tensor]:
@@ -108,6 +105,12 @@ class Work(TorchWork):
         return self.tensors
 
 
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(MOST_CALLBACKS, thread_name_prefix="fmi-callback")
+def _in_a_thread(call: Callable[[], None]) -> None:
+    """Call the callbacks of a future, each of which may wait for the callbacks of others.
+
+    For that a limited number of threads, however large, would be too few.
+    """
+    try:
+        Thread(target=call, name="fmi-callback").start()
+    except RuntimeError:  # the interpreter is ending, or the system has no more threads
+        call()

@@ -7,6 +7,7 @@ state has a part in runs in processes (at the end).
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -228,6 +229,17 @@ def test_broadcast(groups: list[Group], dtype: torch.dtype, root: int) -> None:
     assert all(torch.equal(tensor, want) for tensor in tensors)
 
 
+def test_tensors_of_inference_mode_are_filled(groups: list[Group]) -> None:
+    with torch.inference_mode():
+        tensors = [strided(tensor) for tensor in values()]
+        contiguous = [tensor.clone() for tensor in tensors]
+        opts = options(dist.AllreduceOptions, reduceOp=ReduceOp.AVG)
+        everywhere(groups, lambda group, rank: group.broadcast([tensors[rank]]))
+        everywhere(groups, lambda group, rank: group.allreduce([contiguous[rank]], opts))
+    assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
+    assert all(torch.equal(tensor, folded(values(), ReduceOp.AVG)) for tensor in contiguous)
+
+
 def test_allgather(groups: list[Group]) -> None:
     inputs = values()
     outputs = [
@@ -404,6 +416,26 @@ def test_a_callback_may_wait_for_an_operation(groups: list[Group]) -> None:
     assert [future.wait().item() for future in futures] == [9] * SIZE
 
 
+def test_many_callbacks_may_wait_at_once(groups: list[Group]) -> None:
+    """As in a model of many buckets: each callback is done when another one's future is."""
+    count = 100
+    entered = threading.Barrier(count * SIZE, timeout=30)
+
+    def more(group: Group) -> Callable[[Any], Tensor]:
+        def callback(_: Any) -> Tensor:
+            entered.wait()
+            return group.allreduce([torch.ones(1)]).get_future().wait()[0]
+
+        return callback
+
+    futures = [
+        group.allreduce([torch.ones(1)]).get_future().then(more(group))
+        for _ in range(count)
+        for group in groups
+    ]
+    assert [future.wait().item() for future in futures] == [SIZE] * len(futures)
+
+
 def test_coalesced_calls_end_as_one(groups: list[Group]) -> None:
     tensors = [[torch.ones(1), torch.ones(2)] for _ in groups]
     works = []
@@ -525,6 +557,33 @@ def test_who_left_is_named_and_may_not_call(address: str) -> None:
         with pytest.raises(DistBackendError, match=r"rank 1|peer 1"):
             work.wait()
         assert isinstance(work.done.exception(), RankFailed)
+
+
+def test_who_has_left_does_not_keep_others_from_sending(address: str) -> None:
+    """Also where the first rank that is asked has left before."""
+    with joined(address, 3) as members:
+        groups = [group_of(member) for member in members]
+        everywhere(groups, lambda group, _: group.barrier())
+        members[0].close()
+        with pytest.raises(DistBackendError, match="rank 0"):
+            groups[2].recv([torch.zeros(1)], 0).wait()
+        place = torch.zeros(1)
+        receive = groups[2].recv_anysource([place])
+        groups[1].send([torch.ones(1)], 2).wait()
+        assert receive.wait(timedelta(seconds=10))
+        assert (receive.source_rank(), place.item()) == (1, 1)
+
+        members[1].close()
+        with pytest.raises(DistBackendError, match=r"rank [01] has left"):
+            groups[2].recv_anysource([place]).wait(timedelta(seconds=10))
+
+
+def test_a_handler_of_a_signal_may_leave(address: str) -> None:
+    """Also while the thread that it interrupts is beginning an operation."""
+    with joined(address, 1) as (member,), member._lock:
+        member.close()
+        with pytest.raises(Aborted, match="left the job"):
+            member.submit(member.comm.barrier).result(1)
 
 
 def test_leaving_gives_up_what_is_under_way(address: str) -> None:

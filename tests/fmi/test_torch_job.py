@@ -245,6 +245,45 @@ def test_who_forgets_to_leave_leaves_in_order(address: str, tmp_path: Path) -> N
     assert errors == [b"", b""]
 
 
+def test_ctrl_c_while_others_are_awaited(address: str, tmp_path: Path) -> None:
+    """It ends the wait at once, and nothing stays behind: the next attempt is as the first."""
+    script = tmp_path / "alone.py"
+    script.write_text(
+        "import signal, threading, sys, time\n"
+        "from fmi_client.background import Background\n"
+        "signal.signal(signal.SIGALRM, signal.default_int_handler)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.5)\n"
+        "try:\n"
+        f"    Background('{address}', job='alone', rank=0, size=2, timeout=60)\n"
+        "except KeyboardInterrupt:\n"
+        "    left = [t for t in threading.enumerate() if t.name == 'fmi-background']\n"
+        "    sys.exit(5 if not left else 'the thread lives on')\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (5, "")
+
+
+def test_a_forked_process_is_no_rank(address: str, tmp_path: Path) -> None:
+    script = tmp_path / "forks.py"
+    script.write_text(
+        "import os, signal, torch, torch.distributed as dist\n"
+        f"place = 'fmi://{address}/forks'\n"
+        "dist.init_process_group('fmi', init_method=place, rank=0, world_size=1)\n"
+        "if not (child := os.fork()):\n"
+        "    signal.alarm(20)\n"
+        "    try:\n"
+        "        dist.barrier()\n"
+        "    except dist.DistBackendError as error:\n"
+        "        os._exit(4 if 'forked from a rank' in str(error) else 1)\n"
+        "    os._exit(2)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4\n"
+        "dist.barrier()\n"
+        "dist.destroy_process_group()\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_torch_that_has_changed_can_still_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist.Backend, "backend_list", [])
     monkeypatch.setattr(dist.Backend, "register_backend", None)
