@@ -58,6 +58,11 @@ def trained(process: subprocess.Popen[str]) -> list[str]:
     return weights(out)
 
 
+def test_the_program_knows_nothing_of_us() -> None:
+    source = (ROOT / "examples" / "ddp.py").read_text()
+    assert not re.search(r"fmi_client|rendezvous_server", source)
+
+
 def test_torchrun_trains_by_fmi_the_weights_that_it_trains_by_gloo(server: str) -> None:
     with torchrun(server, "fmi", 2, "--epochs", "1") as ours:
         first, second = trained(ours)

@@ -74,12 +74,14 @@ def test_two_ranks_behind_two_nats_learn_the_bits_that_gloo_learns(
 
 
 def test_four_ranks_behind_two_nats_learn_what_gloo_learns(lab: Lab, tmp_path: Path) -> None:
-    """Sums of four differ in their last bits: gloo's ring adds them in another order."""
+    """Sums of four differ in their last bits: we add in pairs, (a + b) + (c + d), and gloo along a
+    ring that begins elsewhere in each quarter of a tensor, ((d + c) + b) + a.
+    """
     _, ours = trained_in(lab, tmp_path, 4)
     _, theirs = trained_by_gloo(tmp_path, 4)
     assert ours.keys() == theirs.keys()
     for name, weights in ours.items():
-        # 1.5e-7 is one last bit of a weight of 1; seen: 3e-8.
+        # The last bit of a weight of 1 is 1.2e-7; seen: 3e-8.
         torch.testing.assert_close(weights, theirs[name], rtol=0, atol=1e-6)
 
 
