@@ -20,7 +20,7 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import _test_python_store
 from torch.distributed import DistBackendError, DistStoreError, PrefixStore
 
-from fmi_client import torch_backend, torch_register
+from fmi_client import torch_backend, torch_register, torch_store
 from fmi_client.background import Background
 from fmi_client.errors import RankFailed
 from fmi_client.torch_store import FmiStore
@@ -81,6 +81,24 @@ def test_a_key_that_does_not_come(address: str, rank: int) -> None:
             both[rank].wait(["b", "c"], SHORT)
         both[rank].set("b", "still here")
         assert both[1 - rank].get("b") == b"still here"
+
+
+GARBLED: list[Any] = [
+    *(None, 5, [1], ["1", "set", ["k", b""], 1.0], [1, ["set"], [], 1.0], [-1, "num_keys", [], 1.0]),
+    *([90, "wait", [5], 1.0], [91, "wait", [["x", ["y"]]], 1.0], [92, "wait", [["x"]], "soon"]),
+    *([93, "set", [["k"], b""], 1.0], [94, "set", ["k", 2**40], 1.0], [95, "append", ["k", 1], 1.0]),
+    *([96, "add", ["n", "x"], 1.0], [97, "__init__", [], 1.0], [2**63, "num_keys", [], 1.0]),
+]
+
+
+@pytest.mark.parametrize("question", GARBLED, ids=str)
+def test_a_garbled_question_harms_nobody(address: str, question: Any) -> None:
+    with stores(address, 2) as (zero, one):
+        comm = one._comm
+        one._background.submit(lambda: comm.send(question, 0, torch_store.ASK_TAG)).result(10)
+        one.set("a", "1")
+        assert zero.get("a") == one.get("a") == b"1"
+        assert zero.num_keys() == 1
 
 
 def test_a_store_without_rank_0(address: str) -> None:
