@@ -179,6 +179,16 @@ def test_by_address(address: str) -> None:
     ]
 
 
+def test_a_job_by_its_name_in_an_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Percent signs stand for what an address cannot hold: tokens, and others, have the name."""
+    joined: list[str] = []
+    monkeypatch.setattr(torch_backend, "_join", lambda server, job, *_, **__: joined.append(job))
+    for path in ("/my%20job/", "/my%2Fjob", "/my+job"):
+        with pytest.raises(AttributeError):  # what follows needs a job
+            torch_backend.rendezvous(f"fmi://{address}{path}?rank=0&world_size=1")
+    assert joined == ["my job", "my/job", "my+job"]
+
+
 def test_by_environment_without_the_import(address: str, tmp_path: Path) -> None:
     """As any program that torchrun starts: torch finds the backend by its entry point."""
     script = tmp_path / "train.py"
@@ -322,6 +332,9 @@ def test_a_torch_that_has_changed_can_still_be_imported(monkeypatch: pytest.Monk
         ("fmi://127.0.0.1:1?rank=0&world_size=1", "needs fmi://host:port/job, or FMI_JOB"),
         ("fmi://127.0.0.1:1/j?rank=0&world_size=1&key=ab", "key"),
         ("fmi://127.0.0.1:1/j?rank=0&world_size=1&kye=ab", "kye"),
+        ("fmi://127.0.0.1:1/j?rank=0&world_size=1&key=", "key"),
+        ("fmi://127.0.0.1:1/j?rank=0&world_size=1&tls=yes", "tls=yes is neither"),
+        ("fmi://127.0.0.1:1/j?rank=0&world_size=1&tls=", "tls= is neither"),
         ("fmi://127.0.0.1:1/j?rank=one&world_size=1", "rank=one"),
     ],
 )
