@@ -244,12 +244,13 @@ class FmiProcessGroup(ProcessGroup):
                 _job.background = _job.store = None
 
     def abort(self) -> None:
-        """End the job, on all ranks and in all its groups."""
+        """End the job, on all ranks and in all its groups; the default group's also leaves it."""
 
         async def abort() -> None:
             self._comm.abort("abort() of the process group")
 
         self._run("abort", abort, []).wait()
+        self.shutdown()  # torch forgets a default group that it has aborted
 
     def _set_sequence_number_for_group(self) -> None:
         """Collectives are numbered from the beginning, alike on all ranks."""

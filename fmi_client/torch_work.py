@@ -12,6 +12,7 @@ import torch
 from torch.distributed import DistBackendError
 from torch.distributed import Work as TorchWork
 
+
 class Work(TorchWork):
     """What `async_op=True` returns, and what all calls without it wait for.
 

@@ -84,10 +84,11 @@ def test_a_key_that_does_not_come(address: str, rank: int) -> None:
 
 
 GARBLED: list[Any] = [
-    *(None, 5, [1], ["1", "set", ["k", b""], 1.0], [1, ["set"], [], 1.0], [-1, "num_keys", [], 1.0]),
-    *([90, "wait", [5], 1.0], [91, "wait", [["x", ["y"]]], 1.0], [92, "wait", [["x"]], "soon"]),
-    *([93, "set", [["k"], b""], 1.0], [94, "set", ["k", 2**40], 1.0], [95, "append", ["k", 1], 1.0]),
-    *([96, "add", ["n", "x"], 1.0], [97, "__init__", [], 1.0], [2**63, "num_keys", [], 1.0]),
+    *(None, 5, [1], ["1", "set", ["k", b""], 1.0], [1, ["set"], [], 1.0]),
+    *([-1, "num_keys", [], 1.0], [2**63, "num_keys", [], 1.0], [90, "wait", [5], 1.0]),
+    *([91, "wait", [["x", ["y"]]], 1.0], [92, "wait", [["x"]], "soon"]),
+    *([93, "set", [["k"], b""], 1.0], [94, "set", ["k", 2**40], 1.0]),
+    *([95, "append", ["k", 1], 1.0], [96, "add", ["n", "x"], 1.0], [97, "__init__", [], 1.0]),
 ]
 
 
@@ -232,6 +233,27 @@ def test_one_job_after_another_of_the_same_name(address: str) -> None:
         return totals
 
     assert run(3, program) == [[3.0] * 5] * 3
+
+
+def test_one_job_after_another_that_was_aborted(address: str) -> None:
+    def program(rank: int, size: int) -> Any:
+        dist.init_process_group("fmi", init_method=f"fmi://{address}/aborted")
+        dist.barrier()
+        text = ""
+        if rank == 0:
+            dist.distributed_c10d._abort_process_group()
+        else:
+            try:
+                dist.recv(torch.zeros(1), 0)
+            except DistBackendError as error:
+                text = str(error)
+            dist.destroy_process_group()
+        dist.init_process_group("fmi", init_method=f"fmi://{address}/anew")
+        return text, total(rank)
+
+    (_, first), (text, second) = run(2, program)
+    assert "abort() of the process group" in text
+    assert (first, second) == (1.0, 1.0)
 
 
 def test_a_killed_rank_is_named_at_once(address: str) -> None:
