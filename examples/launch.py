@@ -74,9 +74,9 @@ async def _launch(command: Sequence[str], size: int) -> int:
         server, address = await start_server(family, SERVER)
         assert server.stderr is not None
         log = asyncio.create_task(read_tail(server.stderr))
-        env = _environment(address, size)
+        env = _environment(address)
         ranks = [
-            await start(family, f"rank {rank}", command, env | {"FMI_RANK": str(rank)})
+            await start(family, f"rank {rank}", command, env | _number(rank, size))
             for rank in range(size)
         ]
         try:
@@ -85,12 +85,18 @@ async def _launch(command: Sequence[str], size: int) -> int:
             log.cancel()
 
 
-def _environment(address: str, size: int) -> dict[str, str]:
-    place = {"FMI_SERVER": address, "FMI_JOB": "example", "FMI_SIZE": str(size)}
+def _environment(address: str) -> dict[str, str]:
+    place = {"FMI_SERVER": address, "FMI_JOB": "example"}
     # The ranks share this machine's cores: one thread each, unless told otherwise.
     env = {"OMP_NUM_THREADS": "1", **os.environ, **place, "FMI_KEY": secrets.token_hex(32)}
     env.pop("FMI_TOKEN", None)  # admits to another server
     return env
+
+
+def _number(rank: int, size: int) -> dict[str, str]:
+    """Return what tells a process its rank, under our names and torch's."""
+    ours = {"FMI_RANK": str(rank), "FMI_SIZE": str(size)}
+    return ours | {"RANK": str(rank), "WORLD_SIZE": str(size)}
 
 
 async def _all(ranks: Sequence[Process]) -> bool:

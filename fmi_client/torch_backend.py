@@ -26,7 +26,7 @@ from collections.abc import Awaitable, Iterable, Sequence
 from datetime import timedelta
 from functools import wraps
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import torch
 from torch import Tensor, distributed
@@ -83,7 +83,7 @@ def rendezvous(
     place = f"{NAME}://host:port/job"
     background = _join(
         server if parts.netloc else _environment("FMI_SERVER", place),
-        parts.path.strip("/") or _environment("FMI_JOB", place),
+        unquote(parts.path).strip("/") or _environment("FMI_JOB", place),
         timeout,
         rank=_number("rank", given.get("rank") or _environment("RANK", "rank=…")),
         size=_number("size", given.get("world_size") or _environment("WORLD_SIZE", "world_size=…")),
@@ -95,10 +95,13 @@ def rendezvous(
 
 
 def _query(text: str) -> dict[str, str]:
-    given = {name: values[-1] for name, values in parse_qs(text).items()}
+    pairs = parse_qs(text, keep_blank_values=True)
+    given = {name: values[-1] for name, values in pairs.items()}
     unknown = ", ".join(sorted(given.keys() - KNOWN))
     if unknown:
         raise ValueError(f"{NAME}://… takes {', '.join(KNOWN)} behind its ?, not {unknown}")
+    if given.get("tls", "0") not in ("0", "1"):
+        raise ValueError(f"tls={given['tls']} is neither 0 nor 1")  # not: then in plain text
     return given
 
 
@@ -240,12 +243,13 @@ class FmiProcessGroup(ProcessGroup):
                 _job.background = _job.store = None
 
     def abort(self) -> None:
-        """End the job, on all ranks and in all its groups."""
+        """End the job, on all ranks and in all its groups; the default group's also leaves it."""
 
         async def abort() -> None:
             self._comm.abort("abort() of the process group")
 
         self._run("abort", abort, []).wait()
+        self.shutdown()  # torch forgets a default group that it has aborted
 
     def _set_sequence_number_for_group(self) -> None:
         """Collectives are numbered from the beginning, alike on all ranks."""

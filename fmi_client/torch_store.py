@@ -64,6 +64,8 @@ class Keys:
 
     async def _wait(self, keys: list[str], seconds: float) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if not all(isinstance(key, str) for key in keys):
+            raise TypeError("a key is a string")  # and would stop all that wait, later
         place = keys, waiter
         self._waiting.append(place)
         self._wake()
@@ -84,7 +86,7 @@ class Keys:
         return all(key in self._values for key in keys)
 
     def _put(self, key: str, value: bytes) -> None:
-        self._values[key] = value
+        self._values[key] = _must_be_bytes(value)
 
     def _add(self, key: str, amount: int) -> int:
         total = int(self._values.get(key, b"0")) + amount
@@ -92,12 +94,12 @@ class Keys:
         return total
 
     def _append(self, key: str, value: bytes) -> None:
-        self._values[key] = self._values.get(key, b"") + value
+        self._values[key] = self._values.get(key, b"") + _must_be_bytes(value)
 
     def _compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
         """Set where the value is `expected`, or there is none and nothing was expected."""
         if self._values.get(key, b"") == expected:
-            self._values[key] = desired
+            self._values[key] = _must_be_bytes(desired)
         return self._values.get(key, expected)
 
 
@@ -213,13 +215,23 @@ def _server(comm: Communicator, keys: Keys, peer: int) -> Callable[[], Any]:
 
 
 async def _answer(comm: Communicator, keys: Keys, peer: int, question: Any) -> None:
-    number, name, args, seconds = question
+    match question:
+        case [int(number), str(name), list(args), int() | float() as seconds] if 0 < number < 2**63:
+            pass
+        case _:
+            return  # no store asks like that, and nobody awaits an answer
     try:
         answer = [None, await keys.ask(name, args, seconds)]
-    except (TimeoutError, LookupError, TypeError, ValueError) as error:
+    except (TimeoutError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         answer = [str(error), None]
     with contextlib.suppress(FmiError):
         await comm.send(answer, peer, number)
+
+
+def _must_be_bytes(value: Any) -> bytes:
+    if not isinstance(value, bytes):
+        raise TypeError(f"a value is bytes, not {type(value).__name__}")
+    return value
 
 
 def _bytes(value: Any) -> bytes:

@@ -63,6 +63,19 @@ def test_the_program_knows_nothing_of_us() -> None:
     assert not re.search(r"fmi_client|rendezvous_server", source)
 
 
+def test_the_command_of_the_readme_trains() -> None:
+    page = (ROOT / "examples" / "README.md").read_text()
+    ((command, shown),) = re.findall(r"\$ \S+ (-m examples.launch .*ddp.*)\n([^`]*)```", page)
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, done.stderr
+    # Bits depend on the processor; which rank speaks first, on chance.
+    lines = [re.sub(r"\w+$", "", line) for line in sorted(done.stdout.splitlines())]
+    assert lines == [re.sub(r"\w+$", "", line) for line in sorted(shown.splitlines())]
+    assert len(set(weights(done.stdout))) == 1
+
+
 def test_torchrun_trains_by_fmi_the_weights_that_it_trains_by_gloo(server: str) -> None:
     with torchrun(server, "fmi", 2, "--epochs", "1") as ours:
         first, second = trained(ours)

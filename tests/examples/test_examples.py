@@ -27,7 +27,7 @@ from workflow.demo.catalogue import load_catalogue
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(
-    {p.stem for p in (ROOT / "examples").glob("*.py")} - {"__init__", "launch", "ranks"}
+    {p.stem for p in (ROOT / "examples").glob("*.py")} - {"__init__", "ddp", "launch", "ranks"}
 )
 PAGE = (ROOT / "examples" / "README.md").read_text()
 LINES = 80

@@ -424,7 +424,8 @@ def test_many_callbacks_may_wait_at_once(groups: list[Group]) -> None:
     def more(group: Group) -> Callable[[Any], Tensor]:
         def callback(_: Any) -> Tensor:
             entered.wait()
-            return group.allreduce([torch.ones(1)]).get_future().wait()[0]
+            reduced: Tensor = group.allreduce([torch.ones(1)]).get_future().wait()[0]
+            return reduced
 
         return callback
 

@@ -20,7 +20,7 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import _test_python_store
 from torch.distributed import DistBackendError, DistStoreError, PrefixStore
 
-from fmi_client import torch_backend, torch_register
+from fmi_client import torch_backend, torch_register, torch_store
 from fmi_client.background import Background
 from fmi_client.errors import RankFailed
 from fmi_client.torch_store import FmiStore
@@ -81,6 +81,25 @@ def test_a_key_that_does_not_come(address: str, rank: int) -> None:
             both[rank].wait(["b", "c"], SHORT)
         both[rank].set("b", "still here")
         assert both[1 - rank].get("b") == b"still here"
+
+
+GARBLED: list[Any] = [
+    *(None, 5, [1], ["1", "set", ["k", b""], 1.0], [1, ["set"], [], 1.0]),
+    *([-1, "num_keys", [], 1.0], [2**63, "num_keys", [], 1.0], [90, "wait", [5], 1.0]),
+    *([91, "wait", [["x", ["y"]]], 1.0], [92, "wait", [["x"]], "soon"]),
+    *([93, "set", [["k"], b""], 1.0], [94, "set", ["k", 2**40], 1.0]),
+    *([95, "append", ["k", 1], 1.0], [96, "add", ["n", "x"], 1.0], [97, "__init__", [], 1.0]),
+]
+
+
+@pytest.mark.parametrize("question", GARBLED, ids=str)
+def test_a_garbled_question_harms_nobody(address: str, question: Any) -> None:
+    with stores(address, 2) as (zero, one):
+        comm = one._comm
+        one._background.submit(lambda: comm.send(question, 0, torch_store.ASK_TAG)).result(10)
+        one.set("a", "1")
+        assert zero.get("a") == one.get("a") == b"1"
+        assert zero.num_keys() == 1
 
 
 def test_a_store_without_rank_0(address: str) -> None:
@@ -161,6 +180,16 @@ def test_by_address(address: str) -> None:
     ]
 
 
+def test_a_job_by_its_name_in_an_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Percent signs stand for what an address cannot hold: tokens, and others, have the name."""
+    joined: list[str] = []
+    monkeypatch.setattr(torch_backend, "_join", lambda server, job, *_, **__: joined.append(job))
+    for path in ("/my%20job/", "/my%2Fjob", "/my+job"):
+        with pytest.raises(AttributeError):  # what follows needs a job
+            torch_backend.rendezvous(f"fmi://{address}{path}?rank=0&world_size=1")
+    assert joined == ["my job", "my/job", "my+job"]
+
+
 def test_by_environment_without_the_import(address: str, tmp_path: Path) -> None:
     """As any program that torchrun starts: torch finds the backend by its entry point."""
     script = tmp_path / "train.py"
@@ -204,6 +233,27 @@ def test_one_job_after_another_of_the_same_name(address: str) -> None:
         return totals
 
     assert run(3, program) == [[3.0] * 5] * 3
+
+
+def test_one_job_after_another_that_was_aborted(address: str) -> None:
+    def program(rank: int, size: int) -> Any:
+        dist.init_process_group("fmi", init_method=f"fmi://{address}/aborted")
+        dist.barrier()
+        text = ""
+        if rank == 0:
+            dist.distributed_c10d._abort_process_group()
+        else:
+            try:
+                dist.recv(torch.zeros(1), 0)
+            except DistBackendError as error:
+                text = str(error)
+            dist.destroy_process_group()
+        dist.init_process_group("fmi", init_method=f"fmi://{address}/anew")
+        return text, total(rank)
+
+    (_, first), (text, second) = run(2, program)
+    assert "abort() of the process group" in text
+    assert (first, second) == (1.0, 1.0)
 
 
 def test_a_killed_rank_is_named_at_once(address: str) -> None:
@@ -304,6 +354,9 @@ def test_a_torch_that_has_changed_can_still_be_imported(monkeypatch: pytest.Monk
         ("fmi://127.0.0.1:1?rank=0&world_size=1", "needs fmi://host:port/job, or FMI_JOB"),
         ("fmi://127.0.0.1:1/j?rank=0&world_size=1&key=ab", "key"),
         ("fmi://127.0.0.1:1/j?rank=0&world_size=1&kye=ab", "kye"),
+        ("fmi://127.0.0.1:1/j?rank=0&world_size=1&key=", "key"),
+        ("fmi://127.0.0.1:1/j?rank=0&world_size=1&tls=yes", "tls=yes is neither"),
+        ("fmi://127.0.0.1:1/j?rank=0&world_size=1&tls=", "tls= is neither"),
         ("fmi://127.0.0.1:1/j?rank=one&world_size=1", "rank=one"),
     ],
 )
