@@ -33,10 +33,10 @@ def register() -> None:
 
 
 def _rendezvous(url: str, **options: Any) -> Iterator[Any]:
-    from fmi_client import torch_backend
+    from fmi_client import torch_join
 
-    yield torch_backend.rendezvous(url, **options)
-    raise RuntimeError(f"{url}: a job is joined once; begin another one by a new process group")
+    yield torch_join.rendezvous(url, **options)
+    raise RuntimeError("a job is joined once; begin another one by a new process group")
 
 
 def _create(options: Any, backend_options: Any) -> Any:

@@ -179,7 +179,7 @@ class FmiStore(Store):
         asked = self._submit(name, list(args), seconds)
         try:
             return asked.result()
-        except (FmiError, LookupError, OSError) as error:
+        except (FmiError, LookupError, OSError, TypeError, ValueError) as error:
             what = f"rank {self._comm.rank}: store.{name}({', '.join(map(repr, args[:1]))})"
             raise DistStoreError(f"{what}: {error}") from error
 

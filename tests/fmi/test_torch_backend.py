@@ -139,6 +139,14 @@ def test_a_sum_of_what_was_multiplied_before(groups: list[Group], factor: Any) -
     assert all(torch.equal(tensor, want) for tensor in tensors)
 
 
+def test_a_mean_of_whole_numbers_is_rounded_towards_zero(groups: list[Group]) -> None:
+    tensors = [torch.tensor([-4, 4]) for _ in range(SIZE)]
+    tensors[0] -= torch.tensor([1, -1])  # -13 and 13 thirds
+    opts = options(dist.AllreduceOptions, reduceOp=ReduceOp.AVG)
+    everywhere(groups, lambda group, rank: group.allreduce([tensors[rank]], opts))
+    assert all(tensor.tolist() == [-4, 4] for tensor in tensors)
+
+
 @pytest.mark.filterwarnings("ignore:ComplexHalf support")
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex32], ids=str)
 def test_complex_numbers_are_added_as_such(groups: list[Group], dtype: torch.dtype) -> None:
@@ -238,6 +246,23 @@ def test_tensors_of_inference_mode_are_filled(groups: list[Group]) -> None:
         everywhere(groups, lambda group, rank: group.allreduce([contiguous[rank]], opts))
     assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
     assert all(torch.equal(tensor, folded(values(), ReduceOp.AVG)) for tensor in contiguous)
+
+
+def test_views_that_are_only_marked_as_conjugate_or_negative_are_filled(
+    groups: list[Group],
+) -> None:
+    tensors = [torch.tensor([complex(rank, 1)]) for rank in range(SIZE)]
+    tensors[1] = torch.zeros(1, dtype=torch.complex64).conj()
+    everywhere(groups, lambda group, rank: group.broadcast([tensors[rank]]))
+    assert all(tensor.tolist() == [1j] for tensor in tensors)
+    parts = [
+        torch.full((1,), 5.0),
+        torch.zeros(1, dtype=torch.complex64).conj().imag,
+        torch.zeros(1),
+    ]
+    assert parts[1].is_neg()
+    everywhere(groups, lambda group, rank: group.broadcast([parts[rank]]))
+    assert all(part.tolist() == [5] for part in parts)
 
 
 def test_allgather(groups: list[Group]) -> None:
@@ -477,6 +502,15 @@ def test_monitored_barrier(groups: list[Group]) -> None:
 
         assert "Rank 1 failed to pass monitoredBarrier in 100 ms" in late(False)[0]
         assert "Ranks 1, 2 failed to pass" in late(True)[0]
+
+
+def test_a_monitored_barrier_does_not_take_messages(groups: list[Group]) -> None:
+    groups[1].send([torch.ones(1)], 0, 1).wait()  # under the tag that the first barrier has
+    with pytest.raises(DistBackendError, match="Rank 1"):
+        groups[0].monitored_barrier(timedelta(milliseconds=50))
+    got = torch.zeros(1)
+    groups[0].recv([got], 1, 1).wait()
+    assert got.item() == 1
 
 
 def test_the_group_lives_on_after_a_monitored_barrier_that_failed(groups: list[Group]) -> None:

@@ -20,7 +20,7 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import _test_python_store
 from torch.distributed import DistBackendError, DistStoreError, PrefixStore
 
-from fmi_client import torch_backend, torch_register, torch_store
+from fmi_client import torch_join, torch_register, torch_store
 from fmi_client.background import Background
 from fmi_client.errors import RankFailed
 from fmi_client.torch_store import FmiStore
@@ -183,10 +183,10 @@ def test_by_address(address: str) -> None:
 def test_a_job_by_its_name_in_an_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Percent signs stand for what an address cannot hold: tokens, and others, have the name."""
     joined: list[str] = []
-    monkeypatch.setattr(torch_backend, "_join", lambda server, job, *_, **__: joined.append(job))
+    monkeypatch.setattr(torch_join, "_join", lambda server, job, *_, **__: joined.append(job))
     for path in ("/my%20job/", "/my%2Fjob", "/my+job"):
         with pytest.raises(AttributeError):  # what follows needs a job
-            torch_backend.rendezvous(f"fmi://{address}{path}?rank=0&world_size=1")
+            torch_join.rendezvous(f"fmi://{address}{path}?rank=0&world_size=1")
     assert joined == ["my job", "my/job", "my+job"]
 
 
@@ -364,8 +364,8 @@ def test_what_is_missing_is_said(url: str, text: str, monkeypatch: pytest.Monkey
     for name in ("FMI_SERVER", "FMI_JOB", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match=text):
-        torch_backend.rendezvous(url)
-    assert torch_backend._job.background is None
+        torch_join.rendezvous(url)
+    assert torch_join.joined.background is None
 
 
 def test_a_thread_that_could_not_join_ends() -> None:
