@@ -90,17 +90,13 @@ class Rooms:
     def put_back(self) -> None:
         """Copy from the rooms that are memory of their own into their tensors."""
         for tensor, room in zip(self.tensors, self.flat, strict=True):
-            if not _in_order(tensor):
+            if not tensor.is_contiguous():
                 with torch.inference_mode(tensor.is_inference()):
                     tensor.copy_(room.view(tensor.shape))
 
 
-def _in_order(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
 def _room(tensor: Tensor) -> Tensor:
-    return tensor.view(-1) if _in_order(tensor) else flat(torch.empty_like(tensor)).contiguous()
+    return tensor.view(-1) if tensor.is_contiguous() else flat(torch.empty_like(tensor)).contiguous()
 
 
 class Reduction:
