@@ -96,7 +96,7 @@ class Rooms:
 
 
 def _room(tensor: Tensor) -> Tensor:
-    return tensor.view(-1) if tensor.is_contiguous() else flat(torch.empty_like(tensor)).contiguous()
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.new_empty(tensor.numel())
 
 
 class Reduction:
