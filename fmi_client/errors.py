@@ -192,7 +192,8 @@ class PunchFailed(FmiError):
 class RankFailed(FmiError):
     """Rank ``rank`` of the job died, or left while others needed it.
 
-    All other ranks raise it. The job cannot go on; a new attempt takes the next ``epoch``. Here ``rank`` and ``peer`` both name the rank that failed, not the one that noticed.
+    All other ranks raise it. The job cannot go on; a new attempt takes the next ``epoch``. Here
+    ``rank`` and ``peer`` both name the rank that failed, not the one that noticed.
     """
 
     def __init__(
@@ -229,5 +230,5 @@ class Aborted(FmiError):
 class ProtocolError(FmiError):
     """The other side sent bytes that the protocol does not allow.
 
-    The connection they came by is closed; nothing of them has been used.
+    None of it reaches the caller.
     """

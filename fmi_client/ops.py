@@ -58,10 +58,15 @@ def custom(function: Callable[[Any, Any], Any], *, commutative: bool = False) ->
     """Make an operation of an associative function of two values.
 
     Args:
-        function: ``f(left, right)``; gets two arrays of one dtype and shape (or two Python
-            values), must not modify them, and returns the combined one.
+        function: ``f(left, right)``, associative; gets two arrays of one dtype and shape (or two
+            Python values), must not modify them, and returns the combined one.
         commutative: True allows the faster algorithms that change the order of ranks.
             Otherwise values are combined in rank order, lower ranks on the left.
+
+    Returns:
+        what `allreduce` and its like take as ``op``. Ranks compare the function's qualified name.
+        In an operation, a result of another shape raises ValueError, and one whose dtype cannot be
+        cast "same_kind" TypeError; both end the job on all ranks.
     """
 
     def array(left: Array, right: Array, out: Array) -> None:
@@ -77,7 +82,11 @@ def custom(function: Callable[[Any, Any], Any], *, commutative: bool = False) ->
 
 
 def as_op(op: Op | Callable[[Any, Any], Any]) -> Op:
-    """Accept an `Op`, or a plain function as ``custom(function)``."""
+    """Accept an `Op`, or a plain function as ``custom(function)``.
+
+    Raises:
+        TypeError: it is neither.
+    """
     if isinstance(op, Op):
         return op
     if callable(op):

@@ -427,7 +427,7 @@ class Punch:
 
     @property
     def connected(self) -> bool:
-        """Whether the peer may be there, or is awaited at the relay; strangers are soon found out."""
+        """Whether the peer may be there, or is awaited at the relay; strangers are found out."""
         if self._relay is not None and self._relay.waiting:
             return True
         since = self.reactor.now() - (DOUBT_SECONDS if self.stranger is not None else 0.0)
