@@ -115,6 +115,7 @@ class Caller:
         self._seq = 0
         self._collective_seconds = 0.0
         self.timeout = timeout
+        """Seconds that an operation may take which says nothing else; may be changed."""
         self.rank = group.index(endpoint.rank)
         """This process's number in the communicator, from 0."""
         self.size = len(group)
