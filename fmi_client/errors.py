@@ -9,7 +9,7 @@
     │   └── JoinTimeout             `missing` ranks never came
     ├── PunchFailed                 no direct connection to `peer`
     ├── RankFailed                  `rank` died or left while it was needed
-    ├── CollectiveTimeout           the deadline passed; `missing` ranks did not answer
+    ├── CollectiveTimeout           the deadline passed; `missing` are not there
     ├── CollectiveMismatch          ranks called different things
     ├── Aborted                     a rank called `abort(reason)`
     └── ProtocolError               the other side sent what the protocol forbids

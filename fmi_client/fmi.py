@@ -1,6 +1,6 @@
 """A drop-in for the Python module ``fmi`` of the C++ FMI library, on our ranks and channels.
 
-Change the import::
+Change the import:
 
     import fmi_client.fmi as fmi
 

@@ -1,7 +1,5 @@
 """Backend "fmi" of `torch.distributed`: process groups over this library's links.
 
-::
-
     import torch.distributed as dist
     dist.init_process_group("fmi", init_method="fmi://host:10000/job?key=…", rank=r, world_size=n)
 
