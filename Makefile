@@ -90,7 +90,7 @@ bench-inference: env ## our engines beside the reference's loop, some twelve min
 	$(BIN)/python -m benchmarks.inference $(ARGS)
 
 docs: env ## the documentation as a site, in build/site; a broken link is an error
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 	@echo "Open build/site/index.html"
 
 recording: env ## docs/img/run.svg, what a terminal shows after `cosmic run`; on a quiet machine
