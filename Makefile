@@ -19,7 +19,7 @@ USUAL := not full and not nightly
 # ARGS may name tests of one half only.
 OR_NONE := || [ $$? = 5 ]
 
-.PHONY: help env tools run sweep test test-full nightly fuzz soak examples bench-joins bench-tls bench bench-inference lint format clean
+.PHONY: help env tools run sweep test test-full nightly fuzz soak examples bench-joins bench-tls bench bench-inference docs recording lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -88,6 +88,13 @@ bench: env ## our collectives beside gloo and Open MPI, some ten minutes; ARGS="
 
 bench-inference: env ## our engines beside the reference's loop, some twelve minutes; ARGS="--rounds 2"
 	$(BIN)/python -m benchmarks.inference $(ARGS)
+
+docs: env ## the documentation as a site, in build/site; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+	@echo "Open build/site/index.html"
+
+recording: env ## docs/img/run.svg, what a terminal shows after `cosmic run`; on a quiet machine
+	@$(BIN)/python docs/recording.py
 
 lint: env ## ruff and mypy
 	$(BIN)/ruff check .

@@ -209,8 +209,10 @@ class _Soak:
         return Sample(time.monotonic() - start, server, client)
 
     async def _settled(self, tasks: int) -> Held:
-        """Look once more while there are more descriptors than before the first rank: what is
-        closed just now, as our own question, is not held. A leak stays."""
+        """Look once more while there are more descriptors than before the first rank.
+
+        What is closed just now, as our own question, is not held. A leak stays.
+        """
         deadline = time.monotonic() + SETTLE_SECONDS
         while (held := _held(self._server.pid, tasks)).descriptors > self._idle:
             if time.monotonic() > deadline:

@@ -1,11 +1,11 @@
 """Collectives between serverless workers over punched TCP connections.
 
-Async::
+Async:
 
     async with fmi_client.connect("host:10000", job="run-42", rank=r, size=n) as comm:
         total = await comm.allreduce(array)
 
-Blocking::
+Blocking:
 
     with fmi_client.sync.connect("host:10000", job="run-42", rank=r, size=n) as comm:
         total = comm.allreduce(array)

@@ -49,11 +49,13 @@ class UnderWay(NamedTuple):
 
     @property
     def done(self) -> bool:
+        """Whether both halves are, well or not."""
         sent, received = self.sent, self.received
         return (sent is None or sent.done) and (received is None or received.done)
 
     @property
     def only_receiving(self) -> bool:
+        """Whether nothing is left to be sent."""
         return self.sent is None or self.sent.done
 
     @property
@@ -64,6 +66,7 @@ class UnderWay(NamedTuple):
 
     @property
     def only_sending(self) -> bool:
+        """Whether nothing is left to be received."""
         return self.received is None or self.received.done
 
 
@@ -80,6 +83,7 @@ class Call:
 
     @property
     def collective(self) -> bool:
+        """Whether all ranks of the communicator take part."""
         return self.key[0] == COLLECTIVE
 
     @property
@@ -111,6 +115,7 @@ class Caller:
         self._seq = 0
         self._collective_seconds = 0.0
         self.timeout = timeout
+        """Seconds that an operation may take which says nothing else; may be changed."""
         self.rank = group.index(endpoint.rank)
         """This process's number in the communicator, from 0."""
         self.size = len(group)

@@ -59,10 +59,12 @@ class Item(NamedTuple):
 
 
 def send(dest: int, payload: Payload) -> Step:
+    """Return a step that only sends."""
     return Step(dest, payload, None)
 
 
 def receive(source: int, into: memoryview | None = None) -> Step:
+    """Return a step that only receives, in place where there is room."""
     return Step(None, EMPTY, source, into)
 
 

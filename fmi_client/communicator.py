@@ -29,7 +29,8 @@ class Communicator(Operations):
     """Operations to be awaited; several may be under way at once on one communicator.
 
     Ranks must begin their collectives in the same order; each has its number from the
-    moment of the call.
+    moment of the call. `connect` makes it; as ``async with`` it leaves the job at the end, and an
+    exception inside aborts it on all ranks.
     """
 
     async def _drive(self, call: Call) -> Any:
@@ -105,6 +106,11 @@ class Communicator(Operations):
                 half.on_done = None
 
     async def poll(self) -> None:
+        """Take in what has come, without waiting; `Operations.poll` says what for.
+
+        Raises:
+            FmiError: what the next operation would raise now.
+        """
         self._endpoint.look()
         for _ in range(LOOP_TURNS):
             await asyncio.sleep(0)
@@ -114,11 +120,23 @@ class Communicator(Operations):
         return type(self)(self._endpoint, group, context, self.timeout, whole_job=False)
 
     def abort(self, reason: str = "") -> Awaitable[None]:
+        """End the job on all ranks at once: whatever they wait for raises `Aborted`.
+
+        Args:
+            reason: what the others' errors say, as ``reason``.
+
+        Returns:
+            what may be awaited, but need not be.
+        """
         super().abort(reason)
         return _Done()
 
     async def close(self) -> None:
-        """Leave the job in order; a communicator made by `split` leaves nothing."""
+        """Leave the job in order; a communicator made by `split` leaves nothing.
+
+        Waits some seconds at most for the server to hear of it, and raises no error of the job.
+        The others go on; one that needs us raises `RankFailed`.
+        """
         if not self._whole_job:
             return
         try:
@@ -193,7 +211,8 @@ def connect(
             "tls://" before it, everything is encrypted, to the server and between ranks. None
             where there is a store.
         job: the job's name; all ranks give the same.
-        rank, size: this process's number from 0, and the number of all.
+        rank: this process's number, from 0.
+        size: the number of all ranks.
         key: 32 bytes (or 64 hexadecimal digits) that only the job's ranks know; default FMI_KEY.
         token: what admits the job to the server, from `make_token`; default FMI_TOKEN.
         epoch: number of the attempt; ranks of an older one are refused.
@@ -205,10 +224,14 @@ def connect(
             give the same, and with a hint the same places. docs/channels.md says when to use which.
         store: "s3://bucket/prefix", or a folder that all ranks mount; for "object" and hints.
 
+    Returns:
+        what ``async with`` enters, or ``await`` turns into a `Communicator`. Only then is
+        anything sent.
+
     Raises:
         ValueError: rank, size, key, token, server, channel or store are malformed.
         RendezvousError: the server (or store) cannot be reached or refuses (its subclasses say
-            why).
+            why). After it, as after all of these, nothing is left open, and one may try again.
         JoinTimeout: not all ranks came; ``missing`` lists them.
     """
     return Connecting(
@@ -259,6 +282,10 @@ def memory_world(size: int, timeout: float = 30.0) -> list[Communicator]:
     """Return the communicators of a job whose ranks all live in the running loop.
 
     For tests and experiments: the same algorithms and messages, no sockets, no server.
+
+    Args:
+        size: number of ranks; the list holds one communicator for each, in rank order.
+        timeout: seconds, the default of every operation.
     """
     endpoints: list[MemoryEndpoint] = []
     endpoints += [MemoryEndpoint(rank, endpoints, size, allocate) for rank in range(size)]

@@ -1,7 +1,5 @@
 """Every error of this project, in one tree.
 
-::
-
     FmiError
     ├── RendezvousError             the server refused, or cannot be reached
     │   ├── AuthenticationFailed    one generic answer, whatever was wrong
@@ -11,7 +9,7 @@
     │   └── JoinTimeout             `missing` ranks never came
     ├── PunchFailed                 no direct connection to `peer`
     ├── RankFailed                  `rank` died or left while it was needed
-    ├── CollectiveTimeout           the deadline passed; `missing` ranks did not answer
+    ├── CollectiveTimeout           the deadline passed; `missing` are not there
     ├── CollectiveMismatch          ranks called different things
     ├── Aborted                     a rank called `abort(reason)`
     └── ProtocolError               the other side sent what the protocol forbids
@@ -44,7 +42,19 @@ __all__ = [
 
 
 class FmiError(Exception):
-    """Base of all errors of this library."""
+    """Base of all errors of this library.
+
+    After one that a collective raised, the job is over on all ranks: every later call on any of
+    its communicators raises the same. After one that a `send` or `recv` raised by its timeout the
+    communicator can be used, unless a message had left in part.
+
+    Args:
+        message: what happened, without the place.
+        rank: of the process that raises; None where it has none yet.
+        peer: the other rank, if there is one.
+        op: name of the operation, as of the method.
+        seq: number of the collective on its communicator, from 0.
+    """
 
     def __init__(
         self,
@@ -80,7 +90,10 @@ class FmiError(Exception):
         op: str | None = None,
         seq: int | None = None,
     ) -> Self:
-        """Fill in what is not yet known about the place, and return the same error."""
+        """Fill in what is not yet known about the place, and return the same error.
+
+        Arguments are those of the class; what is known already stays as it is.
+        """
         self.rank = rank if self.rank is None else self.rank
         self.peer = peer if self.peer is None else self.peer
         self.op = op if self.op is None else self.op
@@ -143,7 +156,10 @@ class _Missing(FmiError):
 
 
 class JoinTimeout(_Missing, RendezvousError):
-    """Not all ranks joined in time; ``missing`` lists those that the server has not seen."""
+    """Not all ranks joined in time; ``missing`` lists those that the server has not seen.
+
+    This rank has left the job again, and may join anew.
+    """
 
 
 class CollectiveTimeout(_Missing):
@@ -167,13 +183,17 @@ class CollectiveTimeout(_Missing):
 
 
 class PunchFailed(FmiError):
-    """No connection to ``peer`` could be made before the deadline."""
+    """No connection to ``peer`` could be made before the deadline.
+
+    Nor was it relayed: the server relays nothing, or ``channel="direct"`` forbids it.
+    """
 
 
 class RankFailed(FmiError):
     """Rank ``rank`` of the job died, or left while others needed it.
 
-    Here ``rank`` and ``peer`` both name the rank that failed, not the one that noticed.
+    All other ranks raise it. The job cannot go on; a new attempt takes the next ``epoch``. Here
+    ``rank`` and ``peer`` both name the rank that failed, not the one that noticed.
     """
 
     def __init__(
@@ -183,7 +203,10 @@ class RankFailed(FmiError):
 
 
 class CollectiveMismatch(FmiError):
-    """Ranks of a communicator called different operations; ``details`` says who called what."""
+    """Ranks of a communicator called different operations; ``details`` says who called what.
+
+    All ranks raise it. Different roots, reduce operations, dtypes and shapes count, too.
+    """
 
     def __init__(self, message: str = "", *, details: str = "", **place: int | str | None) -> None:
         super().__init__(message or details, **place)  # type: ignore[arg-type]
@@ -191,7 +214,10 @@ class CollectiveMismatch(FmiError):
 
 
 class Aborted(FmiError):
-    """Rank ``by`` called ``abort(reason)``."""
+    """Rank ``by`` called ``abort(reason)``, or left its ``with`` block by an exception.
+
+    The reason then is that exception's class and text.
+    """
 
     def __init__(
         self, message: str = "", *, by: int, reason: str = "", **place: int | str | None
@@ -202,4 +228,7 @@ class Aborted(FmiError):
 
 
 class ProtocolError(FmiError):
-    """The other side sent bytes that the protocol does not allow."""
+    """The other side sent bytes that the protocol does not allow.
+
+    None of it reaches the caller.
+    """

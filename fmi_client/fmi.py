@@ -1,6 +1,6 @@
 """A drop-in for the Python module ``fmi`` of the C++ FMI library, on our ranks and channels.
 
-Change the import::
+Change the import:
 
     import fmi_client.fmi as fmi
 
@@ -50,7 +50,7 @@ transfer, ours for a whole operation."""
 
 
 class hints(enum.Enum):
-    """What the channel is chosen for."""
+    """What the channel is chosen for: predicted seconds, or predicted US dollars."""
 
     fast = "fast"
     cheap = "cheap"
@@ -88,6 +88,9 @@ class types:
     Args:
         type: one of `datatypes`.
         num_objects: how many numbers a list has; None: as many as it has.
+
+    Raises:
+        ValueError: there is no such type.
     """
 
     def __init__(self, type: datatypes, num_objects: int | None = None) -> None:
@@ -119,7 +122,16 @@ class types:
         return copy if self.is_list else copy.reshape(())
 
     def value(self, array: Any, sender: int) -> Any:
-        """Return what came as a number or list, checked: it may have been sent as another type."""
+        """Return what came as a number or list, checked: it may have been sent as another type.
+
+        Args:
+            array: what came.
+            sender: the rank it came from, for errors.
+
+        Raises:
+            TypeError: it is not of this type.
+            ValueError: a list has another length.
+        """
         same = isinstance(array, np.ndarray | np.generic) and array.dtype == np.dtype(self.code)
         if not same or array.ndim != self.is_list:
             raise TypeError(f"rank {sender} sent {short(array)}: that is not {self!r}")
@@ -197,8 +209,10 @@ def _placed(
 class Communicator:
     """The ranks of a job. All must be there for the first operation, which joins it.
 
-    Every operation raises `fmi_client.FmiError` when it fails, on all ranks, and it never changes
-    what it was given. Garbage collection, the end of the process and `close` leave the job.
+    Every operation raises `fmi_client.FmiError` when it fails, on all ranks, and then the job is
+    over; it never changes what it was given. A value that is not of the type that is said raises
+    TypeError, ValueError or OverflowError before anything is sent. Garbage collection, the end of
+    the process and `close` leave the job.
 
     Args:
         peer_id: rank of this process, from 0.
@@ -208,7 +222,8 @@ class Communicator:
         faas_memory: MB that each rank's function is given, for the prediction of prices.
 
     Raises:
-        OSError, ValueError: as `fmi_config.read`; or there is no such rank.
+        OSError: the configuration cannot be read.
+        ValueError: it is malformed or allows no channel; or there is no such rank.
     """
 
     def __init__(
@@ -245,13 +260,24 @@ class Communicator:
     # ---------------------------------------------------------------- point to point
     @_placed
     def send(self, obj: Any, dst: int, type: types) -> None:
-        """Send a number or list to rank `dst`."""
+        """Send a number or list to rank `dst`.
+
+        Args:
+            obj: a number, or for a list type a sequence or array of numbers.
+            dst: rank of the receiver.
+            type: what it is sent as.
+        """
         mine = type.array(obj)  # what is wrong is said before waiting for the others
         self._comm(type, dst=dst).send(mine, dst)
 
     @_placed
     def recv(self, src: int, type: types) -> Any:
-        """Return what rank `src` sent, in the order of sending."""
+        """Return what rank `src` sent, in the order of sending.
+
+        Args:
+            src: rank of the sender.
+            type: what must come; TypeError if something else does.
+        """
         return type.value(self._comm(type, src=src).recv(src), src)
 
     # ------------------------------------------------------------------- collectives
@@ -280,7 +306,12 @@ class Communicator:
 
         Args:
             objs: the list, at the root; ignored elsewhere.
+            root: rank whose list it is.
             type: that of the whole list.
+
+        Raises:
+            TypeError: it is no list type.
+            ValueError: the length is no multiple of `size`.
         """
         if not type.is_list:
             raise TypeError(f"scatter takes a list, not {type!r}")
@@ -304,7 +335,7 @@ class Communicator:
     def reduce(self, obj: Any, root: int, f: func, type: types) -> Any:
         """Return the combination of everybody's number or list at the root; None elsewhere.
 
-        Lists are combined element by element.
+        Lists are combined element by element; the ranks' must be of one length.
         """
         mine, comm = type.array(obj), self._comm(type, root=root)
         if f.in_order:
@@ -401,7 +432,10 @@ getattr(threading, "_register_atexit", atexit.register)(_leave_all)
 
 
 def alias() -> None:
-    """Let ``import fmi`` and ``from fmilib.fmi_operations import …`` find ours in this process."""
+    """Let ``import fmi`` and ``from fmilib.fmi_operations import …`` find ours in this process.
+
+    Call it before them: what is imported already stays.
+    """
     from fmi_client import fmi, fmi_operations
 
     fmilib = ModuleType("fmilib", "The astronomy code's wrapper, on fmi_client.")

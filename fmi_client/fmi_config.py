@@ -162,6 +162,7 @@ class Table:
         return self.fields.get(name) in (True, "true")
 
     def text(self, name: str) -> str:
+        """Return a field's text, which must be there and not be empty."""
         value = self.fields.get(name)
         if not isinstance(value, str) or not value:
             raise ValueError(f"{self.name}.{name} is missing, or no text")

@@ -479,10 +479,12 @@ class SocketEndpoint(Endpoint):
 
 
 def broken_error(link: SocketLink) -> RankFailed:
+    """Return the error of a peer whose direct link broke."""
     return RankFailed(f"the link to rank {link.peer} broke: {link.lost_because}", rank=link.peer)
 
 
 def relay_error(link: SocketLink) -> RendezvousError:
+    """Return the error of a link that broke with the server that relayed it."""
     return RendezvousError(
         f"the connection to the server was lost that relayed the link to rank {link.peer}, "
         "and data with it",

@@ -69,6 +69,9 @@ class Model:
             nbytes: bytes of the array that each rank gives to it (for scatter and alltoall, of
                 one item of its list; for bcast, of the root's array; for barrier, any).
             size: number of ranks.
+
+        Raises:
+            ValueError: there is no such operation.
         """
         work = predict(op, nbytes, size)
         bulk = work.nbytes / self.bandwidth + work.reduced / self.reduction
@@ -86,6 +89,9 @@ class Model:
         """Return what an operation costs in US dollars.
 
         Args:
+            op: as of `seconds`, as are the next two.
+            nbytes: bytes that each rank gives to it.
+            size: number of ranks.
             rank_second: dollars for one second of one rank.
             message: dollars for the requests of one message, on the object channel (which cuts
                 messages of more than 16 MiB: these cost more than is said here).

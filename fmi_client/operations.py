@@ -10,21 +10,21 @@ import hashlib
 import operator
 import os
 from collections.abc import Callable, Generator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Self, cast, get_args
 
 import numpy as np
 
-from fmi_client import collectives, reductions
+from fmi_client import collectives, delivery, reductions
 from fmi_client.calls import Caller
-from fmi_client.collectives import Item, Steps
+from fmi_client.collectives import Steps
 from fmi_client.model import Model, calibrate
 from fmi_client.ops import SUM, Op, as_op
-from fmi_client.payloads import Array, is_array, is_tensor, pack, unpack
+from fmi_client.payloads import Array, is_array, pack, unpack
 from fmi_client.protocol.inbox import Receive
 from fmi_client.protocol.peer import Payload
 from fmi_client.reductions import Algorithm
-from fmi_client.values import ArrayValue, as_like, as_numpy, check_out, make_value
+from fmi_client.values import ArrayValue, as_like, check_out, make_value
 
 OpLike = Op | Callable[[Any, Any], Any]
 
@@ -39,6 +39,10 @@ class Operations(Caller):
     None, bool, int, float, complex, str, bytes, lists, tuples, dicts and arrays.
 
     Results of reductions are the same bits on every rank.
+
+    An argument that is wrong by itself raises TypeError or ValueError on its rank before anything
+    is sent. The others wait for it, until the exception leaves the ``with`` block: then they raise
+    `Aborted`.
     """
 
     model: Model | None = None
@@ -46,7 +50,20 @@ class Operations(Caller):
 
     # ------------------------------------------------------------ point to point
     def send(self, obj: Any, dest: int, tag: int = 0, *, timeout: float | None = None) -> Any:
-        """Send `obj` to rank `dest`; returns when the system has taken it all."""
+        """Send `obj` to rank `dest`; returns when the system has taken it all.
+
+        Args:
+            obj: array, tensor, or what the class says of everything else.
+            dest: rank in this communicator.
+            tag: from 0 to 2**63 - 1; messages of different tags do not get in each other's way.
+            timeout: seconds; default: the communicator's, as in all methods.
+
+        Raises:
+            TypeError: `obj` is nothing that can be sent; nothing was.
+            ValueError: there is no such rank or tag.
+            CollectiveTimeout: the peer does not take it; usable afterwards unless part of it left.
+            FmiError: the job is over, or there is no way to the peer.
+        """
         self._check_rank(dest, "dest")
         step = collectives.send(dest, pack(obj))
         return self._point("send", tag, _one(step, lambda _: None), timeout)
@@ -57,11 +74,23 @@ class Operations(Caller):
         """Receive what rank `source` sent under `tag`, in the order of sending.
 
         Args:
+            source: rank in this communicator.
+            tag: that of the `send`.
             out: array of the dtype and shape that is coming; it is filled and returned.
+            timeout: seconds.
+
+        Returns:
+            the object: arrays as numpy arrays, tensors as tensors, of the sender's dtype and shape.
+
+        Raises:
+            TypeError: what came is no array, but `out` is given.
+            ValueError: what came has another dtype or shape than `out`; it is lost.
+            CollectiveTimeout: nothing came; the communicator can still be used.
+            FmiError: the job is over, or there is no way to the peer.
         """
         self._check_rank(source, "source")
-        step = collectives.receive(source, _memory(out))
-        return self._point("recv", tag, _one(step, lambda got: _received(got, out)), timeout)
+        step = collectives.receive(source, delivery.memory(out))
+        return self._point("recv", tag, _one(step, partial(delivery.received, out=out)), timeout)
 
     def sendrecv(
         self,
@@ -73,26 +102,41 @@ class Operations(Caller):
         out: Any = None,
         timeout: float | None = None,
     ) -> Any:
-        """Send to `dest` and receive from `source` (default: `dest`) at the same time."""
+        """Send to `dest` and receive from `source` (default: `dest`) at the same time.
+
+        Arguments, result and errors are those of `send` and `recv`.
+        """
         source = dest if source is None else source
         self._check_rank(dest, "dest")
         self._check_rank(source, "source")
-        step = collectives.Step(dest, pack(obj), source, _memory(out))
-        return self._point("sendrecv", tag, _one(step, lambda got: _received(got, out)), timeout)
+        step = collectives.Step(dest, pack(obj), source, delivery.memory(out))
+        steps = _one(step, partial(delivery.received, out=out))
+        return self._point("sendrecv", tag, steps, timeout)
 
     # --------------------------------------------------------------- collectives
     def barrier(self, *, timeout: float | None = None) -> Any:
-        """Return when all ranks have called it."""
+        """Return when all ranks have called it.
+
+        Raises:
+            FmiError: as every collective; see the class.
+        """
         steps = collectives.barrier(self.rank, self.size)
         return self._collective("barrier()", steps, timeout)
 
     def bcast(
         self, obj: Any, root: int = 0, *, out: Any = None, timeout: float | None = None
     ) -> Any:
-        """Return the root's `obj` on every rank; the others' `obj` is ignored."""
+        """Return the root's `obj` on every rank; the others' `obj` is ignored.
+
+        Args:
+            obj: what the root sends; None elsewhere will do.
+            root: rank in this communicator.
+            out: array of the root's dtype and shape; it is filled and returned.
+            timeout: seconds.
+        """
         self._check_rank(root, "root")
         payload = pack(obj) if self.rank == root else None
-        steps = self._bcast(obj, payload, root, out, _memory(out))
+        steps = self._bcast(obj, payload, root, out, delivery.memory(out))
         return self._collective(f"bcast(root={root})", steps, timeout)
 
     def _bcast(
@@ -100,32 +144,46 @@ class Operations(Caller):
     ) -> Steps[Any]:
         if payload is not None:
             yield from collectives.bcast(payload, self.rank, self.size, root)
-            return obj if out is None else _fill(out, obj)
+            return obj if out is None else delivery.fill(out, obj)
         meta, data = yield from collectives.bcast(None, self.rank, self.size, root, into)
         got = unpack(meta, data)
-        return got if out is None else _fill(out, got)
+        return got if out is None else delivery.fill(out, got)
 
     def gather(
         self, obj: Any, root: int = 0, *, out: Any = None, timeout: float | None = None
     ) -> Any:
-        """Return the list of everybody's `obj` in rank order at the root, None elsewhere."""
+        """Return the list of everybody's `obj` in rank order at the root, None elsewhere.
+
+        Args:
+            obj: may be of another type, dtype or shape on each rank.
+            root: rank in this communicator.
+            out: at the root, a list of `size` arrays, or one of shape (size, …), whose rows are
+                filled; ignored elsewhere.
+            timeout: seconds.
+        """
         self._check_rank(root, "root")
         return self._collective(f"gather(root={root})", self._gather(pack(obj), root, out), timeout)
 
     def _gather(self, payload: Payload, root: int, out: Any) -> Steps[Any]:
         places = None
         if out is not None and self.rank == root:
-            places = [_memory(place) for place in _places(out)]
+            places = [delivery.memory(place) for place in delivery.places(out)]
         items = yield from collectives.gather(payload, self.rank, self.size, root, places)
-        return None if items is None else _collected(items, out, self.rank)
+        return None if items is None else delivery.collected(items, out, self.rank)
 
     def allgather(self, obj: Any, *, out: Any = None, timeout: float | None = None) -> Any:
-        """Return the list of everybody's `obj` in rank order, on every rank."""
+        """Return the list of everybody's `obj` in rank order, on every rank.
+
+        Args:
+            obj: may be of another type, dtype or shape on each rank.
+            out: a list of `size` arrays, or one of shape (size, …), whose rows are filled.
+            timeout: seconds.
+        """
         return self._collective("allgather()", self._allgather(pack(obj), out), timeout)
 
     def _allgather(self, payload: Payload, out: Any) -> Steps[Any]:
         items = yield from collectives.allgather(payload, self.rank, self.size)
-        return _collected(items, out, self.rank)
+        return delivery.collected(items, out, self.rank)
 
     def scatter(
         self,
@@ -135,7 +193,19 @@ class Operations(Caller):
         out: Any = None,
         timeout: float | None = None,
     ) -> Any:
-        """Return item `rank` of the root's list of `size` items; the others' is ignored."""
+        """Return item `rank` of the root's list of `size` items; the others' is ignored.
+
+        Args:
+            objs: at the root, one item for each rank; None elsewhere will do. An array is `size`
+                rows.
+            root: rank in this communicator.
+            out: array of this rank's item's dtype and shape; it is filled and returned.
+            timeout: seconds.
+
+        Raises:
+            ValueError: at the root, the list has another length; nothing was sent, and the others
+                wait. An exception that leaves the ``with`` block tells them.
+        """
         self._check_rank(root, "root")
         payloads = own = None
         if self.rank == root:
@@ -146,19 +216,28 @@ class Operations(Caller):
 
     def _scatter(self, payloads: list[Payload] | None, own: Any, root: int, out: Any) -> Steps[Any]:
         item = yield from collectives.scatter(payloads, self.rank, self.size, root)
-        got = _item(item) if payloads is None else own
-        return got if out is None else _fill(out, got)
+        got = delivery.item(item) if payloads is None else own
+        return got if out is None else delivery.fill(out, got)
 
     def alltoall(
         self, objs: Sequence[Any], *, out: Any = None, timeout: float | None = None
     ) -> Any:
-        """Send ``objs[i]`` to rank i; return the list of what each rank sent to us."""
+        """Send ``objs[i]`` to rank i; return the list of what each rank sent to us.
+
+        Args:
+            objs: one item for each rank, in rank order.
+            out: a list of `size` arrays, or one of shape (size, …), whose rows are filled.
+            timeout: seconds.
+
+        Raises:
+            ValueError: the list has another length; nothing was sent.
+        """
         payloads = [pack(obj) for obj in self._check_items(objs, "alltoall")]
         return self._collective("alltoall()", self._alltoall(payloads, out), timeout)
 
     def _alltoall(self, payloads: list[Payload], out: Any) -> Steps[Any]:
         items = yield from collectives.alltoall(payloads, self.rank, self.size)
-        return _collected(items, out, self.rank)
+        return delivery.collected(items, out, self.rank)
 
     # ---------------------------------------------------------------- reductions
     def reduce(
@@ -172,7 +251,16 @@ class Operations(Caller):
     ) -> Any:
         """Return the combination of everybody's `obj` at the root, None elsewhere.
 
-        dtype and shape must agree; `CollectiveMismatch` on all ranks otherwise.
+        Args:
+            obj: as of `allreduce`.
+            op: one of `fmi_client.ops`, or an associative function of two values.
+            root: rank in this communicator.
+            out: at the root, array for the result, of the input's dtype and shape; may be the
+                input.
+            timeout: seconds.
+
+        Raises:
+            CollectiveMismatch: dtype, shape, operation or root differ; on all ranks.
         """
         self._check_rank(root, "root")
         op = as_op(op)
@@ -197,13 +285,19 @@ class Operations(Caller):
 
         Args:
             obj: array, tensor, number, or anything that `op` combines and msgpack carries.
+            op: one of `fmi_client.ops`, or an associative function of two values, which is given
+                them in rank order.
             out: array for the result, of the input's dtype and shape; may be the input.
             algorithm: "doubling", "halving" or "ring", for experiments; default FMI_ALLREDUCE,
                 or what suits the size. All ranks must say the same.
+            timeout: seconds.
 
-        dtype and shape must agree; `CollectiveMismatch` on all ranks otherwise. Halves (float16,
-        bfloat16) travel as halves: each combination is done in float32 and rounded, up to size - 1
-        times for an element, so cast to float32 before where that is too coarse.
+        Raises:
+            CollectiveMismatch: dtype, shape, operation or algorithm differ; on all ranks.
+
+        Halves (float16, bfloat16) travel as halves: each combination is done in float32 and
+        rounded, up to size - 1 times for an element, so cast to float32 before where that is too
+        coarse.
         """
         op = as_op(op)
         value = make_value(obj, op, out)
@@ -216,7 +310,19 @@ class Operations(Caller):
     def reduce_scatter(
         self, obj: Any, op: OpLike = SUM, *, out: Any = None, timeout: float | None = None
     ) -> Any:
-        """Combine everybody's array; return part `rank` of ``numpy.array_split(…, size)``."""
+        """Combine everybody's array; return part `rank` of ``numpy.array_split(…, size)``.
+
+        Args:
+            obj: array or tensor of at least one axis, which is the one that is split.
+            op: as of `allreduce`.
+            out: array of the input's dtype, with this rank's rows: ``len(obj) // size``, and one
+                more on the first ``len(obj) % size`` ranks.
+            timeout: seconds.
+
+        Raises:
+            TypeError: `obj` has no axis, or is no array.
+            CollectiveMismatch: dtype, shape or operation differ; on all ranks.
+        """
         op = as_op(op)
         if not is_array(obj) or obj.ndim == 0:
             raise TypeError("reduce_scatter needs an array or tensor with at least one axis")
@@ -237,13 +343,16 @@ class Operations(Caller):
     def scan(
         self, obj: Any, op: OpLike = SUM, *, out: Any = None, timeout: float | None = None
     ) -> Any:
-        """Return the combination of the values of ranks 0 … `rank`."""
+        """Return the combination of the values of ranks 0 … `rank`; arguments as of `allreduce`."""
         return self._scan("scan", obj, op, out, timeout)
 
     def exscan(
         self, obj: Any, op: OpLike = SUM, *, out: Any = None, timeout: float | None = None
     ) -> Any:
-        """Return the combination of the values of ranks 0 … `rank` - 1; None on rank 0."""
+        """Return the combination of the values of ranks 0 … `rank` - 1; None on rank 0.
+
+        Arguments are those of `allreduce`.
+        """
         return self._scan("exscan", obj, op, out, timeout)
 
     def _scan(self, name: str, obj: Any, op: OpLike, out: Any, timeout: float | None) -> Any:
@@ -275,7 +384,13 @@ class Operations(Caller):
     def split(self, color: int | None, key: int = 0, *, timeout: float | None = None) -> Any:
         """Return a communicator of the ranks with the same `color`, ordered by `key`, rank.
 
-        A rank with color None takes part in the call, but gets None. The links are shared.
+        A rank with color None takes part in the call, but gets None. The links are shared, and so
+        is the end: after a failed collective of a part the whole job is over.
+
+        Args:
+            color: any integer; all ranks of the communicator call this.
+            key: ranks of the new communicator are numbered by it, and by their rank here.
+            timeout: seconds; also the new communicator's default is this one's.
         """
         group = None if color is None else operator.index(color)
         steps = self._split(group, operator.index(key), self._seq)
@@ -295,6 +410,9 @@ class Operations(Caller):
 
         Takes effect at once (awaiting it is allowed, not needed) and does not raise here; the
         next operation on this rank does.
+
+        Args:
+            reason: what the errors say, as ``reason``.
         """
         self._abort(reason)
 
@@ -378,46 +496,3 @@ def _one(step: collectives.Step, finish: Callable[[Receive], Any]) -> Steps[Any]
 def _then(steps: Steps[Any], finish: Callable[[Any], Any]) -> Generator[Any, Any, Any]:
     got = yield from steps
     return finish(got)
-
-
-def _memory(out: Any) -> memoryview | None:
-    """Return where a message for `out` can be received, if it can be received in place."""
-    if out is None:
-        return None
-    array = as_numpy(out)
-    if not array.flags.writeable:
-        raise ValueError("out= is read-only")
-    in_place = is_tensor(out) or array is out
-    if not in_place or not array.nbytes:
-        return None
-    return array.reshape(-1).view(np.uint8).data
-
-
-def _received(received: Receive, out: Any) -> Any:
-    got = unpack(received.meta, received.data)
-    return got if out is None else _fill(out, got)
-
-
-def _fill(out: Any, got: Any) -> Any:
-    """Put what came into `out`, if it has not been received there already."""
-    if not is_array(got):
-        raise TypeError(f"out= needs an array, but a {type(got).__name__} came")
-    check_out(out, got, tuple(got.shape))
-    return as_like(as_numpy(got), got, out)
-
-
-def _item(item: Item) -> Any:
-    return unpack(item.meta, item.data if item.data is not None else b"")
-
-
-def _places(out: Any) -> list[Any]:
-    """Return where each rank's item goes: the arrays of a list, or the rows of an array."""
-    return list(out) if isinstance(out, list | tuple) else [out[i, ...] for i in range(len(out))]
-
-
-def _collected(items: list[Item], out: Any, own: int) -> list[Any]:
-    if out is not None:
-        return [_fill(place, _item(item)) for place, item in zip(_places(out), items, strict=True)]
-    # Our own item lies in the caller's memory, which the result must not share.
-    items[own] = items[own]._replace(data=bytearray(items[own].data or b""))
-    return [_item(item) for item in items]

@@ -58,10 +58,15 @@ def custom(function: Callable[[Any, Any], Any], *, commutative: bool = False) ->
     """Make an operation of an associative function of two values.
 
     Args:
-        function: ``f(left, right)``; gets two arrays of one dtype and shape (or two Python
-            values), must not modify them, and returns the combined one.
+        function: ``f(left, right)``, associative; gets two arrays of one dtype and shape (or two
+            Python values), must not modify them, and returns the combined one.
         commutative: True allows the faster algorithms that change the order of ranks.
             Otherwise values are combined in rank order, lower ranks on the left.
+
+    Returns:
+        what `allreduce` and its like take as ``op``. Ranks compare the function's qualified name.
+        In an operation, a result of another shape raises ValueError, and one whose dtype cannot be
+        cast "same_kind" TypeError; both end the job on all ranks.
     """
 
     def array(left: Array, right: Array, out: Array) -> None:
@@ -77,7 +82,11 @@ def custom(function: Callable[[Any, Any], Any], *, commutative: bool = False) ->
 
 
 def as_op(op: Op | Callable[[Any, Any], Any]) -> Op:
-    """Accept an `Op`, or a plain function as ``custom(function)``."""
+    """Accept an `Op`, or a plain function as ``custom(function)``.
+
+    Raises:
+        TypeError: it is neither.
+    """
     if isinstance(op, Op):
         return op
     if callable(op):
@@ -111,14 +120,23 @@ def _first_highest(left: Any, right: Any) -> Any:
 
 
 SUM = Op("sum", operator.add, _ufunc(np.add))
+"""``left + right``; integers wrap at the size of their dtype."""
 PROD = Op("prod", operator.mul, _ufunc(np.multiply))
+"""``left * right``; integers wrap at the size of their dtype."""
 MIN = Op("min", min, _ufunc(np.minimum))
+"""The lower one; in arrays NaN, where there is one."""
 MAX = Op("max", max, _ufunc(np.maximum))
+"""The higher one; in arrays NaN, where there is one."""
 LAND = Op("land", lambda a, b: bool(a) and bool(b), _logical(np.logical_and))
+"""Whether both are true; in arrays 1 or 0 of their dtype."""
 LOR = Op("lor", lambda a, b: bool(a) or bool(b), _logical(np.logical_or))
+"""Whether one or both are true; in arrays 1 or 0 of their dtype."""
 BAND = Op("band", operator.and_, _ufunc(np.bitwise_and))
+"""The bits that are set in both, of integers or bools."""
 BOR = Op("bor", operator.or_, _ufunc(np.bitwise_or))
+"""The bits that are set in one or both, of integers or bools."""
 BXOR = Op("bxor", operator.xor, _ufunc(np.bitwise_xor))
+"""The bits that are set in exactly one, of integers or bools."""
 MINLOC = Op("minloc", min, _locate(np.less))
 """Of pairs (value, place) the one with the lowest value, and of equals with the lowest place.
 

@@ -98,6 +98,9 @@ class Request:
     def wait(self) -> Any:
         """Return the operation's result when it is there; again, if called again.
 
+        Returns:
+            what the blocking operation would have returned.
+
         Raises:
             FmiError: what the blocking operation would have raised.
         """
@@ -117,7 +120,11 @@ class Request:
         return self._result
 
     def test(self) -> bool:
-        """Make what progress is possible at once; whether `wait` would return (or raise) now."""
+        """Make what progress is possible at once.
+
+        Returns:
+            whether `wait` would return (or raise) now.
+        """
         reactor = self._driver._reactor
         if not self._ended and not reactor.closed:
             reactor.poll(0.0)

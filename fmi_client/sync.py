@@ -48,7 +48,11 @@ LONGEST_SKIP = 63
 
 
 class Communicator(Operations):
-    """Operations that return when they are done."""
+    """Operations that return when they are done, and ``i…``, which return a `Request` at once.
+
+    `connect` makes it; as ``with`` it leaves the job at the end, and an exception inside aborts it
+    on all ranks. For one thread only.
+    """
 
     def __init__(
         self,
@@ -144,6 +148,13 @@ class Communicator(Operations):
             reactor.run_until(done, reactor.now() + LAST_SECONDS)
 
     def poll(self) -> None:
+        """Take in what has come, without waiting; `Operations.poll` says what for.
+
+        Waits up to a second only when a connection broke, to be told why.
+
+        Raises:
+            FmiError: what the next operation would raise now.
+        """
         reactor, endpoint = self._reactor, self._endpoint
         if not reactor.closed:
             reactor.poll(0.0)
@@ -193,7 +204,10 @@ class Communicator(Operations):
         )
 
     def close(self) -> None:
-        """Leave the job in order; a communicator made by `split` leaves nothing."""
+        """Leave the job in order; a communicator made by `split` leaves nothing.
+
+        Waits some seconds at most for the server to hear of it. The second time nothing happens.
+        """
         reactor = self._reactor
         if not self._whole_job or reactor.closed:
             return
@@ -231,7 +245,13 @@ def connect(
     channel: str | Choice = "auto",
     store: str | None = None,
 ) -> Communicator:
-    """Join `job` as `rank` of `size`; the arguments and errors of `fmi_client.connect`."""
+    """Join `job` as `rank` of `size`; returns when all are there.
+
+    Arguments and errors are those of `fmi_client.connect`.
+
+    Returns:
+        a `Communicator`, to be entered with ``with``, or closed.
+    """
     request = JoinRequest.make(server, job, rank, size, key, token, epoch, timeout, channel, store)
     place = channels.find(request)
     reactor = SyncReactor()

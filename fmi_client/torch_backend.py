@@ -1,7 +1,5 @@
 """Backend "fmi" of `torch.distributed`: process groups over this library's links.
 
-::
-
     import torch.distributed as dist
     dist.init_process_group("fmi", init_method="fmi://host:10000/job?key=…", rank=r, world_size=n)
 
@@ -37,7 +35,13 @@ from fmi_client.torch_work import Work
 
 
 def create(options: Any, backend_options: Any = None) -> FmiProcessGroup:
-    """Make a process group; called by torch, with its `DistributedBackendOptions`."""
+    """Make a process group; called by torch, with its `DistributedBackendOptions`.
+
+    Raises:
+        ValueError: there are options of a backend, which we have none of; or a group of a part of
+            the ranks has no default group.
+        FmiError: the job cannot be joined; see `fmi_client.connect`.
+    """
     if backend_options is not None:
         raise ValueError(f"backend {NAME!r} takes no pg_options")
     rank, size = options.group_rank, options.group_size
@@ -63,6 +67,10 @@ class FmiProcessGroup(ProcessGroup):
     Tensors may be of any dtype, in any memory layout, on the CPU. Sparse ones can be summed. A
     failed collective ends the job on all its ranks and in all its groups: every later call
     raises `DistBackendError` with the same cause.
+
+    Operations return a `Work` at once; what they take and fill is left alone until its ``wait``.
+    Tensors that do not fit raise TypeError or ValueError. `opts` are torch's: root, reduce
+    operation, timeout; None: torch's defaults.
     """
 
     def __init__(
@@ -80,16 +88,19 @@ class FmiProcessGroup(ProcessGroup):
 
     # ------------------------------------------------------------------ what it is called
     def name(self) -> str:
+        """Return the backend's name."""
         return NAME
 
     getBackendName = _get_backend_name = name
 
     @property
     def group_name(self) -> Any:
+        """The name under which torch keeps the group."""
         return self._names["name"]
 
     @property
     def group_desc(self) -> str:
+        """What the program says the group is for."""
         return self._names["desc"]
 
     def _set_group_name(self, name: Any) -> None:
@@ -99,14 +110,17 @@ class FmiProcessGroup(ProcessGroup):
         self._names["desc"] = desc
 
     def getGroupName(self) -> Any:
+        """Return `group_name`."""
         return self.group_name
 
     def getGroupDesc(self) -> str:
+        """Return `group_desc`."""
         return self.group_desc
 
     setGroupName, setGroupDesc = _set_group_name, _set_group_desc
 
     def get_group_store(self) -> Any:
+        """Return the store by which torch makes groups; not for data."""
         return self._store
 
     @property
@@ -122,6 +136,7 @@ class FmiProcessGroup(ProcessGroup):
 
     # ------------------------------------------------------------------------- ending
     def set_timeout(self, timeout: timedelta) -> None:
+        """Set the time of operations that say none themselves."""
         self._comm.timeout = timeout.total_seconds()
 
     setTimeout = _set_default_timeout = set_timeout
@@ -150,6 +165,7 @@ class FmiProcessGroup(ProcessGroup):
 
     # ----------------------------------------------------------------------- reductions
     def allreduce(self, tensors: Any, opts: Any = None) -> Work:
+        """Replace the tensor by the combination of all ranks'; the same bits everywhere."""
         opts = opts or distributed.AllreduceOptions()
         tensor = only(tensors)
         reduction = Reduction(opts.reduceOp, self.size())
@@ -158,6 +174,7 @@ class FmiProcessGroup(ProcessGroup):
         )
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> Work:
+        """Do `allreduce` of several tensors, side by side."""
         reduction = Reduction(opts.reduceOp, self.size())
 
         def begin() -> Any:
@@ -166,6 +183,7 @@ class FmiProcessGroup(ProcessGroup):
         return self._run("allreduce_coalesced", begin, tensors)
 
     def reduce(self, tensors: Any, opts: Any = None) -> Work:
+        """Replace the root's tensor by the combination; the others' stay as they are."""
         opts = opts or distributed.ReduceOptions()
         tensor = only(tensors)
         reduction = Reduction(opts.reduceOp, self.size())
@@ -178,15 +196,21 @@ class FmiProcessGroup(ProcessGroup):
     def reduce_scatter(
         self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None
     ) -> Work:
+        """Combine everybody's list of `size` tensors; ``outputs[0]`` gets the one of this rank."""
         whole = torch.stack([flat(each) for each in only(inputs)])
         return self._reduce_scatter("reduce_scatter", outputs, [whole], opts)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
+        """Combine everybody's `input`; `output` gets part `rank` of `size` equal ones, in memory.
+
+        `input` has `size` times the elements of `output`.
+        """
         return self._reduce_scatter("reduce_scatter_single", [output], [input], opts)
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
     ) -> Work:
+        """Do `reduce_scatter_single` of several pairs, side by side."""
         return self._reduce_scatter("reduce_scatter_single_coalesced", outputs, inputs, opts)
 
     _reduce_scatter_base = reduce_scatter_single
@@ -209,6 +233,7 @@ class FmiProcessGroup(ProcessGroup):
 
     # ------------------------------------------------------------------- moving tensors
     def broadcast(self, tensors: Any, opts: Any = None) -> Work:
+        """Fill everybody's tensor with the root's, of the same dtype and number of elements."""
         opts = opts or distributed.BroadcastOptions()
         tensor, root = only(tensors), opts.rootRank
         rooms = Rooms([] if self.rank() == root else [tensor])
@@ -221,20 +246,24 @@ class FmiProcessGroup(ProcessGroup):
         return self._run("broadcast", begin, [tensor], rooms)
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Work:
+        """Fill ``outputs[0]``, a list of `size` tensors, with everybody's ``inputs[0]``."""
         return self._allgather("allgather", [only(outputs)], [only(inputs)], opts)
 
     def allgather_coalesced(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None
     ) -> Work:
+        """Fill ``outputs[rank][i]`` with that rank's ``inputs[i]``."""
         by_input = list(zip(*outputs, strict=True))  # torch gives them by rank
         return self._allgather("allgather_coalesced", by_input, inputs, opts)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
+        """Fill `output`, of `size` times the elements of `input`, with everybody's by rank."""
         return self.all_gather_single_coalesced([output], [input], opts)
 
     def all_gather_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
     ) -> Work:
+        """Do `all_gather_single` of several pairs, side by side."""
         for output, part in zip(outputs, inputs, strict=True):
             check_parts(output, part, self.size())
         whole = Rooms(outputs)
@@ -265,6 +294,7 @@ class FmiProcessGroup(ProcessGroup):
         return self._run(name, begin, outputs, *filled, inputs=inputs)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
+        """Fill the root's ``outputs[0]``, `size` tensors, with everybody's ``inputs[0]``."""
         opts = opts or distributed.GatherOptions()
         root, tensor = opts.rootRank, only(inputs)
         rooms = Rooms(only(outputs) if self.rank() == root else [])
@@ -276,6 +306,7 @@ class FmiProcessGroup(ProcessGroup):
         return self._run("gather", begin, rooms.tensors, rooms, inputs=[tensor])
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Work:
+        """Fill ``outputs[0]`` with item `rank` of the root's ``inputs[0]``, `size` tensors."""
         opts = opts or distributed.ScatterOptions()
         root, rooms = opts.rootRank, Rooms([only(outputs)])
         items = only(inputs) if self.rank() == root else None
@@ -287,6 +318,7 @@ class FmiProcessGroup(ProcessGroup):
         return self._run("scatter", begin, rooms.tensors, rooms, inputs=items or [])
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
+        """Send ``inputs[i]`` to rank i, and fill ``outputs[i]`` with what it sent to us."""
         rooms = Rooms(outputs)
 
         def begin() -> Any:
@@ -303,6 +335,7 @@ class FmiProcessGroup(ProcessGroup):
         input_split_sizes: list[int],
         opts: Any = None,
     ) -> Work:
+        """Do `alltoall` with parts of one tensor along axis 0; no sizes: `size` equal parts."""
         outputs = split(output, output_split_sizes, self.size())
         return self.alltoall(outputs, split(input, input_split_sizes, self.size()), opts)
 
@@ -310,10 +343,12 @@ class FmiProcessGroup(ProcessGroup):
 
     # -------------------------------------------------------------------- point to point
     def send(self, tensors: list[Tensor], dst: int, tag: int = 0) -> Work:
+        """Send one tensor to rank `dst` of the group."""
         tensor = only(tensors)
         return self._run("send", lambda: self._comm.send(flat(tensor), dst, tag), [tensor])
 
     def recv(self, tensors: list[Tensor], src: int, tag: int = 0) -> Work:
+        """Fill one tensor with what rank `src` of the group sent under `tag`."""
         rooms = Rooms([only(tensors)])
 
         async def receive() -> int:
@@ -323,6 +358,7 @@ class FmiProcessGroup(ProcessGroup):
         return self._run("recv", receive, rooms.tensors, rooms)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Work:
+        """Fill one tensor with what comes first; ``source_rank`` of the `Work` says from whom."""
         rooms = Rooms([only(tensors)])
 
         async def receive() -> int:
@@ -334,6 +370,7 @@ class FmiProcessGroup(ProcessGroup):
 
     # ------------------------------------------------------------------------- waiting
     def barrier(self, opts: Any = None) -> Work:
+        """Return a `Work` that is over when all ranks have called this."""
         return self._run("barrier", lambda: self._comm.barrier(timeout=seconds(opts)), [])
 
     def monitored_barrier(
@@ -346,6 +383,9 @@ class FmiProcessGroup(ProcessGroup):
         Args:
             timeout: or seconds; default: the group's.
             wait_all_ranks: name all ranks that are late, not only the first.
+
+        Raises:
+            DistBackendError: some are late; the text names them.
         """
         number = self._barriers = self._barriers + 1
         if isinstance(timeout, timedelta):

@@ -67,19 +67,24 @@ class Work(TorchWork):
         return DistBackendError(text)
 
     def synchronize(self) -> None:
+        """Do `wait`: on a CPU there is no stream that could wait instead."""
         self.wait()
 
     def is_completed(self) -> bool:
+        """Whether the operation is over, well or not; never blocks."""
         return self.done.done()
 
     def is_success(self) -> bool:
+        """Whether it is over and nothing failed."""
         return self.done.done() and self.done.exception() is None
 
     def exception(self) -> BaseException | None:
+        """Return what `wait` would raise; None while it goes on, and if nothing failed."""
         error = self.done.exception() if self.done.done() else None
         return None if error is None else self._seen(error)
 
     def result(self) -> list[torch.Tensor]:
+        """Wait, and return the tensors that were filled; the errors of `wait`."""
         self.wait()
         return self.tensors
 

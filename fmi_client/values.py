@@ -182,8 +182,10 @@ def as_numpy(obj: Any) -> Array:
 
 
 def numpy_has(tensor: torch.Tensor) -> bool:
-    """Whether numpy has the tensor's dtype itself: ml_dtypes, where imported, adds bfloat16,
-    which torch does not convert to."""
+    """Whether numpy has the tensor's dtype itself.
+
+    ml_dtypes, where imported, adds bfloat16, which torch does not convert to.
+    """
     found = np.sctypeDict.get(_dtype_name(tensor.dtype))
     return found is not None and found.__module__ == "numpy"
 

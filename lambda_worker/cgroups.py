@@ -30,6 +30,7 @@ def groups(controller: str, root: Path = Path("/")) -> Iterator[Group]:
     Args:
         controller: "cpu" or "memory".
         root: where /proc and /sys are.
+
     Returns:
         Of a folder that is given here not all need be there: in a container the path is the
         host's, of which only the top is to be seen.

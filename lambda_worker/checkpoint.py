@@ -115,6 +115,7 @@ def convert(source: str | Path, target: str | Path, *, heads: int | None = None)
             before its names; float32, in torch's zip format.
         target: the file to write; replaced as a whole or not at all.
         heads: attention heads; a state_dict does not say them (default: 6).
+
     Raises:
         ModelError: the file is missing, damaged or not such a checkpoint, names a global that it
             does not need, or would compute something else than our model.

@@ -42,8 +42,11 @@ class DatasetError(ValueError):
 
 
 class Rows(NamedTuple):
-    """Rows of a dataset: images (N, 5, 32, 32) nanomaggies ugriz, magnitudes (N, 5), redshift
-    (N,), each float32 or float64."""
+    """Rows of a dataset, each column float32 or float64.
+
+    Images (N, 5, 32, 32) are in nanomaggies, in the bands ugriz; magnitudes are (N, 5); redshift
+    is (N,).
+    """
 
     images: Array
     magnitudes: Array
@@ -145,8 +148,9 @@ class Shard:
         return rows
 
     def fill(self, column: int, start: int, stop: int, out: Array) -> None:
-        """Read rows `start` to `stop` of one column (a number, in the order of `SHAPES`) into
-        `out`. Several threads may do so at once.
+        """Read rows `start` to `stop` of one column into `out`.
+
+        A column is a number, in the order of `SHAPES`. Several threads may do so at once.
 
         Raises:
             StorageError: a file cannot be read, or was changed meanwhile.

@@ -49,8 +49,11 @@ class DeadlineError(RuntimeError):
 
 
 class OutOfTime(BaseException):
-    """How a `DeadlineError` travels: no `except Exception` of a library in between, which would
-    try again or turn it into an error of its own, must hold it up."""
+    """How a `DeadlineError` travels.
+
+    No `except Exception` of a library in between, which would try again or turn it into an error
+    of its own, must hold it up.
+    """
 
 
 class Deadline:

@@ -30,8 +30,10 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,%d}"
 
 
 class EventError(ValueError):
-    """An event that a handler cannot accept; one line says which field, what it was, what it
-    should be."""
+    """An event that a handler cannot accept.
+
+    One line says which field, what it was, and what it should be.
+    """
 
     def __init__(self, text: str) -> None:
         # Names of fields are the event's own: line feeds, or halves of characters.

@@ -207,6 +207,7 @@ def fold(model: AstroMAE) -> Folded:
 
     Args:
         model: of any sizes. The layers that nothing is folded into share its memory.
+
     Returns:
         A module with the same `forward`, in eval mode and without gradients. Its parameters have
         names of their own: keep models as AstroMAE's files.

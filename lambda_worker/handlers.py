@@ -63,7 +63,8 @@ def init(event: object, context: object = None) -> dict[str, Any]:
         stands in `<results>/payload.json`.
 
     Raises:
-        EventError: a field is wrong. DatasetError: no data there, or a file that cannot be used.
+        EventError: a field is wrong.
+        DatasetError: no data there, or a file that cannot be used.
         EngineError, ModelError: the engine cannot do it, or the model's export is missing or stale.
         StorageError: a place cannot be read.
     """
@@ -152,7 +153,8 @@ def summarize(event: object, context: object = None) -> dict[str, Any]:
         `ranks_file`: they are what grows with the ranks.
 
     Raises:
-        EventError: a field is wrong. SummaryError: ranks are missing, which are named.
+        EventError: a field is wrong.
+        SummaryError: ranks are missing, which are named. Nothing is written.
         StorageError: a file cannot be read or written.
     """
     from lambda_worker import summary
@@ -176,7 +178,8 @@ def blame(event: object, context: object = None) -> dict[str, Any]:
         well) and epoch (the next attempt's).
 
     Raises:
-        EventError: a field is wrong. StorageError: the ranks' records cannot be read.
+        EventError: a field is wrong.
+        StorageError: the ranks' records cannot be read.
     """
     return failures.blame(parse(RunInfo, event))
 
@@ -278,7 +281,8 @@ def dataset_files(payload: Payload) -> list[str]:
     """URLs of the dataset's files in natural order (2.pt before 10.pt), up to `file_limit`.
 
     Raises:
-        DatasetError: there are none. StorageError: the folder cannot be read.
+        DatasetError: there are none.
+        StorageError: the folder cannot be read.
     """
     from lambda_worker.dataset import DatasetError
 

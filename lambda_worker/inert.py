@@ -79,6 +79,7 @@ class Archive:
 
     Args:
         data: the whole file.
+
     Raises:
         InertError: not such a file, truncated, compressed or otherwise damaged.
     """

@@ -95,6 +95,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with a GELU in between; (…, width) to (…, width)."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -140,6 +142,8 @@ class Block(nn.Module):
 
 
 class ConvBlock(nn.Module):
+    """Convolution that keeps height and width, batch normalization, ReLU."""
+
     def __init__(self, channels_in: int, channels_out: int, kernel: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2)
@@ -195,6 +199,8 @@ class InceptionMagnitude(nn.Module):
 
 
 class PatchEmbed(nn.Module):
+    """One token of the encoder's width for each square patch of an image."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.bands, config.width, config.patch, stride=config.patch)
@@ -209,6 +215,7 @@ class AstroMAE(nn.Module):
 
     Args:
         config: sizes and input scaling; `ModelConfig()` is the published model.
+
     Raises:
         ModelError: the sizes do not fit together.
     """
@@ -239,6 +246,7 @@ class AstroMAE(nn.Module):
         Args:
             images: (B, bands, side, side) float32, nanomaggies, ugriz.
             magnitudes: (B, bands) float32, AB magnitudes, ugriz.
+
         Returns:
             (B,) float32, z_phot.
         """
@@ -283,6 +291,7 @@ def save_model(
         model: the model; its mode and device do not matter.
         path: the file to write; replaced as a whole or not at all.
         provenance: JSON-able facts about the training, kept in the metadata for readers.
+
     Raises:
         OSError: the folder cannot be made or the file not written (disk full, no permission).
     """
@@ -307,8 +316,10 @@ def load_model(path: str | Path, *, mapped: bool = False) -> AstroMAE:
         path: a safetensors file; `DEMO_MODEL` is the packaged one.
         mapped: leave the weights in the file, of which pages are read when they are used. For
             who makes others of them, as `fold` does; to predict with them is not reproducible.
+
     Returns:
         The model on the CPU, in eval mode.
+
     Raises:
         ModelError: the file is missing, unreadable, truncated, or not one of ours.
     """

@@ -63,8 +63,10 @@ class Refused(FormatError):
 
 
 class Unusual(ValueError):
-    """The file may be good, but its rows cannot be read by range; the text says why, and what
-    would mend it."""
+    """The file may be good, but its rows cannot be read by range.
+
+    The text says why, and what would mend it.
+    """
 
 
 class Tensor(NamedTuple):

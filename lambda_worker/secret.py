@@ -37,8 +37,10 @@ ACTIONS = {"secretsmanager": "secretsmanager:GetSecretValue", "ssm": "ssm:GetPar
 
 
 class SecretError(RuntimeError):
-    """A secret is missing, empty, of the wrong form, or not for us; the text names its ARN and
-    says what to do, and never holds any of the secret."""
+    """A secret is missing, empty, of the wrong form, or not for us.
+
+    The text names its ARN and says what to do, and never holds any of the secret.
+    """
 
 
 class SecretUnavailable(RuntimeError):

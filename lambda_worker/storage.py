@@ -68,8 +68,9 @@ def place(url: str) -> dict[str, str]:
 
 
 def check_writable(url: str) -> None:
-    """Refuse a folder that files cannot be written to, or a bucket that is not there; changes
-    nothing.
+    """Refuse a folder that files cannot be written to, or a bucket that is not there.
+
+    Nothing is changed.
 
     Raises:
         StorageError: it is, or is inside, a file, or is read-only; or there is no such bucket.

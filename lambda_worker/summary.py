@@ -40,8 +40,10 @@ Table = dict[str, Any]
 
 
 class SummaryError(RuntimeError):
-    """The run is not complete, or a file of it is damaged; the text names the ranks that are
-    missing, or the file."""
+    """The run is not complete, or a file of it is damaged.
+
+    The text names the ranks that are missing, or the file.
+    """
 
 
 def record(

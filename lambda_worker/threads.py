@@ -20,6 +20,7 @@ def cores(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> in
     Args:
         environ: where AWS Lambda says how much memory, and so how much of a core, was paid for.
         root: of the file system with the control groups' files.
+
     Returns:
         At least 1; a part of a core counts as one, since a thread uses what there is of it.
     """

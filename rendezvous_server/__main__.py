@@ -204,7 +204,7 @@ def main(
       python -m rendezvous_server                         this machine only
       openssl rand -hex 32 > secret
       python -m rendezvous_server --secret-file secret    ranks with a token, from anywhere
-    """
+    """  # noqa: D301 (typer's mark for lines that stay as they are)
     try:
         _configure_logs(log_level)
         secret = read_secret(secret_file, os.environ.get(ENV + "SECRET"))

@@ -127,8 +127,11 @@ async def start(server: Server, host: str, port: int) -> tuple[web.AppRunner, in
 
 
 class _Crowd:
-    """Bounds the connections: those without a whole request make room, the older half of them;
-    where all have one, the older half of all."""
+    """Bounds the connections.
+
+    Those without a whole request make room, the older half of them; where all have one, the older
+    half of all.
+    """
 
     def __init__(self) -> None:
         self._room = room_for_http()

@@ -150,8 +150,11 @@ class Connection(asyncio.Protocol):
             raise side.failure
 
     def _check_tls(self, event: Authenticated | RelayLeg | Request) -> None:
-        """Refuse ranks in plain where there is a certificate. Ranks that another server carries
-        have proven themselves inside TLS there; what a leg carries the ranks encrypt."""
+        """Refuse ranks in plain where there is a certificate.
+
+        Ranks that another server carries have proven themselves inside TLS there; what a leg
+        carries the ranks encrypt.
+        """
         match event:
             case RelayLeg() if self._tls is not None:
                 raise ProtocolError("a relay leg inside TLS")

@@ -137,8 +137,10 @@ class Line(asyncio.Protocol):
 
 
 class Pipe(asyncio.Protocol):
-    """One of two connections between which bytes are passed on: a relay's leg, and our own to the
-    server that it is for."""
+    """One of two connections between which bytes are passed on.
+
+    They are a relay's leg, and our own to the server that it is for.
+    """
 
     def __init__(self, pipes: set[Pipe], peer: Pipe | None = None, first: bytes = b"") -> None:
         self._pipes = pipes

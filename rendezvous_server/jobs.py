@@ -49,6 +49,8 @@ class RelayPair:
 
 @dataclass(slots=True, eq=False)
 class Job:
+    """A job whose ranks are here or awaited: who they are, and who was told what."""
+
     name: str
     size: int
     epoch: int

@@ -61,6 +61,8 @@ class Status(IntEnum):
 
 
 class Request(NamedTuple):
+    """What a client of TCPunch sends first: which name it wants to meet its peer under."""
+
     version: int
     name: bytes
     token: uuid.UUID | None = None

@@ -14,8 +14,10 @@ def want(asker: int) -> Message:
 
 
 def not_back(rank: int) -> Message:
-    """That rank of a job from another server is not here. Said as of one that left: it may have
-    finished, and links with it that exist need not end."""
+    """That rank of a job from another server is not here.
+
+    Said as of one that left: it may have finished, and links with it that exist need not end.
+    """
     why = "did not come back after the server's restart"
     return {"t": "gone", "rank": rank, "clean": True, "why": why}
 

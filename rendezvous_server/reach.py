@@ -28,16 +28,21 @@ class Reach:
 
     @property
     def hidden(self) -> bool:
-        """Whether nobody knows from which port its next connection comes: its NAT changes
-        ports, or we have never seen what it makes of them."""
+        """Whether nobody knows from which port its next connection comes.
+
+        Its NAT changes ports, or we have never seen what it makes of them.
+        """
         if self.seen is None:
             return not self.public
         return len({port for _, port in self.addresses}) > 1
 
 
 def sort_addresses(observed: Address, own: Iterable[Address]) -> dict[Version, Reach]:
-    """Sort a rank's addresses. What translates IPv6 for it, a NAT64 or a load balancer, is
-    seen by us, but leads nowhere: the versions that it has are those of its own addresses."""
+    """Sort a rank's addresses.
+
+    What translates IPv6 for it, a NAT64 or a load balancer, is seen by us, but leads nowhere: the
+    versions that it has are those of its own addresses.
+    """
     by_version: dict[Version, list[Address]] = {}
     for address in own:
         by_version.setdefault(version(address), []).append(address)

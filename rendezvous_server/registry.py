@@ -171,8 +171,7 @@ class Registry:
         return member, outbox
 
     def _replace(self, old: Member, hello: Hello) -> Outbox:
-        """Make room for a rank that is here already, if it is the same one: its line broke, and
-        we have not noticed yet."""
+        """Make room for a rank that is here already, if only its line broke before we noticed."""
         if not hello.identity or not auth.same(hello.identity, old.identity):
             raise RankTaken(f"rank {old.rank} of job {old.job.name!r} is here already")
         del old.job.members[old.rank]
@@ -321,8 +320,7 @@ class Registry:
         ]
 
     def overdue(self, now: float) -> Outbox:
-        """Tell who wants a link with a rank that should have come back by now: some of them,
-        and the others the next time."""
+        """Tell some of those who want a link with a rank that should be back; others next time."""
         outbox: Outbox = []
         for job in [job for job in self._awaiting if (job.back_until or 0) <= now]:
             for peer, askers in self._awaited.drain(job):

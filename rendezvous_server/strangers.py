@@ -91,8 +91,10 @@ class Strangers(Generic[Stranger]):
 
 
 class Lately:
-    """How loudly to say that strangers were refused: of one between two ticks, or each byte to the
-    port would cost a line of log."""
+    """How loudly to say that strangers were refused.
+
+    Of one between two ticks, or each byte to the port would cost a line of log.
+    """
 
     def __init__(self) -> None:
         self._count = 0

@@ -14,6 +14,8 @@ from typer.core import TyperArgument, TyperCommand
 
 
 class Engine(StrEnum):
+    """What predicts; docs/engines.md."""
+
     torch = "torch"
     onnx = "onnx"
     openvino = "openvino"
@@ -21,6 +23,8 @@ class Engine(StrEnum):
 
 
 class Precision(StrEnum):
+    """What is computed in."""
+
     fp32 = "fp32"
     bf16 = "bf16"
 

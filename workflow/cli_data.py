@@ -23,12 +23,16 @@ commands = group(
 
 
 class Size(StrEnum):
+    """How much demo data."""
+
     small = "small"
     medium = "medium"
     large = "large"
 
 
 class Split(StrEnum):
+    """Which part of the catalog: what the demo model was trained on, or was not."""
+
     train = "train"
     val = "val"
     test = "test"

@@ -51,6 +51,8 @@ _LOCAL = "Only with --on local"
 
 
 class Where(StrEnum):
+    """Where the functions of a job run."""
+
     local = "local"
     aws = "aws"
 

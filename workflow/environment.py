@@ -25,6 +25,7 @@ def describe(threads: int | None = None, engine: Engine = "torch") -> Json:
     Args:
         threads: of the inference; None: all cores that this process may use.
         engine: whose version is told, beside torch's.
+
     Returns:
         cpu, architecture, cores (of the machine), cores_usable, threads, ram_gb (10^9 bytes),
         platform and versions; the version of what is not installed is None.

@@ -29,8 +29,11 @@ class UploadError(ValueError):
 
 @dataclass(frozen=True)
 class Uploaded:
-    """``place`` is the URL of the folder; ``sent`` the names of the files that were not there yet;
-    ``rows`` those of a dataset, else None."""
+    """What an upload came to.
+
+    ``place`` is the URL of the folder; ``sent`` the names of the files that were not there yet;
+    ``rows`` those of a dataset, else None.
+    """
 
     place: str
     files: int

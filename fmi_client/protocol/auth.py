@@ -61,8 +61,10 @@ def admission_key(server_secret: bytes, job: str, size: int, expires: int) -> by
 
 
 def carrier_key(server_secret: bytes) -> bytes:
-    """Return the key by which servers of one secret know each other: who has it may speak for
-    ranks that it has let in itself."""
+    """Return the key by which servers of one secret know each other.
+
+    Who has it may speak for ranks that it has let in itself.
+    """
     return mac(server_secret, "fmi3 carrier")
 
 
@@ -109,6 +111,12 @@ def make_token(server_secret: bytes | str, *, job: str, size: int, expires: floa
         job: the job's name, as given to ``connect``.
         size: the job's number of ranks.
         expires: Unix time in seconds from which the server refuses the token.
+
+    Returns:
+        ``fmi3.<expires>.<key in URL-safe base64>``: a secret, as it admits whoever has it.
+
+    Raises:
+        ValueError: the server's secret is empty.
     """
     secret = server_secret.encode() if isinstance(server_secret, str) else bytes(server_secret)
     secret = secret.rstrip()

@@ -427,9 +427,7 @@ class Punch:
 
     @property
     def connected(self) -> bool:
-        """Whether somebody is at the other end who may still prove to be the peer, or is awaited
-        at the relay. Strangers, where there are any, are found out soon: that makes no
-        connection."""
+        """Whether the peer may be there, or is awaited at the relay; strangers are found out."""
         if self._relay is not None and self._relay.waiting:
             return True
         since = self.reactor.now() - (DOUBT_SECONDS if self.stranger is not None else 0.0)

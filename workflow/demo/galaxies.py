@@ -72,8 +72,10 @@ def make_dataset(
         seed: the same seed, split and rows give the same bits; fewer rows give a prefix of more.
         split: take galaxies of this split only; None takes all.
         progress: called with (objects done, rows), now and then and at the end.
+
     Returns:
         The arrays, in an order shuffled by the seed.
+
     Raises:
         ValueError: rows or seed is negative, or the split does not exist.
     """
@@ -107,12 +109,15 @@ def simulate(
 def add_noise(
     image: NDArray[np.float32], epochs: Epochs, epoch: int, rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    """What the camera makes of a noise-free image: Poisson electrons of object and sky, read noise
-    and dark current, and the mean sky subtracted again.
+    """What the camera makes of a noise-free image.
+
+    Poisson electrons of object and sky, read noise and dark current are added, and the mean sky is
+    subtracted again.
 
     Args:
         image: (5, side, side) nanomaggies.
         epochs, epoch: conditions, and which of them.
+
     Returns:
         The same shape, float32, nanomaggies.
     """
@@ -134,6 +139,7 @@ def write_pt(arrays: GalaxyArrays, path: str | Path) -> None:
 
     Args:
         path: the .pt file; replaced as a whole or not at all.
+
     Raises:
         OSError: the folder cannot be made or the file not written; the text says why.
     """
@@ -178,6 +184,7 @@ def half_light_kpc(luminosity: float, bulge: float) -> tuple[float, float]:
     Args:
         luminosity: absolute r magnitude, 0.1-shifted, H0 = 70.
         bulge: share of the de Vaucouleurs profile, 0 to 1.
+
     Returns:
         kpc, and the dispersion of the natural logarithm.
     """

@@ -71,6 +71,7 @@ def render(sources: Sources, psf: Floats, side: int = SIDE) -> NDArray[np.float3
         psf: (B, 3, 6) as in `Epochs.psf`. SDSS fits it to pixels, so it contains the pixel's own
             response and is evaluated at pixel centres.
         side: of the cutout, pixels.
+
     Returns:
         (B, side, side) float32, nanomaggies per pixel.
     """

@@ -65,8 +65,10 @@ def train(
         rows: use only so many rows of each split, for a quick try.
         seed: at least 0.
         progress: called with a stage ("simulate", "train", "evaluate"), steps done and steps.
+
     Returns:
         What metrics.json holds.
+
     Raises:
         OSError: the folder cannot be written.
     """
