@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from fmi_client.protocol.abort import SERVER, JobAborted
 from fmi_client.protocol.addresses import Address, format_address
-from fmi_client.protocol.rendezvous import JobAborted
 from rendezvous_server.jobs import Job
-from rendezvous_server.registry import SERVER, Registry
+from rendezvous_server.registry import Registry
 
 Snapshot = dict[str, Any]
 
