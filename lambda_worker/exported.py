@@ -19,12 +19,11 @@ import numpy as np
 
 from lambda_worker import storage
 from lambda_worker.engine import Array, EngineError, ModelError, Predict
-from lambda_worker.names import Engine, Precision
+from lambda_worker.names import LIBRARIES, Engine, Precision
 from lambda_worker.slices import SLICE, in_slices
 
 FORMAT = "cosmic-astromae-onnx-1"
 INPUTS, OUTPUT = ("images", "magnitudes"), "z_phot"
-PACKAGES: dict[str, str] = {"openvino": "openvino", "onnx": "onnxruntime"}
 METADATA_FIELD = 14  # of ONNX's ModelProto: key and value, fields 1 and 2 of an entry
 MAX_ENTRY = 1 << 20
 
@@ -65,9 +64,9 @@ def choose(engine: Engine, precision: Precision, model: str) -> tuple[Engine, st
 
 
 def _fastest(precision: Precision) -> Engine:
-    if find_spec(PACKAGES["openvino"]):
+    if find_spec(LIBRARIES["openvino"]):
         return "openvino"
-    return "onnx" if find_spec(PACKAGES["onnx"]) and precision == "fp32" else "torch"
+    return "onnx" if find_spec(LIBRARIES["onnx"]) and precision == "fp32" else "torch"
 
 
 def _is_there(url: str) -> bool:
@@ -94,10 +93,10 @@ def open_exported(model: Path, engine: Engine, precision: Precision, threads: in
     try:
         return open_file(path, engine, precision, threads)
     except ModuleNotFoundError as error:
-        if error.name != PACKAGES[engine]:
+        if error.name != LIBRARIES[engine]:
             raise
         raise EngineError(
-            f"engine {engine}: {PACKAGES[engine]} is not installed here: "
+            f"engine {engine}: {LIBRARIES[engine]} is not installed here: "
             f"pip install 'cosmic-fmi[{engine}]'"
         ) from None
 

@@ -8,15 +8,12 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from lambda_worker.names import Engine
+from lambda_worker.names import LIBRARIES, Engine
 from lambda_worker.threads import cores
 from lambda_worker.versions import versions
 from workflow.plan import Json
 
-__all__ = ["LIBRARIES", "cpu", "describe"]
-
-LIBRARIES: dict[Engine, str] = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino"}
-"""The package of each engine."""
+__all__ = ["cpu", "describe"]
 
 
 def describe(threads: int | None = None, engine: Engine = "torch") -> Json:

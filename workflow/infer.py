@@ -28,10 +28,9 @@ from lambda_worker import (
 )
 from lambda_worker.engine import DEMO_MODEL, Predict, open_engine
 from lambda_worker.events import Payload
-from lambda_worker.names import Engine, Precision
+from lambda_worker.names import LIBRARIES, Engine, Precision
 from lambda_worker.shard import Piece
 from workflow import environment, predictions, profiling
-from workflow.environment import LIBRARIES
 from workflow.plot import redshift_png
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from lambda_worker.inference import Deviation, Inferred
     from workflow.progress import View
 
-__all__ = ["LIBRARIES", "InferPlan", "infer"]
+__all__ = ["InferPlan", "infer"]
 
 Json = dict[str, Any]
 
