@@ -43,8 +43,6 @@ __all__ = ["InferPlan", "infer"]
 
 Json = dict[str, Any]
 
-_MB = 1e6
-
 
 @dataclass(frozen=True)
 class InferPlan:
