@@ -12,6 +12,7 @@ import secrets
 import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import IO, Annotated
 
 import typer
@@ -23,6 +24,8 @@ from workflow.signals import Stopped
 
 GRACE = 5.0
 """Seconds that the others have, after a rank has failed, to notice and to say so."""
+
+ROOT = Path(__file__).parents[1]
 
 SERVER = (sys.executable, "-m", "rendezvous_server")
 
@@ -90,6 +93,8 @@ def _environment(address: str) -> dict[str, str]:
     # The ranks share this machine's cores: one thread each, unless told otherwise.
     env = {"OMP_NUM_THREADS": "1", **os.environ, **place, "FMI_KEY": secrets.token_hex(32)}
     env.pop("FMI_TOKEN", None)  # admits to another server
+    # A program of one's own finds `examples` wherever it lies itself.
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return env
 
 

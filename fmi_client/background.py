@@ -122,7 +122,7 @@ class Background:
 
     async def _give_up(self) -> None:
         for task in list(self._tasks):
-            task.cancel()
+            task.cancel("the process leaves")  # what the others hear, if they wait for it
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _stop(self) -> None:

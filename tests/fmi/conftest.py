@@ -4,10 +4,15 @@ import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support import serving
+
+if TYPE_CHECKING:  # torch is loaded late: most tests here do without
+    from fmi_client.background import Background
+    from fmi_client.torch_backend import FmiProcessGroup
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +33,21 @@ def address() -> Iterator[str]:
     loop.call_soon_threadsafe(stop.set)
     thread.join()
     loop.close()
+
+
+@pytest.fixture(scope="module")
+def members(address: str) -> Iterator[list[Background]]:
+    """All ranks of a job, for tests of the torch backend."""
+    from tests.fmi import torch_ranks
+
+    with torch_ranks.joined(address, torch_ranks.SIZE) as ranks:
+        yield ranks
+
+
+@pytest.fixture
+def groups(members: list[Background]) -> list[FmiProcessGroup]:
+    """A process group of all ranks, by rank; each test has its own."""
+    from tests.fmi import torch_ranks
+
+    context = 1000 + next(torch_ranks.numbers)
+    return [torch_ranks.group_of(member, context=context) for member in members]

@@ -24,7 +24,7 @@ from fmi_client import torch_join, torch_register, torch_store
 from fmi_client.background import Background
 from fmi_client.errors import RankFailed
 from fmi_client.torch_store import FmiStore
-from tests.fmi.test_torch_backend import joined
+from tests.fmi.torch_ranks import joined
 from tests.processes import RankProcess, Tell, processes
 
 SHORT = timedelta(seconds=0.2)

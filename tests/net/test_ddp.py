@@ -98,7 +98,9 @@ def all_end_after(ranks: list[Rank], first: int) -> None:
     """Wait until all ranks have ended, each with an error that names rank `first`."""
     for rank in (rank for rank in ranks if rank.number != first):
         # torch makes a RuntimeError of what failed in backward(), with the text of ours.
-        why = rf"DistBackendError: \[.*\] rank {first} (was lost|has left)"
+        # The last: it left with an operation under way.
+        named = rf"(rank {first} (was lost|has left)|aborted by rank {first}: )"
+        why = rf"DistBackendError: \[.*\] {named}"
         assert re.search(why, rank.fails(SOON)), rank.err
     assert [rank.ends(END) for rank in ranks if rank.number != first] == [1, 1, 1]
 
