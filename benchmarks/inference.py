@@ -26,7 +26,9 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import inference_report, loops
-from benchmarks.start import ROOT, cpu, say, version
+from benchmarks.start import ROOT, say
+from lambda_worker.versions import installed
+from workflow.environment import cpu
 
 ENGINES = ("torch-fp32", "torch-bf16", "onnx-fp32", "openvino-fp32", "openvino-bf16")
 MARKS = "<!-- inference -->\n", "<!-- /inference -->\n"
@@ -83,7 +85,7 @@ def _about() -> Record:
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: installed(name) for name in PACKAGES},
     }
 
 

@@ -19,10 +19,10 @@ from fmi_client.errors import (
     RankFailed,
     RendezvousError,
 )
+from fmi_client.protocol.abort import SERVER, JobAborted
 from fmi_client.protocol.inbox import STAGE_BYTES as PEER_STAGE_BYTES
 from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.peer import COLLECTIVE, WAITING, Key, Payload
-from fmi_client.protocol.rendezvous import JobAborted
 from fmi_client.protocol.roll import HERE, MISSING, TIMEOUT, Roll, some_ranks
 from fmi_client.transport.link import Link
 from fmi_client.transport.memory import STAGE_BYTES, MemoryLink
@@ -268,7 +268,7 @@ def _abort_error(event: JobAborted, rank: int) -> FmiError:
         )
     if event.kind == "lost" and event.ranks:
         return RankFailed(event.reason, rank=event.ranks[0])
-    if event.by < 0:
+    if event.by == SERVER:
         return RendezvousError(event.reason, rank=rank)
     return Aborted(by=event.by, reason=event.reason, rank=rank, op=event.op, seq=event.seq)
 

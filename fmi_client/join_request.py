@@ -60,16 +60,7 @@ class JoinRequest:
         Raises:
             ValueError: the text names the argument.
         """
-        if not 1 <= len(job) <= MAX_JOB_NAME:
-            raise ValueError(f"job must be a name of 1 to {MAX_JOB_NAME} characters")
-        if not 1 <= size <= MAX_SIZE:
-            raise ValueError(f"size={size}: a job has 1 to {MAX_SIZE} ranks")
-        if not 0 <= rank < size:
-            raise ValueError(f"rank={rank} is not a rank of a job of {size}: 0 … {size - 1}")
-        if not 0 <= epoch < 2**31:
-            raise ValueError(f"epoch={epoch} is not from 0 to 2**31 - 1")
-        if not 0 < timeout < math.inf:
-            raise ValueError(f"timeout={timeout} s: joining needs a positive, finite time")
+        _check_place(job, rank, size, epoch, timeout)
         channel, server, store = settle(channel, server, store, size)
         _check_channel(channel, server, store)
         key = key if key is not None else os.environ.get("FMI_KEY") or None
@@ -103,6 +94,19 @@ class JoinRequest:
         """Return what the server is told, with a nonce made now: a snapshot has no old one."""
         expires = self.token.expires if self.token else 0
         return Hello(self.job, self.size, self.rank, self.epoch, expires, own, auth.nonce())
+
+
+def _check_place(job: str, rank: int, size: int, epoch: int, timeout: float) -> None:
+    if not 1 <= len(job) <= MAX_JOB_NAME:
+        raise ValueError(f"job must be a name of 1 to {MAX_JOB_NAME} characters")
+    if not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"size={size}: a job has 1 to {MAX_SIZE} ranks")
+    if not 0 <= rank < size:
+        raise ValueError(f"rank={rank} is not a rank of a job of {size}: 0 … {size - 1}")
+    if not 0 <= epoch < 2**31:
+        raise ValueError(f"epoch={epoch} is not from 0 to 2**31 - 1")
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"timeout={timeout} s: joining needs a positive, finite time")
 
 
 def _check_channel(channel: str, server: str | None, store: str | None) -> None:

@@ -16,6 +16,7 @@ from fmi_client.errors import (
     RendezvousError,
 )
 from fmi_client.join_request import JoinRequest
+from fmi_client.protocol.abort import JobAborted
 from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.rendezvous import (
@@ -24,7 +25,6 @@ from fmi_client.protocol.rendezvous import (
     Draining,
     Event,
     Gone,
-    JobAborted,
     Missing,
     Punch,
     Ready,

@@ -15,8 +15,8 @@ from fmi_client.errors import (
 from fmi_client.join_request import JoinRequest
 from fmi_client.meeting import Host, Meeting
 from fmi_client.protocol import frames
+from fmi_client.protocol.abort import JobAborted, abort_message, read_abort
 from fmi_client.protocol.objects import Scheme, event_rank
-from fmi_client.protocol.rendezvous import JobAborted, abort_message, read_abort
 from fmi_client.transport.objects import Depot, ObjectLink
 from fmi_client.transport.reactor import Reactor
 from fmi_client.transport.store import Store

@@ -11,7 +11,6 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,13 +19,11 @@ import numpy as np
 
 from lambda_worker import storage
 from lambda_worker.engine import Array, EngineError, ModelError, Predict
-from lambda_worker.names import Engine, Precision
+from lambda_worker.names import LIBRARIES, Engine, Precision
+from lambda_worker.slices import SLICE, in_slices
 
 FORMAT = "cosmic-astromae-onnx-1"
 INPUTS, OUTPUT = ("images", "magnitudes"), "z_phot"
-PACKAGES: dict[str, str] = {"openvino": "openvino", "onnx": "onnxruntime"}
-SLICE = 32
-"""Rows that a thread takes through the model together."""
 METADATA_FIELD = 14  # of ONNX's ModelProto: key and value, fields 1 and 2 of an entry
 MAX_ENTRY = 1 << 20
 
@@ -67,9 +64,9 @@ def choose(engine: Engine, precision: Precision, model: str) -> tuple[Engine, st
 
 
 def _fastest(precision: Precision) -> Engine:
-    if find_spec(PACKAGES["openvino"]):
+    if find_spec(LIBRARIES["openvino"]):
         return "openvino"
-    return "onnx" if find_spec(PACKAGES["onnx"]) and precision == "fp32" else "torch"
+    return "onnx" if find_spec(LIBRARIES["onnx"]) and precision == "fp32" else "torch"
 
 
 def _is_there(url: str) -> bool:
@@ -96,10 +93,10 @@ def open_exported(model: Path, engine: Engine, precision: Precision, threads: in
     try:
         return open_file(path, engine, precision, threads)
     except ModuleNotFoundError as error:
-        if error.name != PACKAGES[engine]:
+        if error.name != LIBRARIES[engine]:
             raise
         raise EngineError(
-            f"engine {engine}: {PACKAGES[engine]} is not installed here: "
+            f"engine {engine}: {LIBRARIES[engine]} is not installed here: "
             f"pip install 'cosmic-fmi[{engine}]'"
         ) from None
 
@@ -108,32 +105,13 @@ def open_file(path: Path, engine: Engine, precision: Precision, threads: int) ->
     """Load an export that is known to be good; errors are `open_exported`'s, and ImportError."""
     scale = _scaling(read_metadata(path), path)
     if engine == "openvino":
-        return partial(
-            _predict, _openvino(path, precision, threads), scale, map, 1, SLICE * threads
-        )
-    # Its own threads would divide every operation and spin between them, at a neighbour's expense.
-    # Ours divide the batch, which is faster, too.
-    mapped: Any = map if threads == 1 else ThreadPoolExecutor(threads, "onnx").map
-    return partial(_predict, _onnx(path), scale, mapped, threads, SLICE)
-
-
-def _predict(
-    run: Predict, scale: Scale, mapped: Any, at_once: int, size: int, images: Array, mags: Array
-) -> Array:
-    """Slices of at most `size` rows, so many at once: what they leave behind fits the cache."""
-    count = -(-len(images) // size)
-    count = max(1, min(-(-count // at_once) * at_once, len(images)))
-    ends = [len(images) * n // count for n in range(count + 1)]
-    mags = scale(mags)
-
-    def one(start: int, stop: int) -> Array:
-        part = images[start:stop], mags[start:stop]
-        if stop - start > 1:
-            return run(*part)
-        # For a single row both have kernels of their own, which add up in another order.
-        return run(*(np.concatenate((array, array)) for array in part))[:1]
-
-    return np.concatenate(list(mapped(one, ends[:-1], ends[1:])))
+        predict = in_slices(_openvino(path, precision, threads), size=SLICE * threads)
+    else:
+        # Its own threads would divide every operation, and spin between them, at a neighbour's
+        # expense. Ours divide the batch, which is faster, too.
+        mapped: Any = map if threads == 1 else ThreadPoolExecutor(threads, "onnx").map
+        predict = in_slices(_onnx(path), mapped, threads)
+    return lambda images, magnitudes: predict(images, scale(magnitudes))
 
 
 def _scaling(facts: dict[str, str], path: Path) -> Scale:

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from fmi_client.sync import Communicator
     from lambda_worker.dataset import Shard
     from lambda_worker.engine import Array, Predict
-    from lambda_worker.inference import Deviation, Inferred
     from lambda_worker.names import Engine
 
 log = logging.getLogger("lambda_worker")
@@ -350,7 +349,9 @@ def _work(
     clock.lap("infer")
     if warning := inference.judge(inferred, rows.pieces, task.strict):
         log.warning("%s", warning)
-    deviation = _deviation(task, model, rows, inferred, watch)
+    deviation = inference.deviation(
+        model, task.engine, task.precision, task.threads, rows, inferred.z_phot, watch.look
+    )
     total = metrics.sums(inferred.z_phot, inferred.z_spec)
     watch("gather", len(rows), len(rows))
     clock.lap(None)
@@ -402,19 +403,6 @@ def _pieces(task: RankTask, watch: Watch) -> list[shard.Piece]:
 
     counts = aside.result(aside.start(counted, "open"), watch.look, "the data files to be opened")
     return [shard.Piece(file, 0, n) for file, n in zip(task.whole_files, counts, strict=True)]
-
-
-def _deviation(
-    task: RankTask, model: Path, rows: Shard, inferred: Inferred, watch: Watch
-) -> Deviation | None:
-    """What the precision costs on this rank's own rows."""
-    if task.precision == "fp32" or not len(rows):
-        return None
-    from lambda_worker import inference
-    from lambda_worker.engine import open_engine
-
-    exact = open_engine(model, engine=task.engine, threads=task.threads)
-    return inference.deviation(exact, rows, inferred.z_phot, watch.look)
 
 
 def _batch_size(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from lambda_worker import aside, metrics
 from lambda_worker.dataset import DatasetError, Rows, Shard
-from lambda_worker.engine import Predict
+from lambda_worker.engine import Predict, open_engine
+from lambda_worker.names import Engine, Precision
 from lambda_worker.shard import Piece, place
 
 # What of a row may not be usable, in the order in which it is looked at.
@@ -148,6 +150,26 @@ def _timed_next(items: Iterator[Item]) -> tuple[Item, float] | None:
 
 
 def deviation(
+    model: Path,
+    engine: Engine,
+    precision: Precision,
+    threads: int | None,
+    shard: Shard,
+    z_phot: NDArray[np.float32],
+    look: aside.Look = aside.nothing,
+) -> Deviation | None:
+    """What a precision costs on the shard's own rows; None: it is full, or there are no rows.
+
+    Args:
+        model, engine, precision, threads: as `open_engine` took them.
+        z_phot, look: as of `compare`.
+    """
+    if precision == "fp32" or not len(shard):
+        return None
+    return compare(open_engine(model, engine=engine, threads=threads), shard, z_phot, look)
+
+
+def compare(
     exact: Predict, shard: Shard, z_phot: NDArray[np.float32], look: aside.Look = aside.nothing
 ) -> Deviation:
     """Predict a sample of the shard again in full precision, 256 rows at most.

@@ -6,3 +6,6 @@ from typing import Literal
 
 Engine = Literal["torch", "onnx", "openvino", "auto"]
 Precision = Literal["fp32", "bf16"]
+
+LIBRARIES: dict[Engine, str] = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino"}
+"""The package of each engine."""

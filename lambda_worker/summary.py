@@ -11,11 +11,9 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from lambda_worker import metrics, storage
 from lambda_worker.cgroups import memory_limit
 from lambda_worker.events import RankTask, RunInfo
 from lambda_worker.shard import Piece
+from lambda_worker.versions import versions
 
 if TYPE_CHECKING:
     from lambda_worker.dataset import Shard
@@ -352,20 +351,10 @@ def _summary(
         "links": {kind: sum(link[kind] for link in links) for kind in ("direct", "relay")},
         "model": run.model,
         "data": run.data,
-        "versions": _versions(),
+        "versions": versions(("cosmic-fmi", "numpy", "torch", "onnxruntime", "openvino")),
     }
 
 
 def _link_kinds(stats: Mapping[str, Any] | None) -> dict[str, int]:
     kinds = [link["kind"] for link in stats["links"].values()] if stats else []
     return {kind: kinds.count(kind) for kind in ("direct", "relay")}
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": sys.version.split()[0]}
-    for package in ("cosmic-fmi", "numpy", "torch", "onnxruntime", "openvino"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found

@@ -1,9 +1,4 @@
-"""The folded model in torch, sliced for the cache, one thread to a slice.
-
-Threads that share each operation wait for each other some hundreds of times per batch. Here a batch
-is cut into slices instead, and each thread takes a slice through the whole model by itself. It is
-faster, takes memory for the slices alone, and gives the same bits for any number of threads.
-"""
+"""The folded model in torch, some of its layers replaced by faster ones."""
 
 from __future__ import annotations
 
@@ -12,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,9 +15,7 @@ from lambda_worker.engine import Array, Predict
 from lambda_worker.fold import Attend, Conv, Folded, Linear, fold
 from lambda_worker.model import load_model
 from lambda_worker.names import Precision
-
-SLICE = 32
-"""Rows at most that go through the model together: what they leave behind fits the cache."""
+from lambda_worker.slices import SLICE, in_slices
 
 VECTOR = 16  # float32 numbers in an AVX-512 register
 
@@ -105,10 +97,11 @@ def open_torch(model: Path, precision: Precision, threads: int) -> Predict:
         for kept in module.parameters():
             kept.data = kept.clone()  # one that still is in the file would keep all of it mapped
     _give_back_memory()
+    run = partial(_run, module)
     if threads == 1:
-        return partial(_predict, module)
+        return in_slices(run)
     pool = ThreadPoolExecutor(threads, "torch", torch.set_num_threads, (1,))
-    return partial(_predict_in, pool, threads, module)
+    return in_slices(run, pool.map, threads)
 
 
 def _give_back_memory() -> None:
@@ -138,34 +131,10 @@ def _prepare(module: Folded, dtype: torch.dtype) -> None:
     nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _predict(module: Folded, images: Array, magnitudes: Array) -> Array:
-    parts = _slices(len(images), 1)
-    return np.concatenate([_run(module, images[part], magnitudes[part]) for part in parts])
-
-
-def _predict_in(
-    pool: ThreadPoolExecutor, threads: int, module: Folded, images: Array, magnitudes: Array
-) -> Array:
-    parts = _slices(len(images), threads)
-    futures = [pool.submit(_run, module, images[part], magnitudes[part]) for part in parts]
-    return np.concatenate([future.result() for future in futures])
-
-
-def _slices(rows: int, threads: int) -> list[slice]:
-    """Cut rows evenly into slices, as many for each thread if there are enough rows."""
-    count = -(-rows // SLICE)
-    count = max(1, min(-(-count // threads) * threads, rows))
-    return [slice(rows * n // count, rows * (n + 1) // count) for n in range(count)]
-
-
 def _run(module: Folded, images: Array, magnitudes: Array) -> Array:
-    rows = len(images)
-    if rows == 1:
-        # For a single row oneDNN has a kernel of its own, which adds up in another order.
-        images, magnitudes = (np.concatenate((part, part)) for part in (images, magnitudes))
     with torch.inference_mode():
         z_phot = module(_tensor(images), _tensor(magnitudes))
-    out: Array = z_phot[:rows].numpy()
+    out: Array = z_phot.numpy()
     return out
 
 

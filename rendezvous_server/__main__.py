@@ -20,7 +20,7 @@ from rendezvous_server import admin
 from rendezvous_server.config import (
     Config,
     ConfigError,
-    check_registry,
+    check_redis_url,
     choose_host,
     read_admin_token,
     read_networks,
@@ -224,7 +224,7 @@ def main(
             relay_pairs=relay_pairs,
             proxy_protocol=proxy_protocol,
             legacy=read_networks(legacy or ()),
-            registry=check_registry(registry, secret),
+            redis_url=check_redis_url(registry, secret),
             tls=read_tls(tls_cert, tls_key),
         )
         raise_limit()
@@ -237,7 +237,7 @@ def main(
 
 
 def _make(config: Config) -> Server:
-    if config.registry is None:
+    if config.redis_url is None:
         return Server(config)
     try:
         from rendezvous_server.several import SharingServer

@@ -33,7 +33,8 @@ class Config:
         job_ttl: seconds after which any job is ended.
         proxy_protocol: whether every rank's connection begins with a balancer's header.
         legacy: whence TCPunch's own clients may come.
-        registry: URL of the Redis through which servers share jobs; None: this one is alone.
+        redis_url: of the Redis through which servers share jobs (`--registry`); None: this one
+            is alone.
         tls: the server's certificate; with one, ranks must come encrypted.
     """
 
@@ -50,7 +51,7 @@ class Config:
     relay_pairs: int = RELAY_PAIRS
     proxy_protocol: bool = False
     legacy: tuple[IPv4Network, ...] = ()
-    registry: str | None = None
+    redis_url: str | None = None
     tls: ssl.SSLContext | None = None
 
 
@@ -154,8 +155,8 @@ def read_networks(texts: Iterable[str]) -> tuple[IPv4Network, ...]:
         raise ConfigError(f"not an IPv4 network: {error}") from None
 
 
-def check_registry(url: str | None, secret: bytes | None) -> str | None:
-    """Return the URL of the shared registry, or None.
+def check_redis_url(url: str | None, secret: bytes | None) -> str | None:
+    """Return what `--registry` said, if that can be used.
 
     Raises:
         ConfigError: it is none of Redis, or there is no secret to know the other servers by.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from fmi_client.protocol.abort import JobAborted
 from fmi_client.protocol.addresses import Address, Version
 from fmi_client.protocol.frames import Message
-from fmi_client.protocol.rendezvous import JobAborted
 from rendezvous_server.reach import Reach
 
 LOST_KEPT = 16

@@ -48,14 +48,14 @@ class Others:
         jobs: Callable[[], Iterable[str]],
         hand_over: Callable[[str], None],
     ) -> None:
-        assert config.registry is not None
+        assert config.redis_url is not None
         assert config.secret is not None
         self._config = config
         self._key = auth.carrier_key(config.secret)
         self._header = LOCAL_HEADER if config.proxy_protocol else b""
         self._jobs = jobs
         self.hand_over = hand_over
-        self._shared = Shared(config.registry, config.job_ttl)
+        self._shared = Shared(config.redis_url, config.job_ttl)
         self.tag = self._shared.tag
         self.lines: set[Line] = set()
         self.pipes: set[Pipe] = set()
@@ -72,7 +72,7 @@ class Others:
         """Tell the others where we are.
 
         Raises:
-            ConfigError: the registry does not answer.
+            ConfigError: Redis does not answer.
         """
         try:
             self._shared.name(await _own_host(self._config), port)
@@ -84,7 +84,7 @@ class Others:
 
     @property
     def up(self) -> bool:
-        """Whether the registry answers, and we make sense of it."""
+        """Whether Redis answers, and we make sense of it."""
         return self._shared.up and self._beaten
 
     @property
@@ -222,9 +222,9 @@ async def _own_host(config: Config) -> str:
     """Return the address by which other servers reach us: that by which we reach Redis."""
     if config.host not in (EVERYWHERE, "0.0.0.0"):
         return config.host
-    registry = urlsplit(config.registry)
+    url = urlsplit(config.redis_url)
     found = await asyncio.get_running_loop().getaddrinfo(
-        registry.hostname or "localhost", registry.port or 6379, type=socket.SOCK_DGRAM
+        url.hostname or "localhost", url.port or 6379, type=socket.SOCK_DGRAM
     )
     family, kind, _, _, address = found[0]
     with socket.socket(family, kind) as sock:

@@ -32,16 +32,11 @@ from fmi_client.errors import (
     RendezvousError,
 )
 from fmi_client.protocol import auth, frames
+from fmi_client.protocol.abort import SERVER, JobAborted, abort_message, read_abort
 from fmi_client.protocol.addresses import Address
 from fmi_client.protocol.frames import Message
 from fmi_client.protocol.hello import MAX_CANDIDATES, Hello
-from fmi_client.protocol.rendezvous import (
-    REJOIN_SECONDS,
-    JobAborted,
-    abort_message,
-    error_message,
-    read_abort,
-)
+from fmi_client.protocol.rendezvous import REJOIN_SECONDS, error_message
 from fmi_client.protocol.roll import HERE, MISSING, TIMEOUT
 from rendezvous_server.awaited import Awaited
 from rendezvous_server.jobs import Job, Member, RelayPair
@@ -57,9 +52,6 @@ RELAY_PAIRS = 1024
 
 TICKET_SECONDS = 120.0
 """A rank may compute for a while between the server's word and its next call."""
-
-SERVER = -1
-"""The `by` of an abort that no rank asked for."""
 
 SPARE_LINKS = 16
 """A rank may ask twice for a link with each of the others, and so many times more."""

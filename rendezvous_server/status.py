@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from fmi_client.protocol.abort import SERVER, JobAborted
 from fmi_client.protocol.addresses import Address, format_address
-from fmi_client.protocol.rendezvous import JobAborted
 from rendezvous_server.jobs import Job
-from rendezvous_server.registry import SERVER, Registry
+from rendezvous_server.registry import Registry
 
 Snapshot = dict[str, Any]
 
@@ -100,7 +100,7 @@ def take(
     """
     found = [job for job in registry.jobs if query.takes(job)]
     shown = heapq.nsmallest(JOBS_SHOWN, found, key=_urgency)
-    jobs = [_job(job, now) for job in shown]
+    jobs = [_job(job) for job in shown]
     if query.exact:
         for entry, job in zip(jobs, shown, strict=True):
             entry |= _details(job, pairs)
@@ -144,7 +144,7 @@ def _latest_ended(registry: Registry, query: Query) -> list[Job]:
     return sorted(ended, key=lambda job: -job.ended)[:ENDED_SHOWN]
 
 
-def _job(job: Job, now: float) -> Snapshot:
+def _job(job: Job) -> Snapshot:
     entry = _common(job) | {
         "state": "RUNNING" if job.running else "WAITING",
         "ready": _time(job.ready) if job.running else None,

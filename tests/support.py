@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from typing import Any, Literal
+from socketserver import BaseServer
+from typing import Any, Literal, TypeVar
 
 import structlog
 
@@ -20,6 +22,7 @@ from rendezvous_server.server import Server
 KEY = bytes(range(32))
 
 RankFunction = Callable[[Communicator], Awaitable[Any]]
+S = TypeVar("S", bound=BaseServer)
 
 
 @asynccontextmanager
@@ -51,6 +54,19 @@ def logged(level: int = logging.INFO) -> Iterator[list[MutableMapping[str, Any]]
             yield entries
     finally:
         structlog.configure(wrapper_class=silent)
+
+
+@contextmanager
+def in_thread(server: S) -> Iterator[S]:
+    """Let a server of the standard library answer while the block runs."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def closed_port() -> int:

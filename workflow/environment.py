@@ -6,17 +6,14 @@ import os
 import platform
 import re
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from lambda_worker.names import Engine
+from lambda_worker.names import LIBRARIES, Engine
 from lambda_worker.threads import cores
+from lambda_worker.versions import versions
 from workflow.plan import Json
 
-__all__ = ["LIBRARIES", "describe"]
-
-LIBRARIES: dict[Engine, str] = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino"}
-"""The package of each engine."""
+__all__ = ["cpu", "describe"]
 
 
 def describe(threads: int | None = None, engine: Engine = "torch") -> Json:
@@ -32,26 +29,20 @@ def describe(threads: int | None = None, engine: Engine = "torch") -> Json:
     """
     packages = dict.fromkeys(("cosmic-fmi", "numpy", "torch", LIBRARIES[engine]))
     return {
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
         "cores_usable": len(os.sched_getaffinity(0)),
         "threads": threads or cores(),
         "ram_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
         "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
+        "versions": versions(packages),
     }
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """Return the processor's name, or at least its architecture."""
     with suppress(OSError):
         if found := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M):
             return found[1].strip()
     return platform.processor() or platform.machine()  # what ARM's kernels do not tell
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

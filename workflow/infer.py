@@ -28,23 +28,20 @@ from lambda_worker import (
 )
 from lambda_worker.engine import DEMO_MODEL, Predict, open_engine
 from lambda_worker.events import Payload
-from lambda_worker.names import Engine, Precision
+from lambda_worker.names import LIBRARIES, Engine, Precision
 from lambda_worker.shard import Piece
 from workflow import environment, predictions, profiling
-from workflow.environment import LIBRARIES
 from workflow.plot import redshift_png
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lambda_worker.inference import Deviation, Inferred
+    from lambda_worker.inference import Inferred
     from workflow.progress import View
 
-__all__ = ["LIBRARIES", "InferPlan", "infer"]
+__all__ = ["InferPlan", "infer"]
 
 Json = dict[str, Any]
-
-_MB = 1e6
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,14 @@ def infer(plan: InferPlan, view: View) -> Json:
         inferred = _infer(loaded, batch_size, view)
         peak = summary.memory("VmHWM")
         inference.judge(inferred, loaded.shard.pieces, plan.strict)
-        deviation = _deviation(plan, loaded, inferred)
+        deviation = inference.deviation(
+            loaded.model,
+            loaded.engine,
+            plan.precision,
+            plan.threads,
+            loaded.shard,
+            inferred.z_phot,
+        )
         numbers = metrics.compute(inferred.z_phot, inferred.z_spec)
         written = _write(plan, loaded.shard.pieces, inferred, numbers, view)
         profile = _profile(plan, loaded, batch_size, view)
@@ -148,14 +152,6 @@ def _infer(loaded: _Loaded, batch_size: int, view: View) -> Inferred:
         batch_size,
         lambda done, of: view.update("rows", "infer", done, of),
     )
-
-
-def _deviation(plan: InferPlan, loaded: _Loaded, inferred: Inferred) -> Deviation | None:
-    """What the precision costs on the data's own rows, after the timed run."""
-    if plan.precision == "fp32" or not len(loaded.shard):
-        return None
-    exact = open_engine(loaded.model, engine=loaded.engine, threads=plan.threads)
-    return inference.deviation(exact, loaded.shard, inferred.z_phot)
 
 
 def _rows(pieces: Sequence[Piece], inferred: Inferred) -> Json:

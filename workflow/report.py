@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from lambda_worker import storage
+from lambda_worker.versions import installed
 from workflow import report_page
 from workflow.configurations import COLUMNS, MEASURES, Configuration, Value, row, summarise
 from workflow.published import published
@@ -166,7 +166,7 @@ def _page(
     return {
         "title": title or f"Report of {os.path.basename(places[0].rstrip('/')) or 'results'}",
         "counts": _counts(runs, configurations),
-        "version": _version(),
+        "version": installed("cosmic-fmi") or "(not installed)",
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "origin": places,
         "findings": report_page.findings(results.findings),
@@ -191,13 +191,6 @@ def _counts(runs: Sequence[Run], configurations: Sequence[Configuration]) -> str
 
 def _many(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def _version() -> str:
-    try:
-        return version("cosmic-fmi")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def _html(page: Mapping[str, Any], drawn: Sequence[Section]) -> bytes:

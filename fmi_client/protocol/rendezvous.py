@@ -48,9 +48,10 @@ from fmi_client.errors import (
     ServerDraining,
 )
 from fmi_client.protocol import auth, frames
+from fmi_client.protocol.abort import MAX_REASON, SERVER, JobAborted, abort_message, read_abort
 from fmi_client.protocol.addresses import Address, plain
 from fmi_client.protocol.frames import Message, encode
-from fmi_client.protocol.hello import MAX_SIZE, Hello, cert, read_address, read_addresses, sixteen
+from fmi_client.protocol.hello import Hello, cert, read_address, read_addresses, sixteen
 
 _E = TypeVar("_E")
 
@@ -65,10 +66,6 @@ LEFT = "left"
 
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.1, 60.0
 """A server that sends us away for less or longer than that is not believed."""
-
-MAX_REASON = 2048
-MAX_OPERATION = 64
-MAX_RANKS_NAMED = 1000
 
 ERRORS: dict[str, type[RendezvousError]] = {
     "auth": AuthenticationFailed,
@@ -327,21 +324,6 @@ class Punch:
 
 
 @dataclass(frozen=True, slots=True)
-class JobAborted:
-    """A rank (or the server, `by` -1) ended the job for everybody."""
-
-    by: int
-    kind: str
-    reason: str
-    op: str | None = None
-    seq: int | None = None
-    ranks: tuple[int, ...] = ()
-    """Whom it is about: who was lost or is missing, or whom `by` waits for in vain."""
-    context: int = 0
-    """The communicator that counts `seq`, where that is asked for."""
-
-
-@dataclass(frozen=True, slots=True)
 class Draining:
     """The server is going away; links that exist are not affected."""
 
@@ -461,43 +443,12 @@ def _gone(message: Message) -> Gone:
     )
 
 
-def abort_message(kind: str, event: JobAborted) -> Message:
-    """Return the wire form of an abort, "abort" to the server and "aborted" from it."""
-    return {
-        "t": kind,
-        "by": event.by,
-        "kind": event.kind,
-        "reason": event.reason[:MAX_REASON],
-        "op": event.op,
-        "seq": event.seq,
-        "ranks": list(event.ranks[:MAX_RANKS_NAMED]),
-        "context": event.context,
-    }
-
-
-def read_abort(message: Message, by: int) -> JobAborted:
-    """Read an abort, from a rank (the server knows who it is) or from the server."""
-    op, seq, context = message.get("op"), message.get("seq"), message.get("context")
-    ranks = frames.field(message, "ranks", list, high=MAX_RANKS_NAMED)
-    if not all(isinstance(rank, int) and 0 <= rank < MAX_SIZE for rank in ranks):
-        raise ProtocolError("abort: not ranks")
-    return JobAborted(
-        by,
-        frames.field(message, "kind", str, high=32),
-        frames.field(message, "reason", str, high=MAX_REASON),
-        op[:MAX_OPERATION] if isinstance(op, str) else None,
-        seq if isinstance(seq, int) else None,
-        tuple(ranks),
-        context if isinstance(context, int) else 0,
-    )
-
-
 _EVENTS: dict[str, Callable[[Message], Event]] = {
     "ready": lambda _: Ready(),
     "missing": lambda m: Missing(frames.unpack_ranks(frames.field(m, "ranks", bytes))),
     "gone": _gone,
     "want": lambda m: Want(frames.field(m, "peer", int)),
     "punch": _punch,
-    "aborted": lambda m: read_abort(m, frames.field(m, "by", int, low=-1)),
+    "aborted": lambda m: read_abort(m, frames.field(m, "by", int, low=SERVER)),
     "draining": lambda _: Draining(),
 }

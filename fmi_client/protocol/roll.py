@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from fmi_client.protocol.rendezvous import JobAborted
+from fmi_client.protocol.abort import JobAborted
 
 TIMEOUT, HERE, MISSING = "timeout", "here", "missing"
 

@@ -29,7 +29,7 @@ CLOSED_SECONDS = 11.0
 its process is at. So long without any, and it is gone."""
 
 _INFO = struct.Struct("=2xBxB3xI12xI16xI8xI")  # to tcpi_last_ack_recv; see linux/tcp.h
-_SEGMENTS_IN, _NOT_SENT = 140, 144
+_SEGMENTS_IN = 140  # and tcpi_notsent_bytes behind it
 _BYTES = 148
 
 

@@ -13,6 +13,7 @@ import fmi_client
 from fmi_client.errors import AuthenticationFailed, FmiError, ProtocolError, RankTaken
 from fmi_client.payloads import allocate
 from fmi_client.protocol import auth, frames, peer
+from fmi_client.protocol.abort import JobAborted, read_abort
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.inbox import Inbox, Receive
 from fmi_client.protocol.peer import COLLECTIVE, Handshake, Payload
@@ -20,14 +21,12 @@ from fmi_client.protocol.rendezvous import (
     Admission,
     Authenticated,
     ClientSide,
-    JobAborted,
     Punch,
     Ready,
     Request,
     ServerSide,
     Welcome,
     error_message,
-    read_abort,
 )
 
 SECRET = b"a secret of the server"

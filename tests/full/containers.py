@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 import uuid
@@ -26,6 +25,7 @@ from docker.models.containers import Container
 from docker.models.networks import Network
 
 from tests.full.rie import INVOKE, emulator
+from tests.support import in_thread
 
 ROOT = Path(__file__).parents[2]
 BASE = "base:python"
@@ -128,15 +128,9 @@ def torch_index() -> Iterator[str | None]:
         if subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode:
             yield None
             return
-        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Silent, directory=folder))
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
+        handler = partial(_Silent, directory=folder)
+        with in_thread(ThreadingHTTPServer(("127.0.0.1", 0), handler)) as server:
             yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-            server.server_close()
 
 
 # -- containers ----------------------------------------------------------------------------------

@@ -52,20 +52,28 @@ def test_ranks_that_wait_join_again(one: Nat, other: Nat) -> None:
                 assert fine(result, kind), result
 
 
-@pytest.mark.parametrize(("one", "other"), [("preserving", "double"), ("random", "random")])
-def test_ranks_that_have_no_links_yet_make_them_at_the_next_server(one: Nat, other: Nat) -> None:
-    with build(*sites_of(one, other)) as lab, ranks(lab, "joined") as both:
+def _well_after_a_restart(one: Nat, other: Nat, stage: str, kind: str) -> None:
+    with build(*sites_of(one, other)) as lab, ranks(lab, stage) as both:
         for rank in both:
-            rank.comes_to("joined")
+            rank.comes_to(stage)
         restart(lab)
         for rank in both:
             rank.go()
         for rank in both:
             result = rank.ends()
-            assert fine(result, "direct" if one == "preserving" else "relay"), result
+            assert fine(result, kind), result
 
 
-def _lost_without_a_server(one: str, other: str, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("one", "other", "kind"), [("preserving", "double", "direct"), ("random", "random", "relay")]
+)
+def test_ranks_that_have_no_links_yet_make_them_at_the_next_server(
+    one: Nat, other: Nat, kind: str
+) -> None:
+    _well_after_a_restart(one, other, "joined", kind)
+
+
+def _lost_without_a_server(one: Nat, other: Nat, stage: str) -> None:
     with build(*sites_of(one, other)) as lab, ranks(lab, stage) as both:
         for rank in both:
             rank.comes_to(stage)
@@ -134,27 +142,11 @@ def test_a_rank_that_was_not_told_any_more_asks_the_next_server() -> None:
 
 
 def test_direct_links_live_on() -> None:
-    with build(*sites_of("preserving", "rst")) as lab, ranks(lab, "linked") as both:
-        for rank in both:
-            rank.comes_to("linked")
-        restart(lab)
-        for rank in both:
-            rank.go()
-        for rank in both:
-            result = rank.ends()
-            assert fine(result, "direct"), result
+    _well_after_a_restart("preserving", "rst", "linked", "direct")
 
 
 def test_relayed_links_on_which_nothing_was_lost_are_made_anew() -> None:
-    with build(*sites_of("random", "random")) as lab, ranks(lab, "linked") as both:
-        for rank in both:
-            rank.comes_to("linked")
-        restart(lab)
-        for rank in both:
-            rank.go()
-        for rank in both:
-            result = rank.ends()
-            assert fine(result, "relay"), result
+    _well_after_a_restart("random", "random", "linked", "relay")
 
 
 def test_relayed_links_end_when_no_server_comes_and_no_rank_is_blamed() -> None:

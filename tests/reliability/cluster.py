@@ -121,8 +121,8 @@ def header(source: Address, destination: Address) -> bytes:
 class Cluster:
     """All of it; each test has a job of its own."""
 
-    def __init__(self, registry: Redis, servers: list[Place], balancer: Balancer) -> None:
-        self.redis, self.servers, self.balancer = registry, servers, balancer
+    def __init__(self, redis: Redis, servers: list[Place], balancer: Balancer) -> None:
+        self.redis, self.servers, self.balancer = redis, servers, balancer
         self.job = ""
 
     async def mend(self, job: str) -> None:
@@ -169,9 +169,9 @@ class Cluster:
 async def cluster(folder: Path, count: int = 3, *more: str) -> AsyncIterator[Cluster]:
     """Several servers with `more` options, which the first `mend` starts."""
     async with AsyncExitStack() as stack:
-        registry = Redis(folder)
-        stack.push_async_callback(registry.kill)
-        options = ["--registry", registry.url, "--proxy-protocol", "--allow-anonymous"]
+        redis = Redis(folder)
+        stack.push_async_callback(redis.kill)
+        options = ["--registry", redis.url, "--proxy-protocol", "--allow-anonymous"]
         options += ["--host", "127.0.0.1", *more]
         servers = [
             Place(options=options, env=os.environ | {"RENDEZVOUS_SECRET": SECRET.decode()})
@@ -181,4 +181,4 @@ async def cluster(folder: Path, count: int = 3, *more: str) -> AsyncIterator[Clu
             stack.push_async_callback(place.kill)
         balancer = Balancer(servers)
         stack.callback((await balancer.start()).close)
-        yield Cluster(registry, servers, balancer)
+        yield Cluster(redis, servers, balancer)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmi_client.errors import AuthenticationFailed, FmiError, ProtocolError
 from fmi_client.protocol import auth
+from fmi_client.protocol.abort import JobAborted
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.inbox import Inbox, Receive
 from fmi_client.protocol.peer import (
@@ -21,16 +22,7 @@ from fmi_client.protocol.peer import (
     read_hello,
 )
 from fmi_client.protocol.relay import RELAY_GO, relay_request
-from fmi_client.protocol.rendezvous import (
-    ClientSide,
-    Event,
-    Gone,
-    JobAborted,
-    Punch,
-    Ready,
-    Want,
-    Welcome,
-)
+from fmi_client.protocol.rendezvous import ClientSide, Event, Gone, Punch, Ready, Want, Welcome
 
 if TYPE_CHECKING:
     from tests.reliability.interleavings import World

@@ -21,7 +21,7 @@ from fmi_client.protocol.relay import relay_request
 from fmi_client.protocol.rendezvous import Admission, Authenticated, ClientSide, ServerSide
 from fmi_client.transport.sockets import parse_endpoint
 from rendezvous_server import others, shared
-from rendezvous_server.config import Config, ConfigError, check_registry
+from rendezvous_server.config import Config, ConfigError, check_redis_url
 from rendezvous_server.forward import LineSide
 from rendezvous_server.several import SharingServer
 from rendezvous_server.shared import Shared
@@ -117,7 +117,7 @@ async def test_a_server_replaces_the_one_that_was_at_its_address(
     before.name("127.0.0.1", port)
     await before.beat()
     await before.claim("job")
-    config = Config("127.0.0.1", port, -1, SECRET, True, 60.0, registry=redis.url)
+    config = Config("127.0.0.1", port, -1, SECRET, True, 60.0, redis_url=redis.url)
     after = SharingServer(config)
     await after.start()
     await (await join(address, 0, 1)).close()  # at once: it is not told to come back
@@ -183,7 +183,7 @@ def test_a_server_without_a_secret_believes_nobody() -> None:
 @pytest.fixture
 async def two(redis: Redis) -> AsyncIterator[list[tuple[SharingServer, str]]]:
     """Two servers in this process, each with its address."""
-    config = Config("127.0.0.1", 0, -1, SECRET, True, 60.0, registry=redis.url)
+    config = Config("127.0.0.1", 0, -1, SECRET, True, 60.0, redis_url=redis.url)
     servers = [SharingServer(config) for _ in range(2)]
     yield [(server, f"127.0.0.1:{await server.start()}") for server in servers]
     for server in servers:
@@ -395,9 +395,9 @@ def test_a_registry_that_does_not_answer_is_said_at_once() -> None:
 
 def test_servers_need_a_secret_and_a_url_of_redis() -> None:
     with pytest.raises(ConfigError, match="--secret-file"):
-        check_registry("redis://127.0.0.1/0", None)
+        check_redis_url("redis://127.0.0.1/0", None)
     with pytest.raises(ConfigError, match="redis://"):
-        check_registry("127.0.0.1:6379", SECRET)
+        check_redis_url("127.0.0.1:6379", SECRET)
     with pytest.raises(ConfigError, match="redis://"):
-        check_registry("redis://127.0.0.1:port/0", SECRET)
-    assert check_registry(None, None) is None
+        check_redis_url("redis://127.0.0.1:port/0", SECRET)
+    assert check_redis_url(None, None) is None

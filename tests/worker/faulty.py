@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 SLOW_DOWN = (
@@ -36,16 +33,6 @@ class Faulty(ThreadingHTTPServer):
     def process_request(self, *arguments: object) -> None:
         self.connections += 1
         super().process_request(*arguments)  # type: ignore[arg-type]
-
-
-@contextmanager
-def faulty(content: bytes) -> Iterator[Faulty]:
-    with Faulty(content) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lambda_worker import engine, torch_engine
+from lambda_worker import engine, slices, torch_engine
 from lambda_worker.engine import Array, EngineError, Predict, open_engine
 from lambda_worker.fold import Attend
 from lambda_worker.model import ModelConfig, ModelError, save_model
@@ -116,12 +116,12 @@ def test_opening_loads_torch_and_importing_does_not() -> None:
 
 @pytest.mark.parametrize(("count", "threads"), [(1, 2), (16, 2), (33, 1), (100, 2), (65, 4)])
 def test_slices_are_even_and_keep_every_thread_busy(count: int, threads: int) -> None:
-    slices = torch_engine._slices(count, threads)
-    sizes = [part.stop - part.start for part in slices]
-    assert np.array_equal(np.concatenate([np.arange(count)[part] for part in slices]), range(count))
-    assert 0 < min(sizes) <= max(sizes) <= min(sizes) + 1 <= torch_engine.SLICE + 1
-    assert max(sizes) <= torch_engine.SLICE
-    assert len(slices) % threads == 0 or len(slices) == count
+    parts = slices.cut(count, threads)
+    sizes = [part.stop - part.start for part in parts]
+    assert np.array_equal(np.concatenate([np.arange(count)[part] for part in parts]), range(count))
+    assert 0 < min(sizes) <= max(sizes) <= min(sizes) + 1 <= slices.SLICE + 1
+    assert max(sizes) <= slices.SLICE
+    assert len(parts) % threads == 0 or len(parts) == count
 
 
 def test_own_layers_do_what_those_do_that_they_replace() -> None:

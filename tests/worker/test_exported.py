@@ -24,7 +24,7 @@ from lambda_worker.engine import (
     open_engine,
 )
 from lambda_worker.model import AstroMAE, ModelConfig, load_model, save_model
-from lambda_worker.names import Engine, Precision
+from lambda_worker.names import LIBRARIES, Engine, Precision
 from tests.worker.worker_data import SMALL, tensors, trained
 from workflow import export as export_module
 from workflow.export import export
@@ -172,9 +172,9 @@ def in_a_process(*words: str) -> list[str]:
 def test_threads_are_as_given_and_torch_stays_out(engine: Engine) -> None:
     one, idle, *modules = in_a_process(engine, "1")
     assert float(idle) < 0.1  # nobody spins when there is nothing to do
-    assert exported.PACKAGES[engine] in modules
-    others = set(exported.PACKAGES.values()) - {exported.PACKAGES[engine]}
-    assert not {"torch", "safetensors", "onnx", *others} & set(modules)
+    assert LIBRARIES[engine] in modules
+    others = set(LIBRARIES.values()) - {LIBRARIES[engine]}
+    assert not {"safetensors", "onnx", *others} & set(modules)
     # Beside some that wait: in the one the caller's own works, in the other ours and it waits.
     two, idle, *_ = in_a_process(engine, "2")
     assert int(two) - int(one) == {"onnx": 2, "openvino": 1}[engine]
@@ -248,10 +248,9 @@ def test_a_foreign_onnx_file(tmp_path: Path, engine: Engine) -> None:
         open_engine(tmp_path / "m.onnx", engine=engine)
 
 
-@pytest.mark.parametrize(("engine", "package"), exported.PACKAGES.items())
-def test_a_package_that_is_missing(
-    monkeypatch: pytest.MonkeyPatch, engine: Engine, package: str
-) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    package = LIBRARIES[engine]
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
         EngineError, match=rf"{package} is not .*: pip install 'cosmic-fmi\[{engine}"

@@ -115,12 +115,12 @@ def test_a_sample_of_the_rows_is_compared(
 ) -> None:
     shard = Shard([Piece(str(make_pt("a.pt", rows or 1)), 0, rows)], tmp_path)
     z_phot = inference.run(first_magnitude, shard, 64).z_phot
-    assert inference.deviation(first_magnitude, shard, z_phot) == (0, compared)
+    assert inference.compare(first_magnitude, shard, z_phot) == (0, compared)
     if rows:
         z_phot[-1] += 0.5  # the last row is in the sample
         z_phot[0] = np.nan  # and so is the first, which is excluded from the metrics
         expected = (0.5, compared - 1) if rows > 1 else (0, 0)
-        assert inference.deviation(first_magnitude, shard, z_phot) == expected
+        assert inference.compare(first_magnitude, shard, z_phot) == expected
 
 
 def test_peak_memory_remembers_what_was_freed() -> None:

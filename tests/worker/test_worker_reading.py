@@ -23,7 +23,8 @@ from lambda_worker.dataset import Shard
 from lambda_worker.shard import Piece, balance
 from lambda_worker.storage import StorageError
 from tests.s3 import s3_client
-from tests.worker.faulty import Faulty, faulty
+from tests.support import in_thread
+from tests.worker.faulty import Faulty
 from tests.worker.sparse import sparse_pt
 from tests.worker.worker_data import MakePt, tensors
 
@@ -104,7 +105,7 @@ def server(make_pt: MakePt, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]
     data = make_pt("a.pt", 200).read_bytes()
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with (
-        faulty(data) as server,
+        in_thread(Faulty(data)) as server,
         s3_client(f"http://127.0.0.1:{server.server_address[1]}", monkeypatch),
     ):
         yield server

@@ -17,7 +17,8 @@ from lambda_worker import handlers, secret
 from lambda_worker.events import EventError, Payload, RankTask, parse
 from lambda_worker.secret import SecretError, SecretUnavailable
 from tests.processes import serve_rendezvous
-from tests.worker.vault import Vault, vault
+from tests.support import in_thread
+from tests.worker.vault import Vault
 from tests.worker.worker_data import MakePt
 
 SERVER_SECRET = "the-servers-own-secret-0123456789"
@@ -31,7 +32,7 @@ ARNS = {"server_secret_arn": SECRET_ARN, "key_arn": KEY_ARN}
 def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vault]:
     """A vault that holds both secrets, and no memory of earlier ones."""
     secret._provider.cache_clear()
-    with vault() as server:
+    with in_thread(Vault()) as server:
         server.values = {SECRET_ARN: f"{SERVER_SECRET}\n", KEY_ARN: KEY}
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -22,16 +19,6 @@ class Vault(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.values: dict[str, str | bytes | Exception] = {}
         self.asked: list[str] = []
-
-
-@contextmanager
-def vault() -> Iterator[Vault]:
-    with Vault() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -12,6 +12,25 @@ from lambda_worker.model import AstroMAE, ModelConfig
 
 MakePt = Callable[..., Path]
 
+RECORD = {  # the reference's ten keys
+    "total_cpu_time (seconds)",
+    "total_cpu_memory (MB)",
+    "execution_time (seconds/batch)",
+    "num_batches",
+    "batch_size",
+    "device",
+    "throughput_bps",
+    "sample_persec",
+    "result_path",
+    "data_path",
+}
+RECORD |= {"rank", "world_size", "rows", "rows_excluded", "bits"}
+RECORD |= {"MAE", "MSE", "bias", "NMAD", "R2"}
+RECORD |= {"wall_time (seconds)", "join_time (seconds)", "peak_memory (MB)", "links"}
+RECORD |= {"read_time (seconds)", "bytes_read", "read_requests"}
+RECORD |= {"init_time (seconds)", "memory_limit (MB)", "spans"}
+"""What every rank's record holds."""
+
 
 def tensors(rows: int, seed: int = 0, wide: torch.dtype = torch.float32) -> list[Tensor]:
     """Images, magnitudes and redshift that the demo model gives moderate answers for."""

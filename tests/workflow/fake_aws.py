@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs
+
+from tests.support import in_thread
 
 ACCOUNT = "123456789012"
 MACHINE = f"arn:aws:states:eu-west-1:{ACCOUNT}:stateMachine:cosmic"
@@ -210,14 +211,10 @@ def fake_aws() -> Iterator[FakeAws]:
             self.end_headers()
             self.wfile.write(body)
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with in_thread(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as server:
         server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
         aws.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         yield aws
-        server.shutdown()
-        thread.join()
 
 
 def _xml(aws: FakeAws) -> str:

@@ -1,15 +1,43 @@
-"""What the tests of the launcher have in common: where the fakes are, and who is still alive."""
+"""What the tests of processes have in common: how they start and end, and who is alive."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 FAKES = Path(__file__).parent / "fakes"
+ROOT = Path(__file__).parents[2]
+
+
+def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    """Start Python with `words` in a folder, as in a terminal 80 columns wide."""
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_fakes(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    """Start `cosmic` around the fakes, which say in the folder what becomes of them."""
+    settings = {"FAKE_SERVER_FOLDER": str(folder), "TMPDIR": str(folder / "tmp")}
+    return start(folder, str(FAKES / "cosmic.py"), *words, **settings, **environment)
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 50) -> tuple[int, str, str]:
+    """Wait for the end; returns exit code, stdout and stderr."""
+    out, err = process.communicate(timeout=seconds)
+    assert "Traceback" not in err, err
+    return process.returncode, out, err
 
 
 def alive(pid: int) -> bool:

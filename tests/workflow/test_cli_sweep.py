@@ -6,21 +6,20 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_aws import MACHINE, FakeAws
-from launched import FAKES, alive, pids, until
+from launched import alive, finish, pids, start, start_fakes, until
 from typer.testing import CliRunner
 
 from workflow.cli import app
 
 Cosmic = Callable[..., "subprocess.Popen[str]"]
 FOUR = ("--world-size", "1,2", "--batch-size", "8,16", "--no-fmi")
-ROOT = str(Path(__file__).parents[2])
 USUAL = ("--state-machine", MACHINE, "--rendezvous", "fmi.example.org:10000")
 PLACES = ("--data", "s3://bucket/datasets/small", "--aws-results", "s3://bucket/results")
 
@@ -29,19 +28,7 @@ PLACES = ("--data", "s3://bucket/datasets/small", "--aws-results", "s3://bucket/
 def cosmic(tmp_path: Path) -> Cosmic:
     """Start `cosmic` around the fakes, in an empty folder."""
     (tmp_path / "tmp").mkdir()
-
-    def run(*words: str, program: str = str(FAKES / "cosmic.py")) -> subprocess.Popen[str]:
-        settings = {"FAKE_SERVER_FOLDER": str(tmp_path), "TMPDIR": str(tmp_path / "tmp")}
-        return subprocess.Popen(
-            [sys.executable, program, *words],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": ROOT, "COLUMNS": "80", **settings},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return run
+    return partial(start_fakes, tmp_path)
 
 
 @pytest.fixture
@@ -51,12 +38,6 @@ def data(tmp_path: Path) -> Path:
 
     make(tmp_path / "few.pt", 16, "test", 0, lambda stage, rows, of: None)
     return tmp_path / "few.pt"
-
-
-def finish(process: subprocess.Popen[str], seconds: float = 50) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=seconds)
-    assert "Traceback" not in err, err
-    return process.returncode, out, err
 
 
 def fake(**what: str) -> str:
@@ -360,10 +341,10 @@ def test_a_sweep_that_has_begun_outlives_its_stack(
 # -- for real ----------------------------------------------------------------------------------
 
 
-def test_a_real_sweep_of_two_configurations(cosmic: Cosmic, data: Path, tmp_path: Path) -> None:
+def test_a_real_sweep_of_two_configurations(data: Path, tmp_path: Path) -> None:
     words = ("sweep", "--world-size", "1,2", "--batch-size", "8", "--data", str(data), "--json")
     words = (*words, "--engine", "auto")  # which is faster
-    code, out, err = finish(cosmic(*words, program=f"{ROOT}/workflow/__main__.py"))
+    code, out, err = finish(start(tmp_path, "-m", "workflow", *words))
     assert code == 0, err
     answer = json.loads(out)
     one, two = answer["configurations"]
@@ -375,20 +356,9 @@ def test_a_real_sweep_of_two_configurations(cosmic: Cosmic, data: Path, tmp_path
     assert [run["status"] for run in answer["runs"]] == ["ok", "ok"]
 
 
-def test_real_batch_sizes_are_equally_accurate(cosmic: Cosmic, data: Path, tmp_path: Path) -> None:
-    program = f"{ROOT}/workflow/__main__.py"
-    words = (
-        "infer",
-        "--batch-sizes",
-        "4,16",
-        "--data",
-        str(data),
-        "--name",
-        "b",
-        "--engine",
-        "onnx",
-    )
-    code, out, err = finish(cosmic(*words, program=program))
+def test_real_batch_sizes_are_equally_accurate(data: Path, tmp_path: Path) -> None:
+    words = ("infer", "--batch-sizes", "4,16", "--data", str(data), "--name", "b")
+    code, out, err = finish(start(tmp_path, "-m", "workflow", *words, "--engine", "onnx"))
     assert code == 0, err
     speed, _, accuracy = out.partition("Accuracy")
     lines = [line.split() for line in speed.splitlines()]

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from launched import FAKES, alive, pids, recorded, until
+from launched import alive, finish, pids, recorded, start_fakes, until
 
 from lambda_worker.threads import cores
 from workflow.demo import data_path
@@ -24,25 +25,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 def start(tmp_path: Path) -> Start:
     """Start `cosmic` around the fakes, in an empty folder."""
     (tmp_path / "tmp").mkdir()
-    settings = {"FAKE_SERVER_FOLDER": str(tmp_path), "TMPDIR": str(tmp_path / "tmp")}
-    root = Path(__file__).parents[2]
-
-    def run(*words: str, **more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(FAKES / "cosmic.py"), *words],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(root), "COLUMNS": "80", **settings, **more},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return run
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=50)
-    return process.returncode, out, err
+    return partial(start_fakes, tmp_path)
 
 
 @pytest.mark.parametrize(

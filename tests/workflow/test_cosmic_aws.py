@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import launched
 import pytest
 from fake_aws import MACHINE, FakeAws, Frame, ranks
-from launched import until
+from launched import finish, until
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -31,23 +31,7 @@ NAMED = (*MINE, *PLACES, "--run", "r-1")
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
     """Start `cosmic run` in an empty folder; the environment is the fake account's, if there is."""
-
-    def run(*words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "workflow", "run", *words],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "80"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return run
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=40)
-    return process.returncode, out, err
+    return partial(launched.start, tmp_path, "-m", "workflow", "run")
 
 
 @pytest.mark.parametrize(

@@ -12,27 +12,10 @@ from typing import Any
 import pytest
 
 from lambda_worker.engine import has_bf16
+from tests.worker.worker_data import RECORD
 from workflow.datasets import make
 
 ROWS = 50
-RECORD = {  # the reference's ten keys, and those that every record has besides
-    "total_cpu_time (seconds)",
-    "total_cpu_memory (MB)",
-    "execution_time (seconds/batch)",
-    "num_batches",
-    "batch_size",
-    "device",
-    "throughput_bps",
-    "sample_persec",
-    "result_path",
-    "data_path",
-    "rank",
-    "world_size",
-    "rows",
-    "wall_time (seconds)",
-    "join_time (seconds)",
-    "peak_memory (MB)",
-}
 
 
 def cosmic(folder: Path, *words: str) -> tuple[int, str, str]:

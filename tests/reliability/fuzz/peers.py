@@ -10,9 +10,9 @@ from fmi_client import payloads
 from fmi_client.errors import FmiError, ProtocolError
 from fmi_client.ops import SUM
 from fmi_client.protocol import frames, objects
+from fmi_client.protocol.abort import read_abort
 from fmi_client.protocol.inbox import Inbox, Receive
 from fmi_client.protocol.peer import COLLECTIVE, POINT_TO_POINT, Handshake
-from fmi_client.protocol.rendezvous import read_abort
 from fmi_client.values import make_value
 from tests.reliability.fuzz.steady import steady
 from tests.reliability.fuzz.target import MB, Target, add

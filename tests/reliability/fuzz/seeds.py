@@ -19,9 +19,10 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fmi_client.protocol import auth, frames
+from fmi_client.protocol.abort import JobAborted, abort_message
 from fmi_client.protocol.peer import Handshake, Payload, head
 from fmi_client.protocol.relay import relay_request
-from fmi_client.protocol.rendezvous import ClientSide, JobAborted, abort_message
+from fmi_client.protocol.rendezvous import ClientSide
 from tests.reliability.fuzz.peers import COOKIE, KEY, nested, packed, sealed
 from tests.reliability.fuzz.steady import SECRET, Scene, hello, staged, steady
 from tests.reliability.fuzz.target import CORPUS
