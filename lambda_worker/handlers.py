@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from lambda_worker.inference import Deviation, Inferred
     from lambda_worker.names import Engine
 
+__all__ = ["blame", "check", "infer", "init", "summarize"]
+
 log = logging.getLogger("lambda_worker")
 
 
