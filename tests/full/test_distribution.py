@@ -32,7 +32,7 @@ async def main() -> None:
 
 with fmi_client.sync.connect("server:10000", job="j", rank=0, size=1) as blocking:
     assert_type(blocking, fmi_client.sync.Communicator)
-    fmi_client.sync.connect(10000)
+    fmi_client.sync.connect("server:10000", job="j", rank="0", size=1)
 """
 
 pytestmark = [
@@ -141,7 +141,5 @@ def test_type_checkers_read_the_wheel(python: Path, tmp_path: Path) -> None:
     options = ("--strict", "--config-file", os.devnull, "--python-executable", python)
     command = (sys.executable, "-m", "mypy", *options, "consumer.py")
     told = said(*command, cwd=tmp_path, code=1)
-    assert re.findall(r"consumer\.py:(\d+): error: .*\[([a-z-]+)\]", told) == [
-        ("11", "call-arg"),
-        ("11", "arg-type"),
-    ], told
+    wrong = re.findall(r"consumer\.py:(\d+): error: .*\[([a-z-]+)\]", told)
+    assert wrong == [("11", "arg-type")], told
