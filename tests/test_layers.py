@@ -84,7 +84,7 @@ except SystemExit as end:
 
 def test_help_answers_at_once() -> None:
     """Counted, not timed: 60 ms for the client and 250 ms for the help are far more than this."""
-    assert len(all_loaded_by("import fmi_client")) < 20
+    assert len(all_loaded_by("import fmi_client")) < 60
     loaded = all_loaded_by(HELP)
     assert "workflow.cli" in loaded
     assert not loaded & {"asyncio", "aiohttp", "jinja2", "numpy", "pydantic", "rich", "structlog"}
