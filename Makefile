@@ -19,7 +19,7 @@ USUAL := not full and not nightly
 # ARGS may name tests of one half only.
 OR_NONE := || [ $$? = 5 ]
 
-.PHONY: help env tools run sweep test test-full nightly fuzz soak examples bench-joins bench-tls bench bench-inference docs recording lint format clean
+.PHONY: help env tools run sweep test test-full nightly fuzz soak examples bench-joins bench-tls bench bench-inference docs recording lint format dist clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -59,34 +59,34 @@ test: env ## the test suite, with coverage; ARGS="-k punch"
 	$(PYTEST) -n $(JOBS) --dist loadfile --timeout 120 -m "$(USUAL) and not alone" --cov --cov-report= $(ARGS) $(OR_NONE)
 	$(PYTEST) -m "$(USUAL) and alone" --cov --cov-append --cov-report=term:skip-covered $(ARGS) $(OR_NONE)
 
-test-full: env ## what needs root, Docker, an emulator or many minutes; ARGS as for test
+test-full: env ## the tests that need root, Docker, an emulator or a browser; ARGS as for test
 	$(PYTEST) -m "full and not nightly" $(ARGS)
 
 nightly: env ## the long tests of docs/reliability.md, about an hour; ARGS="-k soak"
 	$(PYTEST) -m nightly --timeout 3000 $(ARGS)
 
-fuzz: env ## every parser, ten minutes in all; ARGS="--minutes 30 server"
+fuzz: env ## random bytes for every parser, ten minutes in all; ARGS="--minutes 30 server"
 	-$(PIP) install -q atheris
 	$(BIN)/python -m tests.reliability.fuzz $(ARGS)
 
-soak: env ## half an hour of jobs whose ranks are killed; ARGS="--minutes 5"
+soak: env ## jobs whose ranks are killed, for half an hour; ARGS="--minutes 5"
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
-examples: env ## each program of examples/, by itself; ARGS="--ranks 2"
+examples: env ## run each program of examples/, by itself; ARGS="--ranks 2"
 	@set -e; for name in monte_carlo_pi mean_and_variance histogram sgd word_count; do \
 		echo "examples/$$name.py"; $(BIN)/python -m examples.$$name $(ARGS); done
 
-bench-joins: env ## how many joins a second, and 10,000 ranks of one job
+bench-joins: env ## measure how many joins a second, and 10,000 ranks of one job
 	$(BIN)/python -m benchmarks.joins $(ARGS)
 
-bench-tls: env ## what TLS costs, some two minutes
+bench-tls: env ## measure what TLS costs, some two minutes
 	$(BIN)/python -m benchmarks.tls $(ARGS)
 
-bench: env ## our collectives beside gloo and Open MPI, some ten minutes; ARGS="--rounds 2"
+bench: env ## measure our collectives beside gloo and Open MPI, some ten minutes; ARGS="--rounds 2"
 	$(PIP) install -q -e ".[bench]"
 	$(BIN)/python -m benchmarks.collectives $(ARGS)
 
-bench-inference: env ## our engines beside the reference's loop, some twelve minutes; ARGS="--rounds 2"
+bench-inference: env ## measure our engines beside the reference's loop, some twelve minutes; ARGS="--rounds 2"
 	$(BIN)/python -m benchmarks.inference $(ARGS)
 
 docs: env ## the documentation as a site, in build/site; a broken link is an error
@@ -105,6 +105,10 @@ format: env ## let ruff format and fix what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## remove .venv, caches and results
-	rm -rf .venv $(TOOLS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
-	rm -rf results data
+dist: env ## wheel and sdist, into dist/
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove .venv, .tools, builds, caches, and what runs left in results/ and data/
+	rm -rf .venv $(TOOLS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
+	rm -rf .coverage .coverage.* coverage.xml results data
+	find . -name __pycache__ -type d -prune -exec rm -r {} +

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from lambda_worker.engine import Array, Predict
     from lambda_worker.names import Engine
 
+__all__ = ["blame", "check", "infer", "init", "summarize"]
+
 log = logging.getLogger("lambda_worker")
 
 

@@ -1,1 +1,6 @@
-"""The workflow around the workers: launchers, data, command line."""
+"""The workflow around the workers: launchers, data, command line.
+
+A program, ``cosmic``: none of its names is public.
+"""
+
+__all__: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 
 from workflow.signals import Stopped, exit_by_signal, stop_signals
 
@@ -16,12 +17,20 @@ def main() -> None:
     for number in stop_signals():
         signal.signal(number, exit_by_signal)
     try:
-        from workflow.cli import app
-
-        app(prog_name="cosmic")
+        _app()(prog_name="cosmic")
     except Stopped as stopped:
         print(f"Stopped by {stopped.name}; {stopped.left}.", file=sys.stderr)
         raise
+
+
+def _app() -> Callable[..., None]:
+    try:
+        from workflow.cli import app
+    except ModuleNotFoundError as error:
+        if error.name != "typer":
+            raise
+        sys.exit("Error: cosmic needs more than the client: pip install 'cosmic-fmi[workflow]'")
+    return app
 
 
 if __name__ == "__main__":

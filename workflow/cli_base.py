@@ -34,7 +34,10 @@ class Grouped(TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return what the line "Usage:" says, arguments as they are in the list below it."""
-        names = {param._usage_display_name(): param.metavar for param in _arguments(self, ctx)}
+        arguments = _arguments(self, ctx)
+        names = {
+            piece: param.metavar for param in arguments for piece in param.get_usage_pieces(ctx)
+        }
         return [names.get(piece) or piece for piece in super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -162,7 +162,7 @@ async def test_sigterm_drains(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--host", "0.0.0.0"], "loopback only"),
         (["--host", "::"], "loopback only"),
         (["--secret-file", "/nonexistent"], "cannot read the secret file"),
-        (["--port", "70000"], "less than or equal to 65535"),
+        (["--port", "70000"], "65535"),
         (["--log-level", "loud"], "unknown log level"),
     ],
 )

@@ -67,7 +67,7 @@ def record(folder: Path, start: str) -> dict[str, Any]:
         (["--data", ".", "--data-size", "small"], ["--data", "leave one out"]),
         (["--data", "nowhere"], ["--data", "nowhere does not exist"]),
         (["--model", "nothing"], ["--model", "nothing: no such file"]),
-        (["--repeat", "0"], ["--repeat", "greater than or equal to 1"]),
+        (["--repeat", "0"], ["--repeat", "Invalid value"]),
         (["--name", "../up"], ["--name", "use letters, digits"]),
         (["--results", "s3://bucket/x"], ["--results", "on this machine", "--aws-results"]),
         (["--results", "/dev/null"], ["--results", "/dev/null is not a folder"]),

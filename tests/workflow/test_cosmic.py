@@ -64,7 +64,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--world-size", "0"], ["'--world-size'", "greater than or equal to 1"]),
+        (["--world-size", "0"], ["'--world-size'", "Invalid value"]),
         (["--batch-size", "many"], ["'--batch-size'", "neither a number of rows"]),
         (["--data", "nowhere"], ["--data", "nowhere does not exist; name a .pt file or a folder"]),
         (["--data", ".", "--seed", "3"], ["--data", "--seed", "leave them out"]),

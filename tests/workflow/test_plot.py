@@ -36,7 +36,7 @@ def test_it_is_a_png_of_a_sensible_size() -> None:
 def test_the_density_shows_the_data() -> None:
     one, many = (pixels(redshift_png(*galaxies(rows), METRICS)) for rows in (1, 2000))
     # Coloured and not grey, left of the colour bar.
-    coloured = [float((np.ptp(p[:, :920], axis=2) > 0.2).mean()) for p in (one, many)]
+    coloured = [float((np.ptp(p[:, :880], axis=2) > 0.2).mean()) for p in (one, many)]
     assert coloured[1] > 20 * coloured[0] > 0
 
 
