@@ -72,7 +72,11 @@ def imported() -> set[str]:
 
 
 def test_what_is_imported_is_declared_and_nothing_else() -> None:
-    names = {name.replace("-", "_") for extra, name in declared() if extra not in ("bench", "dev", "docs")}
+    names = {
+        name.replace("-", "_")
+        for extra, name in declared()
+        if extra not in ("bench", "dev", "docs")
+    }
     wanted = {BROUGHT.get(module, module) for module in imported()}
     assert wanted - names == set()
     # AWS's client calls us, and torch imports the other.
