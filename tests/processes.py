@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 from fmi_client import sync
@@ -19,39 +19,28 @@ spawn = multiprocessing.get_context("fork")
 
 
 RankFunction = Callable[[sync.Communicator], Any]
+Tell = Callable[[Any], None]
+"""Hands over what a process has to say: its result."""
 
 
-def _be_rank(
-    pipe: Any,
-    address: str | None,
-    job: str,
-    rank: int,
-    size: int,
-    function: RankFunction,
-    options: dict[str, Any],
-) -> None:
+def _be(pipe: Any, rank: int, function: Callable[[int, Tell], None]) -> None:
     # Inherited handlers would report our own death to the parent's event loop.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     try:
-        arguments = {"job": job, "rank": rank, "size": size, "key": KEY, "timeout": 15} | options
-        with sync.connect(address, **arguments) as comm:
-            pipe.send(function(comm))
+        function(rank, pipe.send)
     except BaseException as error:
         pipe.send(error)
 
 
 @contextmanager
-def running(
-    address: str | None, size: int, function: RankFunction, job: str = "job", **options: Any
-) -> Iterator[list[RankProcess]]:
-    """Let `function(comm)` run in `size` processes; whatever they do, they end with the block."""
+def processes(size: int, function: Callable[[int, Tell], None]) -> Iterator[list[RankProcess]]:
+    """Let `function(rank, tell)` run in `size` processes; they end with the block, in any case."""
     ranks: list[RankProcess] = []
     try:
         for rank in range(size):
             ours, theirs = spawn.Pipe(duplex=False)
-            arguments = (theirs, address, job, rank, size, function, options)
-            process = spawn.Process(target=_be_rank, args=arguments, daemon=True)
+            process = spawn.Process(target=_be, args=(theirs, rank, function), daemon=True)
             process.start()
             theirs.close()
             ranks.append(RankProcess(process, ours))
@@ -61,6 +50,19 @@ def running(
             each.process.kill()
             each.process.join()
             each.pipe.close()
+
+
+def running(
+    address: str | None, size: int, function: RankFunction, job: str = "job", **options: Any
+) -> AbstractContextManager[list[RankProcess]]:
+    """Let `function(comm)` run in `size` processes; see `processes`."""
+
+    def be(rank: int, tell: Tell) -> None:
+        given: Any = {"job": job, "rank": rank, "size": size, "key": KEY, "timeout": 15}
+        with sync.connect(address, **given | options) as comm:
+            tell(function(comm))
+
+    return processes(size, be)
 
 
 def run_processes(

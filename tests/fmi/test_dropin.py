@@ -18,7 +18,7 @@ import fmi_client
 import fmi_client.fmi as fmi
 from fmi_client import fmi_config
 from fmi_client.errors import CollectiveTimeout, JoinTimeout, RankFailed
-from tests.processes import spawn
+from tests.processes import Tell, processes, spawn
 
 ROOT = Path(__file__).parents[2]
 INT = fmi.types(fmi.datatypes.int)
@@ -60,33 +60,14 @@ def config(tmp_path: Path, address: str) -> Path:
 def run(config: Path, size: int, function: Any, job: str = "drop-in") -> list[Any]:
     """Run `function(comm, rank)` in `size` processes; results, or errors, in rank order."""
 
-    def be(rank: int, pipe: Any) -> None:
-        try:
-            comm = fmi.Communicator(rank, size, str(config), job, 512)
-            result = function(comm, rank)
-            comm.close()
-            pipe.send(result)
-        except BaseException as error:
-            pipe.send(error)
+    def be(rank: int, tell: Tell) -> None:
+        comm = fmi.Communicator(rank, size, str(config), job, 512)
+        result = function(comm, rank)
+        comm.close()
+        tell(result)
 
-    def result(pipe: Any) -> Any:
-        try:
-            return pipe.recv() if pipe.poll(20) else "silent"
-        except EOFError:
-            return "died"
-
-    pipes = [spawn.Pipe(duplex=False) for _ in range(size)]
-    ranks = [spawn.Process(target=be, args=(r, pipes[r][1]), daemon=True) for r in range(size)]
-    try:
-        for rank in ranks:
-            rank.start()
-        for _, theirs in pipes:
-            theirs.close()
-        return [result(ours) for ours, _ in pipes]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
+    with processes(size, be) as ranks:
+        return [rank.result() for rank in ranks]
 
 
 # ------------------------------------------------------------------------- failures

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fmi_client.background import Background
 from fmi_client.errors import RankFailed
 from fmi_client.torch_store import FmiStore
 from tests.fmi.torch_ranks import joined
-from tests.processes import RankProcess, spawn
+from tests.processes import RankProcess, Tell, processes
 
 SHORT = timedelta(seconds=0.2)
 SOON = timedelta(seconds=15)
@@ -114,34 +114,20 @@ def test_a_store_without_rank_0(address: str) -> None:
 Program = Callable[[int, int], Any]
 
 
-def be(rank: int, size: int, pipe: Any, function: Program, environment: dict[str, str]) -> None:
-    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(size))
-    try:
-        pipe.send(function(rank, size))
-    except BaseException as error:
-        pipe.send(error)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@contextmanager
-def programs(size: int, function: Program, **environment: str) -> Iterator[list[RankProcess]]:
+def programs(
+    size: int, function: Program, **environment: str
+) -> AbstractContextManager[list[RankProcess]]:
     """Let `function(rank, size)` run in processes, with what torchrun sets."""
-    ranks: list[RankProcess] = []
-    try:
-        for rank in range(size):
-            ours, theirs = spawn.Pipe(duplex=False)
-            arguments = rank, size, theirs, function, environment
-            process = spawn.Process(target=be, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            ranks.append(RankProcess(process, ours))
-        yield ranks
-    finally:
-        for each in ranks:
-            each.process.kill()
-            each.process.join()
-            each.pipe.close()
+
+    def be(rank: int, tell: Tell) -> None:
+        os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(size))
+        try:
+            tell(function(rank, size))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    return processes(size, be)
 
 
 def run(size: int, function: Program, **environment: str) -> list[Any]:
