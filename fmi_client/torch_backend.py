@@ -16,7 +16,6 @@ key through torch's store. docs/torch.md says more.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Awaitable, Iterable, Sequence
 from datetime import timedelta
 from functools import wraps
@@ -27,6 +26,7 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from fmi_client.background import Background, Begin, recv_any
+from fmi_client.calls import context_of
 from fmi_client.communicator import Communicator
 from fmi_client.torch_join import join_by_store, joined
 from fmi_client.torch_monitor import monitor
@@ -49,9 +49,8 @@ def create(options: Any, backend_options: Any = None) -> FmiProcessGroup:
         raise ValueError(f"a group of backend {NAME!r} needs a default group of that backend")
     _allow_monitored_barrier()
     name = str(options.group_id)
-    label = f"{name} {joined.groups[name]}".encode()
+    context = context_of(f"{name} {joined.groups[name]}")
     joined.groups[name] += 1
-    context = int.from_bytes(hashlib.blake2b(label, digest_size=8).digest(), "big")
     comm = background.part(ranks or list(range(size)), context)
     comm.timeout = options.timeout.total_seconds()
     return FmiProcessGroup(background, comm, options.store, whole=not ranks)
