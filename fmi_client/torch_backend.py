@@ -72,7 +72,8 @@ class FmiProcessGroup(ProcessGroup):
         self._comm = comm
         self._store = store
         self._whole = whole
-        self._names = {"name": "", "desc": ""}
+        self._name: Any = ""
+        self._desc = ""
         self._coalescing: list[Work] | None = None
         self._monitor = background.part(list(comm._group), comm._context ^ 1)
         self._barriers = 0
@@ -85,17 +86,17 @@ class FmiProcessGroup(ProcessGroup):
 
     @property
     def group_name(self) -> Any:
-        return self._names["name"]
+        return self._name
 
     @property
     def group_desc(self) -> str:
-        return self._names["desc"]
+        return self._desc
 
     def _set_group_name(self, name: Any) -> None:
-        self._names["name"] = name
+        self._name = name
 
     def _set_group_desc(self, desc: str) -> None:
-        self._names["desc"] = desc
+        self._desc = desc
 
     def getGroupName(self) -> Any:
         return self.group_name
