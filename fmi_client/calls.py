@@ -6,6 +6,7 @@ waits until they are done, and lets `_check` or `_late` say what that means.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -270,6 +271,11 @@ class Caller:
         by = self._endpoint.rank
         self._endpoint.tell(JobAborted(by, "abort", reason))
         self._endpoint.fail(Aborted(by=by, reason=reason, rank=by))
+
+
+def context_of(label: str) -> int:
+    """Return the number of a communicator that all its ranks describe alike."""
+    return int.from_bytes(hashlib.blake2b(label.encode(), digest_size=8).digest(), "big")
 
 
 @lru_cache(maxsize=1024)

@@ -6,7 +6,6 @@ Each method checks its arguments, chooses the algorithm and hands it to the driv
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import os
 from collections.abc import Callable, Generator, Sequence
@@ -16,7 +15,7 @@ from typing import Any, Self, cast, get_args
 import numpy as np
 
 from fmi_client import collectives, delivery, reductions
-from fmi_client.calls import Caller
+from fmi_client.calls import Caller, context_of
 from fmi_client.collectives import Steps
 from fmi_client.model import Model, calibrate
 from fmi_client.ops import SUM, Op, as_op
@@ -401,8 +400,7 @@ class Operations(Caller):
         if color is None:
             return None
         members = sorted((k, r) for r, (c, k) in enumerate(everybody) if c == color)
-        label = f"{self._context} {seq} {color}".encode()
-        context = int.from_bytes(hashlib.blake2b(label, digest_size=8).digest(), "big")
+        context = context_of(f"{self._context} {seq} {color}")
         return self._child([self._group[r] for _, r in members], context)
 
     def abort(self, reason: str = "") -> Any:

@@ -14,7 +14,6 @@ key through torch's store. docs/torch.md says more.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Awaitable, Iterable, Sequence
 from datetime import timedelta
 from functools import wraps
@@ -25,6 +24,7 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from fmi_client.background import Background, Begin, recv_any
+from fmi_client.calls import context_of
 from fmi_client.communicator import Communicator
 from fmi_client.torch_join import join_by_store, joined
 from fmi_client.torch_monitor import monitor
@@ -53,9 +53,8 @@ def create(options: Any, backend_options: Any = None) -> FmiProcessGroup:
         raise ValueError(f"a group of backend {NAME!r} needs a default group of that backend")
     _allow_monitored_barrier()
     name = str(options.group_id)
-    label = f"{name} {joined.groups[name]}".encode()
+    context = context_of(f"{name} {joined.groups[name]}")
     joined.groups[name] += 1
-    context = int.from_bytes(hashlib.blake2b(label, digest_size=8).digest(), "big")
     comm = background.part(ranks or list(range(size)), context)
     comm.timeout = options.timeout.total_seconds()
     return FmiProcessGroup(background, comm, options.store, whole=not ranks)
@@ -81,7 +80,8 @@ class FmiProcessGroup(ProcessGroup):
         self._comm = comm
         self._store = store
         self._whole = whole
-        self._names = {"name": "", "desc": ""}
+        self._name: Any = ""
+        self._desc = ""
         self._coalescing: list[Work] | None = None
         self._monitor = background.part(list(comm._group), comm._context ^ 1)
         self._barriers = 0
@@ -96,18 +96,18 @@ class FmiProcessGroup(ProcessGroup):
     @property
     def group_name(self) -> Any:
         """The name under which torch keeps the group."""
-        return self._names["name"]
+        return self._name
 
     @property
     def group_desc(self) -> str:
         """What the program says the group is for."""
-        return self._names["desc"]
+        return self._desc
 
     def _set_group_name(self, name: Any) -> None:
-        self._names["name"] = name
+        self._name = name
 
     def _set_group_desc(self, desc: str) -> None:
-        self._names["desc"] = desc
+        self._desc = desc
 
     def getGroupName(self) -> Any:
         """Return `group_name`."""

@@ -58,6 +58,8 @@ class Keys:
         """
         if name == "wait":
             return await self._wait(args[0], seconds)
+        if name == "get":
+            await self._wait(args, seconds)
         result = self._calls[name](*args)
         self._wake()
         return result
@@ -128,7 +130,6 @@ class FmiStore(Store):
         self._ask("set", key, _bytes(value))
 
     def get(self, key: str) -> bytes:
-        self.wait([key])
         return bytes(self._ask("get", key))
 
     def add(self, key: str, value: int) -> int:
