@@ -19,8 +19,8 @@ from typing import Any
 from fmi_client.communicator import Communicator, connect
 from fmi_client.errors import Aborted, CollectiveTimeout, FmiError
 from fmi_client.payloads import unpack
-from fmi_client.protocol.inbox import Receive
 from fmi_client.protocol.peer import POINT_TO_POINT
+from fmi_client.protocol.transfers import Receive
 from fmi_client.transport.link import Link
 
 CLOSE_SECONDS = 10.0

@@ -18,10 +18,9 @@ from fmi_client.collectives import Steps
 from fmi_client.endpoint import MAX_SECONDS, Endpoint
 from fmi_client.errors import Aborted, CollectiveTimeout, FmiError
 from fmi_client.protocol.abort import JobAborted
-from fmi_client.protocol.inbox import Receive, SignatureMismatch
 from fmi_client.protocol.peer import COLLECTIVE, POINT_TO_POINT, Key
 from fmi_client.protocol.roll import TIMEOUT, some_ranks
-from fmi_client.transport.link import Send
+from fmi_client.protocol.transfers import Receive, Send, SignatureMismatch
 
 MAX_TAG = 2**63 - 1
 

@@ -18,8 +18,8 @@ import msgpack
 
 from fmi_client.errors import ProtocolError
 from fmi_client.payloads import allocate
-from fmi_client.protocol.inbox import Fold, Receive
 from fmi_client.protocol.peer import Buffer, Payload
+from fmi_client.protocol.transfers import Fold, Receive
 
 DIRECT_BYTES = 64 * 1024
 """Items from this size on go straight between root and owner, past the tree."""

@@ -18,7 +18,7 @@ from fmi_client.join_request import JoinRequest
 from fmi_client.joining import LEAVE_SECONDS, ask_before
 from fmi_client.operations import Operations
 from fmi_client.payloads import allocate
-from fmi_client.protocol.inbox import Receive
+from fmi_client.protocol.transfers import Receive
 from fmi_client.transport.reactor import AsyncReactor
 
 LOOP_TURNS = 3

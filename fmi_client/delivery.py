@@ -8,7 +8,7 @@ import numpy as np
 
 from fmi_client.collectives import Item
 from fmi_client.payloads import is_array, is_tensor, unpack
-from fmi_client.protocol.inbox import Receive
+from fmi_client.protocol.transfers import Receive
 from fmi_client.values import as_like, as_numpy, check_out
 
 

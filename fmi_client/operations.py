@@ -20,8 +20,8 @@ from fmi_client.collectives import Steps
 from fmi_client.model import Model, calibrate
 from fmi_client.ops import SUM, Op, as_op
 from fmi_client.payloads import Array, is_array, pack, unpack
-from fmi_client.protocol.inbox import Receive
 from fmi_client.protocol.peer import Payload
+from fmi_client.protocol.transfers import Receive
 from fmi_client.reductions import Algorithm
 from fmi_client.values import ArrayValue, as_like, check_out, make_value
 

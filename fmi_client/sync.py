@@ -25,7 +25,7 @@ from fmi_client.joining import LEAVE_SECONDS, ask_before
 from fmi_client.operations import Operations, OpLike
 from fmi_client.ops import SUM
 from fmi_client.payloads import allocate
-from fmi_client.protocol.inbox import Receive
+from fmi_client.protocol.transfers import Receive
 from fmi_client.request import Request
 from fmi_client.transport.reactor import SyncReactor
 

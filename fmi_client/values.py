@@ -23,8 +23,8 @@ from fmi_client.payloads import (
     tensor_bytes,
     unpack_object,
 )
-from fmi_client.protocol.inbox import Receive
 from fmi_client.protocol.peer import Payload
+from fmi_client.protocol.transfers import Receive
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 from fmi_client.errors import FmiError, ProtocolError
 from fmi_client.protocol.peer import (
@@ -18,6 +17,7 @@ from fmi_client.protocol.peer import (
     Buffer,
     Key,
 )
+from fmi_client.protocol.transfers import Fold, Receive, SignatureMismatch
 
 STAGE_BYTES = 64 * 1024
 """So much of a payload may be copied once, because it came in one read with its header."""
@@ -27,88 +27,6 @@ MESSAGE_BYTES = 1536
 
 HOLD_BYTES = 32 * 1024
 """Smaller messages are worth a copy, so that the ones behind them can be seen."""
-
-
-class SignatureMismatch(Exception):
-    """Internal: a message of the right place says that its sender does something else."""
-
-    def __init__(self, theirs: bytes) -> None:
-        super().__init__(theirs)
-        self.theirs = theirs
-
-
-class Pending:
-    """Something under way: `done` turns true when it has ended, well or with `error`."""
-
-    __slots__ = ("done", "error", "on_done")
-
-    def __init__(self, done: bool = False) -> None:
-        self.done = done
-        self.error: Exception | None = None
-        self.on_done: Callable[[], None] | None = None
-
-    def finish(self, error: Exception | None = None) -> None:
-        self.error = error
-        self.done = True
-        if self.on_done:
-            self.on_done()
-
-
-class Fold(Protocol):
-    """Takes in a payload as it comes, in place of memory for all of it."""
-
-    nbytes: int
-    """Of the whole payload."""
-    room: memoryview
-    """Where the next bytes belong."""
-
-    def take(self, filled: int) -> int:
-        """Use the first `filled` bytes of the room; returns how many of them are left there."""
-
-
-class Receive(Pending):
-    """One expected message; when it is done without error, `meta` and `data` hold it.
-
-    `into`, where given, is the place for the payload. A point-to-point payload of another
-    size is left in memory of its own, for the caller to say what is wrong. `fold`, where given,
-    takes in the payload piece by piece, and `data` stays empty.
-    """
-
-    __slots__ = ("data", "fold", "folding_error", "into", "key", "meta", "signature")
-
-    def __init__(
-        self,
-        key: Key,
-        signature: bytes,
-        into: memoryview | None,
-        fold: Fold | None = None,
-    ) -> None:
-        super().__init__()
-        self.key = key
-        self.signature = signature
-        self.into = into
-        self.fold = fold
-        self.folding_error: Exception | None = None
-        self.meta = b""
-        self.data: memoryview = memoryview(b"")
-
-    def take(self, fold: Fold, filled: int) -> int:
-        """Let `fold` take its room's content; what it raises ends the receive, later."""
-        if self.folding_error is None:
-            try:
-                return fold.take(filled)
-            except Exception as error:  # the caller's own operation may raise anything
-                self.folding_error = error
-        return 0
-
-    def pour(self, fold: Fold, data: memoryview) -> None:
-        """Give `fold` a payload that came before it was awaited."""
-        filled = 0
-        while data:
-            count = min(len(data), len(fold.room) - filled)
-            fold.room[filled : filled + count] = data[:count]
-            filled = self.take(fold, filled + count)
-            data = data[count:]
 
 
 class _Arrival:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import socket
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 from fmi_client.errors import ProtocolError
-from fmi_client.protocol.inbox import Inbox, Pending, Receive
+from fmi_client.protocol.inbox import Inbox
+from fmi_client.protocol.outbox import Outbox
 from fmi_client.protocol.peer import Buffer, Key, Payload, head
+from fmi_client.protocol.transfers import SENT, Receive, Send
 from fmi_client.transport.pulse import Pulse
 from fmi_client.transport.reactor import Reactor
 from fmi_client.transport.sockets import system_error
@@ -31,57 +31,6 @@ UNEXPECTED_BYTES = 1024 * 1024
 
 WORTH_BYTES = 256 * 1024
 """Of a large payload, so much must have come to be worth waking up for."""
-
-TAIL_BYTES = 256 * 1024
-"""Of small messages through a relay, so much is kept for the case that it dies with some."""
-
-MOST_REPEATED = 64
-"""So many small messages are kept until the peer is known to have the link; see `attach`."""
-
-_GATHER = 64  # buffers in one sendmsg; the kernel allows 1,024
-
-
-class Send(Pending):
-    """A message on its way; it is done when the system has taken all of it."""
-
-    __slots__ = ("started", "views", "whole")
-
-    def __init__(self, *views: memoryview, done: bool = False) -> None:
-        super().__init__(done)
-        self.whole = views
-        self.views = deque(views)
-        self.started = False
-
-
-class _Tail:
-    """The end of what was sent through a relay, as far back as it is still known."""
-
-    def __init__(self) -> None:
-        self._pieces: deque[Buffer] = deque()
-        self._size = 0
-
-    def add(self, message: Send) -> None:
-        if len(message.whole) > 1:  # the caller's memory, which it may change from now on
-            self._pieces.clear()
-            self._size = 0
-            return
-        self._pieces.append(message.whole[0])
-        self._size += len(message.whole[0])
-        while self._size > TAIL_BYTES:
-            self._size -= len(self._pieces.popleft())
-
-    def take(self, count: int) -> bytes | None:
-        """Remove and return the last `count` bytes; None if they are not known any more."""
-        if count > self._size:
-            return None
-        known = b"".join(self._pieces)
-        kept, taken = known[: self._size - count], known[self._size - count :]
-        self._pieces, self._size = deque([kept]), len(kept)
-        return taken
-
-
-SENT = Send(done=True)
-"""What most sends of small messages are, at once."""
 
 
 class Link(Protocol):
@@ -142,18 +91,13 @@ class SocketLink:
         self.tls = False
         self._tls: TlsSocket | None = None
         """The socket, where it encrypts."""
-        self._ahead = 0
-        """Bytes beyond `_written` of which the peer may have some: see `TlsSocket.promised`."""
-        self._queue: deque[Send] = deque()
+        self._last_promised = 0
+        """What `_promised` was when the connection ended."""
+        self._out = Outbox()
         self._room = False
         self._interest = (False, False)
         self._worth = 1
         self._pulse = Pulse()
-        self._sent: list[Send] | None = None
-        """What the peer may have to be sent again; None: it was there, or that is too much."""
-        self._tail: _Tail | None = None
-        """The same for a link through a relay, whose bytes are counted."""
-        self._written = 0
         self.received = 0
         """Bytes, messages' heads among them, that came over its connections."""
 
@@ -167,11 +111,10 @@ class SocketLink:
         self._pulse = Pulse()
         self._tls = sock if isinstance(sock, TlsSocket) else None
         self.tls = self._tls is not None  # and so it was, when the peer has gone
-        self._ahead = 0
+        self._last_promised = 0
         self._worth = 1
         self.kind = kind
-        self._sent = None if first or self.suspended or kind == "relay" else []
-        self._tail = (self._tail or _Tail()) if kind == "relay" else None
+        self._out.begin(relayed=kind == "relay", heard=bool(first))
         self.received += len(first)
         try:
             self.inbox.feed(first)
@@ -195,16 +138,15 @@ class SocketLink:
         return self._enqueue(memoryview(start), *views)
 
     def _enqueue(self, *views: memoryview) -> Send:
-        message = Send(*views)
-        self._queue.append(message)
+        message = self._out.add(*views)
         self._flush()
         return message
 
     def _send_small(self, whole: bytes) -> Send:
-        if self._sent is not None or self._tail is not None:
+        if self._out.keeps:
             return self._enqueue(memoryview(whole))
         sent = 0
-        if self._sock is not None and not self._queue:
+        if self._sock is not None and not self._out.queue:
             try:
                 sent = self._sock.send(whole)
             except BlockingIOError:
@@ -213,115 +155,54 @@ class SocketLink:
                 self._lose(error)
         if sent == len(whole):
             return SENT
-        message = Send(memoryview(whole)[sent:])
+        message = self._out.add(memoryview(whole)[sent:])
         message.started = sent > 0
-        self._queue.append(message)
         self._update_interest()
         return message
 
     def _flush(self) -> None:
-        while self._queue and self._sock is not None:
+        out = self._out
+        while out.queue and self._sock is not None:
             try:
-                sent = self._sock.sendmsg(self._next_views())
+                sent = self._sock.sendmsg(out.next_views())
             except BlockingIOError:
                 break
             except OSError as error:
                 self._lose(error)
                 return
-            self._written += sent
-            self._advance(sent)
+            out.took(sent)
         self._update_interest()
 
-    def _next_views(self) -> list[memoryview]:
-        return list(itertools.islice((v for m in self._queue for v in m.views), _GATHER))
-
-    def _advance(self, sent: int) -> None:
-        while self._queue and (sent or not self._queue[0].views):
-            message = self._queue[0]
-            views = message.views
-            message.started = True
-            while views and sent >= len(views[0]):
-                sent -= len(views.popleft())
-            if views:
-                views[0] = views[0][sent:]
-                return
-            self._queue.popleft()
-            if self._sent is not None:
-                self._keep(message, self._sent)
-            if self._tail is not None:
-                self._tail.add(message)
-            message.finish()
-
-    def _keep(self, message: Send, sent: list[Send]) -> None:
-        sent.append(message)
-        large = len(message.whole) > 1  # the caller's memory, which it may change from now on
-        if large or len(sent) > MOST_REPEATED:
-            self._sent = None
-
     def revive(self) -> bool:
-        """Whether a lost connection can be replaced; if so, wait for `attach` once more.
-
-        The last word of the handshake may be lost with its connection: the peer has no link
-        then and wants another connection. If nothing of the peer's has come, it can be given
-        one, and all that was sent is sent again; if the peer has taken any of it, the peer
-        will not revive its own end, and no second connection comes about.
-        """
-        if self._sent is None or self.error is not None:
+        """Whether a lost direct connection can be replaced; if so, wait for `attach` once more."""
+        if self.error is not None or not self._out.revive():
             return False
-        for message in self._queue:
-            message.views, message.started = deque(message.whole), False
-        self._queue.extendleft(Send(*message.whole) for message in reversed(self._sent))
-        self.kind, self.lost, self._sent = "pending", False, None
-        self._written = 0
+        self.kind, self.lost = "pending", False
         return True
 
     @property
     def suspended(self) -> bool:
         """Whether its relay was lost, and `resume` and `attach` can bring it back."""
-        return self._tail is not None
+        return self._out.resumable
 
     def suspend(self) -> None:
         """The relay was lost, but not the peer: wait for another connection."""
         self.kind, self.lost = "pending", False
 
     def resume(self, got: int) -> bool:
-        """Go back to where the peer is.
-
-        Args:
-            got: bytes of this link that the peer has, over all its connections.
-
-        Returns:
-            Whether all that it has not is still known.
-        """
-        assert self._tail is not None
-        lost = self._written - got
-        if -self._ahead <= lost < 0:
-            self._advance(-lost)
-            self._written, self._ahead = got, 0
-            return True
-        head = self._queue[0] if self._queue else Send()
-        begun = sum(map(len, head.whole)) - sum(map(len, head.views))
-        again = self._tail.take(max(0, lost - begun))
-        if lost < 0 or again is None:
-            return False
-        head.views = deque(_behind(head.whole, max(0, begun - lost)))
-        if again:
-            self._queue.appendleft(Send(memoryview(again)))
-        self._written = got
-        return True
+        """Go back to where the peer is, which has `got` bytes; False if too much was lost."""
+        return self._out.resume(got, self._last_promised)
 
     def withdraw(self, sent: Send) -> bool:
-        if sent in self._queue and not sent.started and not self._is_promised(sent):
-            self._queue.remove(sent)
-            self._update_interest()
-            return True
-        return sent.done
+        if not self._out.withdraw(sent, self._promised):
+            return sent.done
+        self._update_interest()
+        return True
 
-    def _is_promised(self, message: Send) -> bool:
-        """Whether some of a message in the queue is encrypted: what follows needs it."""
-        ahead = itertools.takewhile(lambda each: each is not message, self._queue)
-        before = sum(len(view) for each in ahead for view in each.views)
-        return before < (self._tls.promised if self._tls is not None else self._ahead)
+    @property
+    def _promised(self) -> int:
+        """Bytes in the queue that are encrypted already: see `TlsSocket.promised`."""
+        return self._tls.promised if self._tls is not None else self._last_promised
 
     # ------------------------------------------------------------------ receiving
     def post(self, receive: Receive) -> None:
@@ -368,7 +249,7 @@ class SocketLink:
         if count == 0:
             self._lose(ConnectionResetError("the peer closed the connection"))
             return
-        self._sent = None
+        self._out.heard()
         self.received += count
         try:
             self.inbox.buffer_updated(count)
@@ -393,7 +274,7 @@ class SocketLink:
     # --------------------------------------------------------------------- ending
     @property
     def busy(self) -> bool:
-        return self.inbox.waiting > 0 or bool(self._queue)
+        return self.inbox.waiting > 0 or bool(self._out.queue)
 
     @property
     def pending(self) -> bool:
@@ -423,9 +304,7 @@ class SocketLink:
     def fail(self, error: Exception) -> None:
         """Fail all that waits, now and later, with `error`."""
         self.error = self.error or error
-        queue, self._queue = self._queue, deque()
-        for message in queue:
-            message.finish(error)
+        self._out.fail(error)
         self.inbox.fail(error)
 
     def _lose(self, error: Exception) -> None:
@@ -442,7 +321,7 @@ class SocketLink:
     def _detach(self) -> None:
         if self._sock is not None:
             self._reactor.unwatch(self._sock)
-            self._ahead = self._tls.promised if self._tls is not None else 0
+            self._last_promised = self._promised
             self._sock = self._tls = None
             self._interest = (False, False)
 
@@ -452,7 +331,7 @@ class SocketLink:
         inbox = self.inbox
         much = inbox.unexpected_bytes > UNEXPECTED_BYTES and not self._room
         read = inbox.waiting > 0 or inbox.receiving or not (inbox.held or much)
-        wants = (read, bool(self._queue))
+        wants = (read, bool(self._out.queue))
         if wants != self._interest:
             if self._tls is not None and self._tls.more and wants[0] and not self._interest[0]:
                 self._reactor.call_later(0.0, self.read)  # the system knows nothing of it
@@ -460,14 +339,6 @@ class SocketLink:
             self._reactor.watch(
                 self._sock, self.read if wants[0] else None, self._flush if wants[1] else None
             )
-
-
-def _behind(views: Iterable[memoryview], skip: int) -> Iterator[memoryview]:
-    """Yield what follows the first `skip` bytes."""
-    for view in views:
-        if skip < len(view):
-            yield view[skip:]
-        skip = max(0, skip - len(view))
 
 
 def _flat(part: Buffer) -> memoryview:

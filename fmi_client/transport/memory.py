@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fmi_client.protocol.inbox import Inbox, Receive
+from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.peer import Key, Payload, head
-from fmi_client.transport.link import Send
+from fmi_client.protocol.transfers import Receive, Send
 
 STAGE_BYTES = 512
 """A thousand ranks in one process have many inboxes, and nothing to gain from large ones."""

@@ -16,10 +16,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fmi_client.errors import FmiError, ProtocolError, RendezvousError
-from fmi_client.protocol.inbox import Inbox, Receive
+from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.objects import SEAL_BYTES, Scheme
 from fmi_client.protocol.peer import Buffer, Key, Payload, head
-from fmi_client.transport.link import Send
+from fmi_client.protocol.transfers import Receive, Send
 from fmi_client.transport.reactor import Reactor
 from fmi_client.transport.store import Store
 

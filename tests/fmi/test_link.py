@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from fmi_client.payloads import allocate
-from fmi_client.protocol.inbox import Inbox, Receive
+from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.peer import COLLECTIVE, Payload, head
+from fmi_client.protocol.transfers import Receive
 from fmi_client.transport.link import JOIN_BYTES, WORTH_BYTES, SocketLink
 from fmi_client.transport.reactor import SyncReactor
 

@@ -23,9 +23,10 @@ from fmi_client.errors import (
     RankFailed,
 )
 from fmi_client.payloads import allocate
-from fmi_client.protocol.inbox import Inbox, Receive
+from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.objects import Scheme
 from fmi_client.protocol.peer import POINT_TO_POINT, Buffer
+from fmi_client.protocol.transfers import Receive
 from fmi_client.transport import objects
 from fmi_client.transport.objects import ObjectLink
 from fmi_client.transport.store import FolderStore

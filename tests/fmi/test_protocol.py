@@ -15,7 +15,7 @@ from fmi_client.payloads import allocate
 from fmi_client.protocol import auth, frames, peer
 from fmi_client.protocol.abort import JobAborted, read_abort
 from fmi_client.protocol.hello import Hello
-from fmi_client.protocol.inbox import Inbox, Receive
+from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.peer import COLLECTIVE, Handshake, Payload
 from fmi_client.protocol.rendezvous import (
     Admission,
@@ -28,6 +28,7 @@ from fmi_client.protocol.rendezvous import (
     Welcome,
     error_message,
 )
+from fmi_client.protocol.transfers import Receive
 
 SECRET = b"a secret of the server"
 NOW = 1000.0

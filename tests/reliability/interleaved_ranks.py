@@ -10,7 +10,7 @@ from fmi_client.errors import AuthenticationFailed, FmiError, ProtocolError
 from fmi_client.protocol import auth
 from fmi_client.protocol.abort import JobAborted
 from fmi_client.protocol.hello import Hello
-from fmi_client.protocol.inbox import Inbox, Receive
+from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.peer import (
     COLLECTIVE,
     HELLO_BYTES,
@@ -23,6 +23,7 @@ from fmi_client.protocol.peer import (
 )
 from fmi_client.protocol.relay import RELAY_GO, relay_request
 from fmi_client.protocol.rendezvous import ClientSide, Event, Gone, Punch, Ready, Want, Welcome
+from fmi_client.protocol.transfers import Receive
 
 if TYPE_CHECKING:
     from tests.reliability.interleavings import World

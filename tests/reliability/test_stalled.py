@@ -17,8 +17,9 @@ import pytest
 from fmi_client import sync
 from fmi_client.communicator import Communicator
 from fmi_client.errors import CollectiveTimeout, FmiError
-from fmi_client.protocol.inbox import Inbox, Receive
+from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.peer import COLLECTIVE, Payload, head
+from fmi_client.protocol.transfers import Receive
 from tests.processes import running, serve_rendezvous, spawn
 from tests.reliability.conftest import Measured
 from tests.support import run_ranks

@@ -9,10 +9,11 @@ import time
 import pytest
 
 from fmi_client.payloads import allocate
-from fmi_client.protocol.inbox import Inbox, Receive
+from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.peer import POINT_TO_POINT, Payload
 from fmi_client.protocol.tls import TlsStream
-from fmi_client.transport.link import Send, SocketLink
+from fmi_client.protocol.transfers import Receive, Send
+from fmi_client.transport.link import SocketLink
 from fmi_client.transport.reactor import SyncReactor
 from fmi_client.transport.tls import Identity, TlsSocket, make_identity, pin
 

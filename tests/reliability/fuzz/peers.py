@@ -11,8 +11,9 @@ from fmi_client.errors import FmiError, ProtocolError
 from fmi_client.ops import SUM
 from fmi_client.protocol import frames, objects
 from fmi_client.protocol.abort import read_abort
-from fmi_client.protocol.inbox import Inbox, Receive
+from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.peer import COLLECTIVE, POINT_TO_POINT, Handshake
+from fmi_client.protocol.transfers import Receive
 from fmi_client.values import make_value
 from tests.reliability.fuzz.steady import steady
 from tests.reliability.fuzz.target import MB, Target, add
