@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from fmi_client.endpoint import Allocate
+from fmi_client.hosts import resolve
 from fmi_client.join_request import JoinRequest
-from fmi_client.joining import SocketEndpoint
-from fmi_client.names import resolve
+from fmi_client.joining import Joining
 from fmi_client.protocol.addresses import Address
+from fmi_client.socket_endpoint import SocketEndpoint
 from fmi_client.store_endpoint import StoreEndpoint
 from fmi_client.transport import store as stores
 from fmi_client.transport.reactor import Reactor
 from fmi_client.transport.store import Store
-
-Joining = SocketEndpoint | StoreEndpoint
 
 
 def find(request: JoinRequest) -> tuple[Address, ...] | Store:

@@ -31,15 +31,15 @@ from fmi_client.errors import (
 )
 from fmi_client.findings import Credentials, Report, Status, Step, plain, time_text
 from fmi_client.greeting import Failed, days_left, encrypt, handshake
+from fmi_client.hosts import resolve
 from fmi_client.join_request import JoinRequest
-from fmi_client.joining import SocketEndpoint
-from fmi_client.names import resolve
 from fmi_client.payloads import allocate
 from fmi_client.protocol import addresses, auth
 from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.roll import some_ranks
 from fmi_client.protocol.tls import SCHEME
+from fmi_client.socket_endpoint import SocketEndpoint
 from fmi_client.sync import Communicator, wait_ready
 from fmi_client.transport.blocking import connected, http_get, in_time
 from fmi_client.transport.reactor import SyncReactor

@@ -15,7 +15,7 @@ from fmi_client.endpoint import Endpoint, MemoryEndpoint
 from fmi_client.errors import FmiError
 from fmi_client.hints import Choice
 from fmi_client.join_request import JoinRequest
-from fmi_client.joining import LEAVE_SECONDS, ask_before
+from fmi_client.joining import LEAVE_SECONDS, Joining, ask_before
 from fmi_client.operations import Operations
 from fmi_client.payloads import allocate
 from fmi_client.protocol.transfers import Receive
@@ -253,7 +253,7 @@ async def _join(request: JoinRequest) -> Communicator:
     return communicator
 
 
-async def _wait_ready(endpoint: channels.Joining, timeout: float) -> None:
+async def _wait_ready(endpoint: Joining, timeout: float) -> None:
     ask = ask_before(timeout)
     if not await _until(endpoint, lambda: endpoint.settled, timeout - ask):
         endpoint.ask_missing()

@@ -53,6 +53,8 @@ class Endpoint:
     def __init__(self, rank: int, size: int, allocate: Allocate) -> None:
         self.rank = rank
         self.size = size
+        self.join_seconds = 0.0
+        """How long joining took."""
         self.grace = GRACE_SECONDS + size * ANSWER_SECONDS
         self.patience = PATIENCE_SECONDS + 2 * self.grace
         self.links: dict[int, Link] = {}

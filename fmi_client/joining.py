@@ -1,135 +1,38 @@
-"""Joining a job through the rendezvous server, and staying in it."""
+"""What a driver sees of an endpoint that has to join its job first: by a server, or by a store."""
 
 from __future__ import annotations
 
-import random
-import socket
-from collections import Counter
-from collections.abc import Callable, Collection
-from dataclasses import replace
-
-from fmi_client.endpoint import Allocate, Endpoint, left_error
-from fmi_client.errors import (
-    AuthenticationFailed,
-    FmiError,
-    RankFailed,
-    RendezvousError,
-)
+from fmi_client.endpoint import Allocate, Endpoint
+from fmi_client.errors import FmiError
 from fmi_client.join_request import JoinRequest
-from fmi_client.protocol.abort import JobAborted
-from fmi_client.protocol.addresses import Address, format_address
-from fmi_client.protocol.hello import Hello
-from fmi_client.protocol.rendezvous import (
-    LEFT,
-    REJOIN_SECONDS,
-    Draining,
-    Event,
-    Gone,
-    Missing,
-    Punch,
-    Ready,
-    Want,
-    Welcome,
-)
-from fmi_client.protocol.tls import Pinned
-from fmi_client.transport.control import Control
-from fmi_client.transport.link import SocketLink
-from fmi_client.transport.lobby import Lobby
-from fmi_client.transport.patience import Patience
-from fmi_client.transport.pulse import CHECK_SECONDS
-from fmi_client.transport.punch import Punch as PunchAttempt
-from fmi_client.transport.reactor import Reactor, Timer
-from fmi_client.transport.sockets import bound_pair
-from fmi_client.transport.tls import make_identity, pin, server_trust
-
-VERDICT_SECONDS = 1.0
-"""A broken link means that somebody died, but not who: the neighbour may only have noticed
-first. For so long the server's word is awaited before the neighbour is blamed."""
-
-PUNCH_SECONDS = 10.0
-
-MISSING_SECONDS = 0.5
-"""How long the server may take to say who is missing. It is asked before the deadline: ranks
-that give up at the same moment would otherwise name each other."""
-
-REPLACE_SECONDS = 0.5
-"""A connection that the peer has only to confirm gets so long, before a new attempt takes its
-place because the peer asked for one."""
-
-MAX_LEGS = 4
-LEG_PAUSE = 0.5
-"""A relay's leg that comes to nothing is tried again, so often and within so many seconds."""
+from fmi_client.transport.reactor import Reactor
 
 LEAVE_SECONDS = 0.5
-"""How long the server may take to hear our goodbye."""
+"""How long server or store may take to hear our goodbye."""
+
+MISSING_SECONDS = 0.5
+"""How long they may take to say who is missing. They are asked before the deadline: ranks
+that give up at the same moment would otherwise name each other."""
 
 
-class SocketEndpoint(Endpoint):
-    """A rank that joins through the rendezvous server.
+class Joining(Endpoint):
+    """An endpoint of a rank that joins what `request` names.
 
-    Args:
-        servers: addresses of the rendezvous server, from `resolve`.
-        request: what to join, and as whom.
+    Drivers `connect` and wait until it is `settled`. `ask_before` the time is over they
+    `ask_missing`, and at the end they raise `failure`, or `join_error`.
     """
 
-    def __init__(
-        self,
-        reactor: Reactor,
-        servers: tuple[Address, ...],
-        request: JoinRequest,
-        allocate: Allocate,
-    ) -> None:
+    def __init__(self, reactor: Reactor, request: JoinRequest, allocate: Allocate) -> None:
         super().__init__(request.rank, request.size, allocate)
         self._reactor = reactor
         self._request = request
-        self.missing: list[int] | None = None
-        """Ranks that had not joined when we asked; None before the answer."""
-        self.join_seconds = 0.0
-        self.local: Address | None = None
-        """Our end of the connection to the server, once there is one."""
-        self.observed: Address | None = None
-        """Where the server sees us, once it has let us in."""
-        self._left: dict[int, RankFailed] = {}
-        """Ranks that are not there any more, and what it means to need one."""
-        self._leaving = False
-        self._punches: dict[int, PunchAttempt] = {}
-        self._told: dict[int, Punch] = {}
-        self._asked: set[int] = set()
-        """Peers for a link with which the server has been asked, and has not answered yet."""
-        self._away: FmiError | None = None
-        """Why there is no server just now; another is looked for."""
-        self._patience = Patience(reactor, self._nobody_came)
-        self._untold: list[JobAborted] = []
-        """What the next server is to pass on."""
-        self._refusals: Counter[int] = Counter()
-        """Legs for each peer that came to nothing."""
-        self._relayed: dict[int, int] = {}
-        """The servers that were lost before each relayed link was made."""
-        self._lost_control: FmiError | None = None
-        """Why no link can be made: for good, or until a server is found after all."""
-        self._checks: Timer | None = None
         self._started = reactor.now()
-        self._identity = make_identity() if request.tls else None
-        trust = (server_trust(), request.server[0]) if request.tls else None
-        listeners = bound_pair(but=request.server[1])
-        self._port: int = listeners[0].getsockname()[1]
-        self._lobby = Lobby(reactor, listeners, request.rank, self._punches.get)
-        self._control = Control(
-            reactor,
-            servers,
-            self._port,
-            request.token,
-            self._hello,
-            self._on_event,
-            self._on_away,
-            self._on_lost,
-            trust,
-        )
+        self._leaving = False
 
     @property
     def ready(self) -> bool:
-        """Whether all ranks of the job are there."""
-        return self._control.joined
+        """Whether all ranks of the job are there, or were once."""
+        raise NotImplementedError
 
     @property
     def settled(self) -> bool:
@@ -138,358 +41,19 @@ class SocketEndpoint(Endpoint):
 
     def connect(self) -> None:
         """Begin to join; `on_change` is called when it is `settled`."""
-        self._control.connect()
+        raise NotImplementedError
 
     def ask_missing(self) -> None:
-        """Ask the server who has not come; `missing` holds the answer."""
-        if self._control.side is not None and self._control.welcomed:
-            self._control.side.who()
-            self._control.flush()
+        """Ask who has not come; what `join_error` returns names them, if the answer comes."""
+        raise NotImplementedError
 
     def join_error(self) -> FmiError:
         """Return what to raise when the time for joining was not enough."""
-        timeout, where = self._request.timeout, format_address(self._request.server)
-        if self._control.sent_away is not None:
-            return self._control.sent_away.at(rank=self.rank, op="connect")
-        if not self._control.welcomed:
-            return RendezvousError(
-                f"cannot join through the rendezvous server {where} within {timeout:.3g} s "
-                f"({self._control.last_error}); is it running, and is the address right?",
-                rank=self.rank,
-                op="connect",
-            )
-        return self._request.not_all_came(self.missing or [])
+        raise NotImplementedError
 
-    # ------------------------------------------------------------- the server's word
-    def _hello(self, own: tuple[Address, ...]) -> Hello:
-        self.local = own[0]
-        hello = self._request.hello(own)
-        if self._identity is None:
-            return hello
-        return replace(hello, certificate=self._identity.certificate)
-
-    def _on_event(self, event: Event) -> None:
-        match event:
-            case Welcome(seen):
-                self.observed = seen
-            case Ready() if self.join_seconds:
-                self._rejoined()
-            case Ready():
-                self.join_seconds = self._reactor.now() - self._started
-                self._check_links()
-                self.on_change()
-            case Missing(ranks):
-                self.missing = ranks
-                self.on_change()
-            case Want(peer) if 0 <= peer < self.size:
-                self._wanted(peer)
-            case Punch():
-                self._punch(event)
-            case Gone():
-                self._gone(event)
-            case JobAborted(by=by) if by == self.rank:
-                super()._called()  # the server lets us call the roll
-            case JobAborted():
-                self.told(event)
-            case Draining() | Want():
-                pass
-
-    def _on_lost(self, error: FmiError) -> None:
-        """Links that exist live on without the server; a job that is not complete cannot."""
-        if self._leaving:
-            self.on_change()
-            return
-        error.at(rank=self.rank, op=None if self.ready else "connect")
-        if self.ready:
-            self._wait_no_more(error)
-        else:
-            self._lost_control = error
-            self.fail(error)
-
-    def _on_away(self, error: FmiError) -> None:
-        """The server is lost, and another is looked for: who needs one waits."""
-        self._away = error.at(rank=self.rank)
-        self._asked.clear()
-        self._patience.end()
-        for link in self.links.values():
-            if isinstance(link, SocketLink) and self._lost_with_server(link):
-                self._blame(link)
-        if self.failure is not None and not self._untold:
-            self._control.close()  # the server ended the job, or nothing is left to be said
-        else:
-            self._patience.begin(REJOIN_SECONDS)
-
-    def _nobody_came(self) -> None:
-        assert self._away is not None
-        why = f"{self._away.message}, and no other came within {REJOIN_SECONDS:.3g} s"
-        last = self._control.last_error
-        self._wait_no_more(RendezvousError(f"{why}; the last attempt: {last}", rank=self.rank))
-
-    def _wait_no_more(self, error: FmiError) -> None:
-        """No link can be made, unless its connection is on the way already."""
-        self._lost_control = error
-        self._patience.end()
-        for link in self._pending():
-            if link.peer not in self._punches:
-                link.fail(error)
-        for punch in self._punches.values():
-            punch.hurry(error)
-
-    def _rejoined(self) -> None:
-        """There is a server again. It knows nothing of what the last one was asked for."""
-        self._away = self._lost_control = None
-        self._patience.end()
-        untold, self._untold = self._untold, []
-        for event in untold:
-            self.tell(event)
-        for link in self._pending():
-            self._ask(link.peer)
-
-    def _pending(self) -> list[SocketLink]:
-        links = self.links.values()
-        return [link for link in links if isinstance(link, SocketLink) and link.pending]
-
-    def _gone(self, gone: Gone) -> None:
-        if not gone.clean:
-            self.fail(RankFailed(f"rank {gone.rank} was lost: {gone.why}", rank=gone.rank))
-            return
-        error = RankFailed(f"rank {gone.rank} {gone.why}", rank=gone.rank)
-        self._left[gone.rank] = left_error(gone.rank) if gone.why == LEFT else error
-        link = self.links.get(gone.rank)
-        if not isinstance(link, SocketLink):
-            return
-        if link.lost:
-            link.fail(self._left[gone.rank].fresh())
-            return
-        punch = self._punches.get(gone.rank)
-        if punch is not None and punch.chosen:
-            # For the peer the link exists: it may have sent all that we need before it left.
-            self._reactor.call_later(VERDICT_SECONDS, lambda: self._never_linked(link))
-        else:
-            self._never_linked(link)
-
-    def _never_linked(self, link: SocketLink) -> None:
-        if link.pending:
-            self._forget_punch(link.peer)
-            link.fail(self._left[link.peer].fresh())
-
-    def _forget_punch(self, peer: int) -> None:
-        punch = self._punches.pop(peer, None)
-        if punch is not None:
-            punch.cancel()
-
-    # ---------------------------------------------------------------------- links
-    def _make(self, peer: int) -> SocketLink:
-        link = SocketLink(peer, self._reactor, self._inbox(peer, hold=True), self._link_lost)
-        if peer in self._left:
-            link.fail(self._left[peer].fresh())
-        elif self._lost_control is None:
-            self._ask(peer)
-        elif self._control.trying:
-            self._patience.begin()
-        else:
-            link.fail(self._lost_control)
-        return link
-
-    def _ask(self, peer: int) -> None:
-        """Ask for a link; where there is no server, that is done when there is one."""
-        if self._control.present and self._control.side is not None:
-            link = self.links.get(peer)
-            got = link.received if isinstance(link, SocketLink) and link.suspended else 0
-            self._asked.add(peer)
-            self._control.side.link(peer, got)
-            self._control.flush()
-
-    def _wanted(self, peer: int) -> None:
-        link = self.links.get(peer)
-        if link is None:
-            self._left.pop(peer, None)  # it came back so late that we had given it up
-            self.link(peer)
-        elif isinstance(link.error, FmiError):
-            self.give_up(link.error)  # the peer would wait for it in vain
-        elif link in self._pending() and peer not in self._asked:
-            self._ask(peer)  # it has lost what it was told, so our own punch is in vain
-
-    def _punch(self, instruction: Punch) -> None:
-        peer = instruction.peer
-        self._asked.discard(peer)
-        link = self.links.get(peer)
-        if not isinstance(link, SocketLink) or not link.pending:
-            return
-        self._told[peer] = instruction
-        old = self._punches.get(peer)
-        if old is not None and old.chosen:
-            self._reactor.call_later(REPLACE_SECONDS, lambda: self._replace(old, instruction))
-            return
-        self._forget_punch(peer)
-        try:
-            tls = self._pin(instruction)
-        except AuthenticationFailed as error:
-            link.fail(error.at(rank=self.rank, peer=peer))
-            return
-        punch = PunchAttempt(
-            self._reactor,
-            instruction,
-            job=self._request.job,
-            rank=self.rank,
-            epoch=self._request.epoch,
-            key=self._request.key,
-            port=self._port,
-            server=self._control.server,
-            seconds=PUNCH_SECONDS,
-            on_linked=lambda sock, kind, first: self._linked(link, sock, kind, first),
-            on_failed=lambda error: self._unlinked(link, error),
-            channel=self._request.channel,
-            on_refused=lambda: self._ask_again(peer, instruction),
-            tls=tls,
-        )
-        self._punches[peer] = punch
-        punch.start()
-        self._lobby.call(punch)
-
-    def _ask_again(self, peer: int, instruction: Punch) -> None:
-        """A leg came to nothing: the server may have died that it reached, and not the job's."""
-
-        def ask() -> None:
-            if self._told.get(peer) is instruction and peer in self._punches:
-                self._ask(peer)
-
-        self._refusals[peer] += 1
-        if self._refusals[peer] <= MAX_LEGS:
-            self._reactor.call_later(random.uniform(0, LEG_PAUSE), ask)
-
-    def _replace(self, old: PunchAttempt, instruction: Punch) -> None:
-        if self._punches.get(old.peer) is old:
-            self._forget_punch(old.peer)
-            self._punch(instruction)
-
-    def _pin(self, instruction: Punch) -> Pinned | None:
-        """Return what to encrypt a link with, which must be encrypted or not as we are."""
-        identity, theirs = self._identity, instruction.certificate
-        if identity is None:
-            return None
-        return pin(identity, theirs, server_side=self.rank > instruction.peer)
-
-    def _linked(self, link: SocketLink, sock: socket.socket, kind: str, first: bytes) -> None:
-        del self._punches[link.peer]
-        if link.suspended and not link.resume(self._told[link.peer].got):
-            sock.close()
-            self.give_up(relay_error(link))
-            return
-        self._relayed[link.peer] = self._control.losses
-        link.attach(sock, kind, first)
-
-    def _unlinked(self, link: SocketLink, error: FmiError) -> None:
-        del self._punches[link.peer]
-        looks = self._away is not None and self._lost_control is None
-        # With a server's next word there may be another attempt.
-        waits = looks or link.peer in self._asked
-        if not waits or isinstance(error, AuthenticationFailed):
-            link.fail(error)
-
-    def look(self) -> bool:
-        """Whether the server is about to be found again.
-
-        Who only polls must wait for that: a poll is one step of the handshake, and the server
-        does not wait for the next poll.
-        """
-        return self.ready and self.failure is None and self._control.trying
-
-    def excuse(self, peer: int) -> FmiError | None:
-        punch = self._punches.get(peer)
-        if punch is not None and not punch.connected:
-            return punch.error()
-        if self._away is None or self.links.get(peer) not in self._pending():
-            return None
-        return self._lost_control or self._away
-
-    def _check_links(self) -> None:
-        """Every second: notice a link that leads nowhere any more."""
-        for link in list(self.links.values()):
-            if isinstance(link, SocketLink):
-                link.check()
-        self._checks = self._reactor.call_later(CHECK_SECONDS, self._check_links)
-
-    def _link_lost(self, link: SocketLink) -> None:
-        """A link broke: wait for the server to say who died before blaming the neighbour."""
-        if link.peer in self._left:
-            link.fail(self._left[link.peer].fresh())
-        elif self._lost_control is not None or self._lost_with_server(link):
-            self._blame(link)
-        elif link.kind == "direct" and link.revive():
-            self._punch(self._told[link.peer])
-            self._punches[link.peer].hurry(broken_error(link))
-        else:
-            self._reactor.call_later(VERDICT_SECONDS, lambda: self._blame(link))
-
-    def _lost_with_server(self, link: SocketLink) -> bool:
-        now = self._control.losses
-        return link.kind == "relay" and (self._relayed[link.peer] < now or self._control.closed)
-
-    def _blame(self, link: SocketLink) -> None:
-        if not link.lost:
-            return  # it has another connection by now, or waits for one
-        if link.kind == "relay" and link.error is None:
-            link.suspend()  # the peer lives: it was the relay's end, or that of the way to it
-            if self._lost_control is not None:
-                link.fail(self._lost_control)
-            else:
-                self._ask(link.peer)
-        elif link.error is None:
-            link.fail(broken_error(link))
-
-    # --------------------------------------------------------------------- ending
-    def tell(self, event: JobAborted) -> None:
-        if self._control.welcomed and self._control.side is not None:
-            self._control.side.abort(event)
-            self._control.flush()
-        elif self.ready and not self._control.closed:
-            self._untold.append(event)
-
-    def _called(self) -> None:
-        pass
-
-    def _departed(self) -> Collection[int]:
-        return self._left
-
-    def _later(self, seconds: float, call: Callable[[], None]) -> None:
-        self._reactor.call_later(seconds, call)
-
-    @property
-    def left(self) -> bool:
-        return self._control.closed
-
-    def leave(self) -> None:
-        if self._leaving:
-            return
-        self._leaving = True
-        # First, or a handshake that ends just now would make a link that nobody closes.
-        for peer in list(self._punches):
-            self._forget_punch(peer)
-        self._lobby.close()
-        super().leave()
-        self._control.leave()
-
-    def close(self) -> None:
-        if self._checks is not None:
-            self._checks.cancel()
-        self._lobby.close()
-        self._control.close()
-        super().close()
-
-
-def broken_error(link: SocketLink) -> RankFailed:
-    """Return the error of a peer whose direct link broke."""
-    return RankFailed(f"the link to rank {link.peer} broke: {link.lost_because}", rank=link.peer)
-
-
-def relay_error(link: SocketLink) -> RendezvousError:
-    """Return the error of a link that broke with the server that relayed it."""
-    return RendezvousError(
-        f"the connection to the server was lost that relayed the link to rank {link.peer}, "
-        "and data with it",
-        peer=link.peer,
-    )
+    def _joined(self) -> None:
+        self.join_seconds = self._reactor.now() - self._started
+        self.on_change()
 
 
 def ask_before(timeout: float) -> float:

@@ -449,7 +449,7 @@ class Operations(Caller):
             for peer, link in sorted(self._endpoint.links.items())
             if peer != self._endpoint.rank
         }
-        joined = getattr(self._endpoint, "join_seconds", 0.0)
+        joined = self._endpoint.join_seconds
         return {
             "join_seconds": joined,
             "operations": self._seq,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
-from fmi_client.endpoint import Allocate, Endpoint, left_error
+from fmi_client.endpoint import Allocate, left_error
 from fmi_client.errors import (
     AuthenticationFailed,
     FmiError,
@@ -13,6 +13,7 @@ from fmi_client.errors import (
     RendezvousError,
 )
 from fmi_client.join_request import JoinRequest
+from fmi_client.joining import Joining
 from fmi_client.meeting import Host, Meeting
 from fmi_client.protocol import frames
 from fmi_client.protocol.abort import JobAborted, abort_message, read_abort
@@ -30,7 +31,7 @@ GRACE_SECONDS = 0.9
 LEFT = "left"
 
 
-class StoreEndpoint(Endpoint):
+class StoreEndpoint(Joining):
     """A rank that joins through a store; knows of the others what they put there.
 
     Nobody watches over the ranks here: one that dies without a word is noticed by a deadline.
@@ -39,14 +40,10 @@ class StoreEndpoint(Endpoint):
     def __init__(
         self, reactor: Reactor, store: Store, request: JoinRequest, allocate: Allocate
     ) -> None:
-        super().__init__(request.rank, request.size, allocate)
+        super().__init__(reactor, request, allocate)
         self.grace, self.patience = GRACE_SECONDS, 2 * GRACE_SECONDS
-        self.ready = False
-        self.join_seconds = 0.0
-        self._reactor = reactor
-        self._request = request
-        self._started = reactor.now()
         self._run = ""
+        """This run's folder, once all ranks are there."""
         scheme = Scheme(request.job, request.epoch, request.size, request.key)
         self._depot = Depot(reactor, store, scheme, lambda: self.on_change())
         kind = Host if request.rank == 0 else Meeting
@@ -58,23 +55,18 @@ class StoreEndpoint(Endpoint):
         """Objects being read because something is being said."""
         self._looked_at = 0.0
         self._said = self._saying = 0
-        self._leaving = False
 
     @property
-    def settled(self) -> bool:
-        """Whether joining has ended, well or not."""
-        return self.ready or self.failure is not None
+    def ready(self) -> bool:
+        return self._run != ""
 
     def connect(self) -> None:
-        """Begin to join; `on_change` is called when it is `settled`."""
         self._meeting.start()
 
     def ask_missing(self) -> None:
-        """Look who has not come."""
         self._meeting.ask_missing()
 
     def join_error(self) -> FmiError:
-        """Return what to raise when the time for joining was not enough."""
         timeout, meeting = self._request.timeout, self._meeting
         if not meeting.began:
             return RendezvousError(
@@ -94,9 +86,7 @@ class StoreEndpoint(Endpoint):
 
     def _on_ready(self, run: str) -> None:
         self._run = run
-        self.ready = True
-        self.join_seconds = self._reactor.now() - self._started
-        self.on_change()
+        self._joined()
 
     def _join_failed(self, error: FmiError) -> None:
         self.fail(error.at(rank=self.rank, op="connect"))

@@ -21,7 +21,7 @@ from fmi_client.endpoint import Endpoint
 from fmi_client.errors import FmiError
 from fmi_client.hints import Choice
 from fmi_client.join_request import JoinRequest
-from fmi_client.joining import LEAVE_SECONDS, ask_before
+from fmi_client.joining import LEAVE_SECONDS, Joining, ask_before
 from fmi_client.operations import Operations, OpLike
 from fmi_client.ops import SUM
 from fmi_client.payloads import allocate
@@ -266,7 +266,7 @@ def connect(
     return communicator
 
 
-def wait_ready(endpoint: channels.Joining, reactor: SyncReactor, timeout: float) -> None:
+def wait_ready(endpoint: Joining, reactor: SyncReactor, timeout: float) -> None:
     """Wait until all ranks of a job are there; the errors of `connect`."""
     end = reactor.now() + timeout
     if not reactor.run_until(lambda: endpoint.settled, end - ask_before(timeout)):

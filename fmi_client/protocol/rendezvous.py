@@ -305,7 +305,7 @@ class Want:
 
 
 @dataclass(frozen=True, slots=True)
-class Punch:
+class PunchNow:
     """Connect to `peer` now; it does the same."""
 
     peer: int
@@ -328,7 +328,7 @@ class Draining:
     """The server is going away; links that exist are not affected."""
 
 
-Event = Welcome | Ready | Missing | Gone | Want | Punch | JobAborted | Draining
+Event = Welcome | Ready | Missing | Gone | Want | PunchNow | JobAborted | Draining
 
 
 class ClientSide:
@@ -423,8 +423,8 @@ class ClientSide:
         self.outgoing += encode({"t": "leave"})
 
 
-def _punch(message: Message) -> Punch:
-    return Punch(
+def _punch(message: Message) -> PunchNow:
+    return PunchNow(
         frames.field(message, "peer", int),
         read_addresses(message, "at", low=0),
         sixteen(message, "cookie"),

@@ -11,38 +11,18 @@ connection or none has come about soon; it proves itself like the others.
 
 from __future__ import annotations
 
-import errno
-import random
 import socket
 from collections.abc import Callable
 
 from fmi_client.errors import AuthenticationFailed, FmiError, ProtocolError, PunchFailed
-from fmi_client.protocol.addresses import Address, format_address, plain, version
+from fmi_client.protocol.addresses import Address, plain
 from fmi_client.protocol.peer import Handshake
-from fmi_client.protocol.rendezvous import Punch as PunchNow
-from fmi_client.protocol.tls import Pinned
-from fmi_client.transport.reactor import Callback, Reactor
+from fmi_client.protocol.rendezvous import PunchNow
+from fmi_client.transport.knocking import Knocking
+from fmi_client.transport.reactor import Reactor
 from fmi_client.transport.relay import Dial
-from fmi_client.transport.sockets import (
-    IN_PROGRESS,
-    RETRY,
-    answers,
-    bound_socket,
-    connect_short,
-    family,
-    keep_alive,
-    system_error,
-)
+from fmi_client.transport.sockets import keep_alive
 from fmi_client.transport.tls import TlsSocket
-
-FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.25
-"""Seconds between attempts at one address; jittered, so that two sides do not miss in step."""
-
-RUNGS = (2, 3, 4)
-"""Hops of the SYNs that only open our own NATs: behind one, two, or three of them."""
-
-RUNG_SECONDS = 0.03
-"""How long the peer has to come through an open door, beside two round trips."""
 
 RELAY_AFTER = 0.4
 """Seconds of punching before the relay is asked, too, where there is hope without it."""
@@ -62,8 +42,6 @@ MAX_CALLERS = 16
 """Connections made to us that may be unproven at once for one peer. One more takes the place of the
 oldest: whoever forges hellos gets no more than these, and cannot keep the peer out."""
 
-_NOT_THE_PEER = OSError(errno.ECONNRESET, "connected, but not to the peer")
-
 
 class _Trial:
     """One connection on which the handshake runs."""
@@ -79,15 +57,7 @@ class _Trial:
         self.expected = kind == "relay" or address is not None or _host(sock) in punch.hosts
         """Whether it leads to where the peer should be: others may call us, and mean harm."""
         self.began = punch.reactor.now()
-        self.handshake = Handshake(
-            punch.rank,
-            punch.peer,
-            punch.epoch,
-            punch.key,
-            punch.instruction.cookie,
-            punch.job,
-            punch.tls,
-        )
+        self.handshake = punch.new_handshake()
         keep_alive(sock)
         # From here on: the handshake is four small messages, each of which Nagle would delay.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -163,9 +133,11 @@ class Punch:
 
     Args:
         instruction: the server's "punch now": addresses and cookie of this pair.
+        port: local port to connect from, where the peer connects to.
         server: where relay legs go.
         channel: "direct" takes none, "relay" nothing else, "auto" what comes first.
-        tls: what to encrypt the link with, if it shall be.
+        seconds: how long to try.
+        new_handshake: makes the handshake for a connection with the peer.
         on_linked: given the chosen socket, its kind ("direct" or "relay"), and the bytes that
             came behind the handshake.
         on_failed: given the error when `seconds` have passed in vain.
@@ -177,28 +149,28 @@ class Punch:
         reactor: Reactor,
         instruction: PunchNow,
         *,
-        job: str,
         rank: int,
-        epoch: int,
-        key: bytes | None,
         port: int,
         server: Address,
+        channel: str,
         seconds: float,
+        new_handshake: Callable[[], Handshake],
         on_linked: Callable[[socket.socket, str, bytes], None],
         on_failed: Callable[[FmiError], None],
-        channel: str = "auto",
-        on_refused: Callable[[], None] = lambda: None,
-        tls: Pinned | None = None,
+        on_refused: Callable[[], None],
     ) -> None:
         self.reactor = reactor
         self.instruction = instruction
         self.peer = instruction.peer
-        self.job = job
         self.rank = rank
-        self.epoch = epoch
-        self.key = key
-        self.tls = tls
-        self._port = port
+        self.new_handshake = new_handshake
+        self._knocking = Knocking(
+            reactor,
+            instruction.addresses,
+            port,
+            gives_way=rank > self.peer,
+            on_open=lambda sock, address: self._try(_Trial(self, sock, address)),
+        )
         self._server = server
         self._channel = channel
         self._hopeless = instruction.hopeless or channel == "relay"
@@ -210,14 +182,9 @@ class Punch:
         self._trials: list[_Trial] = []
         self._picked: _Trial | None = None
         self._picked_at = 0.0
-        self._connecting: set[socket.socket] = set()
         self._over = False
         self.hosts = frozenset(host for host, _ in instruction.addresses)
         """Where the peer is thought to be. Only a hint: its NAT may have other addresses."""
-        outside = {version(each): each for each in reversed(instruction.addresses)}
-        self._outside = frozenset(outside.values())
-        """Of each IP version, the address that is farthest from the peer."""
-        self._last_error = "no answer" if outside else "one has only IPv4, the other only IPv6"
         self._no_relay = "has not relayed yet" if instruction.ticket else "does not relay"
         """What the server does instead of relaying."""
         self.stranger: AuthenticationFailed | None = None
@@ -228,113 +195,14 @@ class Punch:
 
     def start(self) -> None:
         if self._channel != "relay":
-            for address in self.instruction.addresses:
-                self._attempt(address, FIRST_PAUSE)
+            self._knocking.start()
         if self.instruction.ticket is not None and self._channel != "direct":
             wait = 0.0 if self._hopeless else RELAY_AFTER
             self.reactor.call_later(wait, self._dial_relay)
         elif self._channel == "relay":
             self.reactor.call_later(0, self._expire)
 
-    # ----------------------------------------------------------------- connecting
-    def _attempt(self, address: Address, pause: float) -> None:
-        began = self.reactor.now()
-
-        def failed(error: OSError) -> None:
-            refused = error.errno == errno.ECONNREFUSED and address in self._outside
-            if not refused:
-                self._retry(address, pause, error)
-            elif self.rank > self.peer and pause > FIRST_PAUSE:
-                took = self.reactor.now() - began
-                self._note(address, error)
-                self._climb(address, list(RUNGS), 2 * took + RUNG_SECONDS)
-            else:
-                self._retry(address, min(pause, RUNG_SECONDS / 4), error)
-
-        self._connect(address, failed)
-
-    def _climb(self, address: Address, rungs: list[int], seconds: float) -> None:
-        """Open our own NATs for the lower rank, which keeps knocking.
-
-        Where routers refuse, two sides that both knock may do so for ever: the refusal makes
-        the NAT that it passes forget that its own host knocked. So one side sends SYNs that
-        get out but not as far as the router that would refuse them.
-        """
-        if not rungs:
-            self._attempt(address, FIRST_PAUSE)
-            return
-
-        def further() -> None:
-            self._climb(address, rungs[1:], seconds)
-
-        def ended(error: OSError) -> None:
-            # Over IPv6 we are told that the hops were too few: the doors are open nevertheless.
-            told = error.errno == errno.EHOSTUNREACH
-            self.reactor.call_later(seconds if told else 0.0, further)
-
-        def give_up() -> None:
-            if sock in self._connecting and not answers(sock):
-                self._abandon(sock)
-                sock.close()
-                further()
-
-        sock = self._connect(address, ended, rungs[0])
-        if sock is not None:
-            self.reactor.call_later(seconds, give_up)
-
-    def _connect(
-        self, address: Address, on_error: Callable[[OSError], None], hops: int | None = None
-    ) -> socket.socket | None:
-        """Begin to connect; returns the socket while the outcome is open."""
-        if self._over:
-            return None
-        try:
-            sock = bound_socket(self._port, family(address))
-        except OSError as error:
-            on_error(error)
-            return None
-        code = connect_short(sock, address, hops) if hops else sock.connect_ex(address)
-        if code in IN_PROGRESS:
-            self._connecting.add(sock)
-            self.reactor.watch(sock, None, self._when_connected(sock, address, on_error))
-            return sock
-        self._settle(sock, address, code, on_error)
-        return None
-
-    def _when_connected(
-        self, sock: socket.socket, address: Address, on_error: Callable[[OSError], None]
-    ) -> Callback:
-        def connected() -> None:
-            self._abandon(sock)
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            self._settle(sock, address, code, on_error)
-
-        return connected
-
-    def _settle(
-        self, sock: socket.socket, address: Address, code: int, on_error: Callable[[OSError], None]
-    ) -> None:
-        if code == 0:
-            self._try(_Trial(self, sock, address))
-        else:
-            sock.close()
-            on_error(system_error(code))
-
-    def _abandon(self, sock: socket.socket) -> None:
-        self._connecting.discard(sock)
-        self.reactor.unwatch(sock)
-
-    def _note(self, address: Address, error: OSError) -> None:
-        if address in self._outside:  # private ones may be anybody's
-            self._last_error = f"{format_address(address)}: {error}"
-
-    def _retry(self, address: Address, pause: float, error: OSError) -> None:
-        self._note(address, error)
-        if error.errno in RETRY and not self._over:
-            later = min(2 * pause, LONGEST_PAUSE)
-            wait = pause * random.uniform(0.5, 1.5)
-            self.reactor.call_later(wait, lambda: self._attempt(address, later))
-
+    # ------------------------------------------------------------- ways to the peer
     def _dial_relay(self) -> None:
         ticket = self.instruction.ticket
         if not self._over and ticket is not None:
@@ -411,7 +279,7 @@ class Punch:
         if self._over:
             return
         if trial.address is not None:
-            self._retry(trial.address, LONGEST_PAUSE, _NOT_THE_PEER)
+            self._knocking.again(trial.address)
         if self._picked is trial:
             self._picked = None
             for other in list(self._trials):
@@ -469,7 +337,7 @@ class Punch:
             return self._in_the_end
         return PunchFailed(
             f"no connection after {self.reactor.now() - self._began:.1f} s "
-            f"(last: {self._last_error}); {self._why()}",
+            f"(last: {self._knocking.last_error}); {self._why()}",
             rank=self.rank,
             peer=self.peer,
         )
@@ -486,12 +354,9 @@ class Punch:
         """Stop trying and close what is open."""
         self._over = True
         self._timer.cancel()
+        self._knocking.stop()
         if self._relay is not None:
             self._relay.cancel()
         for trial in self._trials:
             trial.close()
-        for sock in self._connecting:
-            self.reactor.unwatch(sock)
-            sock.close()
         self._trials.clear()
-        self._connecting.clear()

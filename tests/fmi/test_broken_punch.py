@@ -13,9 +13,9 @@ import pytest
 import fmi_client
 from fmi_client.errors import RendezvousError
 from fmi_client.join_request import JoinRequest
-from fmi_client.joining import SocketEndpoint
 from fmi_client.protocol.addresses import Address
 from fmi_client.protocol.hello import Hello
+from fmi_client.socket_endpoint import SocketEndpoint
 from fmi_client.transport import punch
 from tests.support import KEY, serving, until
 
@@ -162,7 +162,7 @@ async def test_a_punch_that_the_peer_never_heard_of_ends_soon_after_the_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(punch, "LAST_SECONDS", 0.1)
-    monkeypatch.setattr("fmi_client.joining.REJOIN_SECONDS", 0.1)
+    monkeypatch.setattr("fmi_client.socket_endpoint.REJOIN_SECONDS", 0.1)
     tell = SocketEndpoint._punch
     monkeypatch.setattr(
         SocketEndpoint, "_punch", lambda self, told: None if self.rank else tell(self, told)
@@ -170,7 +170,7 @@ async def test_a_punch_that_the_peer_never_heard_of_ends_soon_after_the_server(
     async with serving() as (server, address):
         ranks = await pair(address)
         barriers = [asyncio.ensure_future(comm.barrier()) for comm in ranks]
-        await until(lambda: bool(ranks[0]._endpoint._punches))
+        await until(lambda: bool(ranks[0]._endpoint._punches.under_way))
         await server.stop()
         for comm, barrier in reversed(list(zip(ranks, barriers, strict=True))):
             with pytest.raises(RendezvousError, match="connection to the server lost"):

@@ -48,9 +48,9 @@ async def test_relay_does_not_wait_for_better(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_direct_is_never_relayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fmi_client.joining.PUNCH_SECONDS", 1.0)
+    monkeypatch.setattr("fmi_client.punches.PUNCH_SECONDS", 1.0)
     # Nobody can be reached: every connection is one to the server.
-    monkeypatch.setattr("fmi_client.transport.punch.Punch._attempt", lambda *_: None)
+    monkeypatch.setattr("fmi_client.transport.knocking.Knocking.start", lambda _: None)
     async with serving() as (_, address):
         for error in await exchange(address, ("direct", "direct")):
             assert isinstance(error, PunchFailed)

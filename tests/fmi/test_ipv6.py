@@ -15,9 +15,9 @@ import pytest
 
 import fmi_client
 from fmi_client.errors import PunchFailed, RendezvousError
-from fmi_client.names import resolve
+from fmi_client.hosts import resolve
 from fmi_client.protocol.addresses import Address, format_address, is_global, plain
-from fmi_client.transport import punch
+from fmi_client.transport import knocking, punch
 from fmi_client.transport.reactor import SyncReactor
 from fmi_client.transport.sockets import bound_pair, bound_socket, own_addresses, parse_endpoint
 from tests.support import KEY, serving
@@ -49,7 +49,7 @@ def closed() -> Iterator[Address]:
 @pytest.mark.parametrize("hopeless", [False, True])
 async def test_a_job_over_ipv6(monkeypatch: pytest.MonkeyPatch, hopeless: bool) -> None:
     if hopeless:
-        monkeypatch.setattr(punch.Punch, "_attempt", lambda *_: None)
+        monkeypatch.setattr(knocking.Knocking, "start", lambda _: None)
     async with serving(host="::1") as (server, address):
         with closed() as bad:  # the server's name has an address of IPv4, too
             servers = (bad, parse_endpoint(address))
@@ -93,7 +93,7 @@ async def test_ranks_without_a_version_in_common_are_relayed_at_once() -> None:
 
 @pytest.mark.usefixtures("ipv6", "loopback_of_both")
 async def test_without_a_relay_they_are_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fmi_client.joining.PUNCH_SECONDS", 0.1)
+    monkeypatch.setattr("fmi_client.punches.PUNCH_SECONDS", 0.1)
     async with serving(host="::", relay=False) as (_, address):
         ranks = await join_by_both(address)
         results = await asyncio.gather(*(c.barrier() for c in ranks), return_exceptions=True)
@@ -203,31 +203,19 @@ def test_on_this_machine_one_version_is_enough() -> None:
 
 
 @pytest.fixture
-def attempt() -> Iterator[punch.Punch]:
-    """A punch of the higher rank at one address of each version, not begun."""
+def knocker() -> Iterator[knocking.Knocking]:
+    """The side that gives way, at one address of each version, not begun."""
     reactor = SyncReactor()
-    instruction = punch.PunchNow(1, (("203.0.113.1", 7), ("2001:db8::1", 7)), bytes(16))
-    made = punch.Punch(
-        reactor,
-        instruction,
-        job="job",
-        rank=2,
-        epoch=0,
-        key=None,
-        port=0,
-        server=("::1", 7),
-        seconds=9,
-        on_linked=lambda *_: None,
-        on_failed=lambda _: None,
-    )
+    addresses = (("203.0.113.1", 7), ("2001:db8::1", 7))
+    made = knocking.Knocking(reactor, addresses, 0, gives_way=True, on_open=lambda *_: None)
     yield made
-    made.cancel()
+    made.stop()
     reactor.close()
 
 
-def run(attempt: punch.Punch, done: Callable[[], bool]) -> float:
+def run(knocker: knocking.Knocking, done: Callable[[], bool]) -> float:
     """Let it go on until `done()`; returns how many seconds that took."""
-    reactor = attempt.reactor
+    reactor = knocker._reactor
     assert isinstance(reactor, SyncReactor)
     begun = reactor.now()
     assert reactor.run_until(done, begun + 5)
@@ -235,32 +223,32 @@ def run(attempt: punch.Punch, done: Callable[[], bool]) -> float:
 
 
 def test_each_version_has_its_router_that_refuses(
-    monkeypatch: pytest.MonkeyPatch, attempt: punch.Punch
+    monkeypatch: pytest.MonkeyPatch, knocker: knocking.Knocking
 ) -> None:
     def refused(*_: object) -> socket.socket:
         raise OSError(errno.ECONNREFUSED, "Connection refused")
 
     climbed: list[Address] = []
-    monkeypatch.setattr(punch, "bound_socket", refused)
-    monkeypatch.setattr(attempt, "_climb", lambda address, *_: climbed.append(address))
-    attempt.start()
-    run(attempt, lambda: len(climbed) == 2)
+    monkeypatch.setattr(knocking, "bound_socket", refused)
+    monkeypatch.setattr(knocker, "_climb", lambda address, *_: climbed.append(address))
+    knocker.start()
+    run(knocker, lambda: len(climbed) == 2)
     assert set(climbed) == {("203.0.113.1", 7), ("2001:db8::1", 7)}
 
 
 def test_hops_that_were_too_few_are_no_reason_to_hurry(
-    monkeypatch: pytest.MonkeyPatch, attempt: punch.Punch
+    monkeypatch: pytest.MonkeyPatch, knocker: knocking.Knocking
 ) -> None:
     """The report of a near router comes at once, the peer's knock after a round trip."""
-    monkeypatch.setattr(punch, "connect_short", lambda *_: errno.EHOSTUNREACH)
+    monkeypatch.setattr(knocking, "connect_short", lambda *_: errno.EHOSTUNREACH)
     climbed: list[Address] = []
-    monkeypatch.setattr(attempt, "_attempt", lambda address, _: climbed.append(address))
-    attempt._climb(("2001:db8::1", 7), [2, 3, 4], 0.01)
-    assert run(attempt, lambda: bool(climbed)) >= 0.03
+    monkeypatch.setattr(knocker, "_attempt", lambda address, _: climbed.append(address))
+    knocker._climb(("2001:db8::1", 7), [2, 3, 4], 0.01)
+    assert run(knocker, lambda: bool(climbed)) >= 0.03
 
 
 def test_a_firewall_that_forbids_is_asked_again(
-    monkeypatch: pytest.MonkeyPatch, attempt: punch.Punch
+    monkeypatch: pytest.MonkeyPatch, knocker: knocking.Knocking
 ) -> None:
     """It says "administratively prohibited" until the peer has knocked from inside."""
     tried: list[int] = []
@@ -269,9 +257,9 @@ def test_a_firewall_that_forbids_is_asked_again(
         tried.append(1)
         raise OSError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(punch, "bound_socket", forbidden)
-    attempt.start()
-    run(attempt, lambda: len(tried) > 4)
+    monkeypatch.setattr(knocking, "bound_socket", forbidden)
+    knocker.start()
+    run(knocker, lambda: len(tried) > 4)
 
 
 # -------------------------------------------------------------------------------- text

@@ -21,7 +21,7 @@ from fmi_client.protocol.rendezvous import (
     Admission,
     Authenticated,
     ClientSide,
-    Punch,
+    PunchNow,
     Ready,
     Request,
     ServerSide,
@@ -84,7 +84,7 @@ def test_a_rank_with_a_token_is_admitted_and_recognises_the_server(step: int) ->
     at_client, at_server = converse(client, server, step)
     assert at_server[0] == Request({"t": "link", "peer": 3})
     assert read_abort(at_server[1].message, 2) == JobAborted(2, "abort", "why", None, 5, (1,))
-    assert at_client == [Ready(), Punch(3, (("10.0.0.8", 1),), b"c" * 16, b"t" * 16)]
+    assert at_client == [Ready(), PunchNow(3, (("10.0.0.8", 1),), b"c" * 16, b"t" * 16)]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ async def join(address: str, rank: int, size: int = 2, **more: Any) -> Any:
 async def test_ranks_that_cannot_prove_themselves_get_no_link(
     monkeypatch: pytest.MonkeyPatch, keys: tuple[Any, Any]
 ) -> None:
-    monkeypatch.setattr("fmi_client.joining.PUNCH_SECONDS", 0.3)
+    monkeypatch.setattr("fmi_client.punches.PUNCH_SECONDS", 0.3)
     async with serving() as (_, address):
         ranks = await asyncio.gather(*(join(address, r, key=keys[r]) for r in range(2)))
         results = await asyncio.gather(*(c.barrier() for c in ranks), return_exceptions=True)
@@ -49,7 +49,9 @@ async def test_strangers_at_the_door_change_nothing() -> None:
         itself = Handshake(0, 1, 0, None, b"c" * 16).hello
         callers = []
         for knock in (b"", b"GET / HTTP/1.0\r\n\r\n" * 9, claims, claims + bytes(32), itself):
-            reader, writer = await asyncio.open_connection("127.0.0.1", ranks[0]._endpoint._port)
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", ranks[0]._endpoint._punches.port
+            )
             writer.write(knock)
             callers.append((reader, writer))
         total = await asyncio.gather(*(comm.allreduce(np.ones(50_000)) for comm in ranks))
@@ -76,7 +78,7 @@ async def test_links_are_made_only_when_they_are_needed() -> None:
 async def test_links_outlive_the_server_but_new_ones_need_it(
     soon: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fmi_client.joining.REJOIN_SECONDS", 0.1 if soon else 60)
+    monkeypatch.setattr("fmi_client.socket_endpoint.REJOIN_SECONDS", 0.1 if soon else 60)
     async with serving() as (server, address):
         ranks = await asyncio.gather(*(join(address, r, 4) for r in range(4)))
         await asyncio.gather(*(ranks[r].sendrecv(r, r ^ 1) for r in range(4)))

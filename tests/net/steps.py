@@ -21,7 +21,7 @@ import numpy as np
 
 from fmi_client import joining, sync
 from fmi_client.errors import FmiError
-from fmi_client.joining import SocketEndpoint
+from fmi_client.socket_endpoint import SocketEndpoint
 from tests.support import KEY
 
 JOIN_SECONDS = 20.0

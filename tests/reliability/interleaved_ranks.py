@@ -22,7 +22,7 @@ from fmi_client.protocol.peer import (
     read_hello,
 )
 from fmi_client.protocol.relay import RELAY_GO, relay_request
-from fmi_client.protocol.rendezvous import ClientSide, Event, Gone, Punch, Ready, Want, Welcome
+from fmi_client.protocol.rendezvous import ClientSide, Event, Gone, PunchNow, Ready, Want, Welcome
 from fmi_client.protocol.transfers import Receive
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Trial:
 class Attempt:
     """What a rank does about a "punch": call, be called, ask the relay."""
 
-    def __init__(self, rank: Rank, told: Punch) -> None:
+    def __init__(self, rank: Rank, told: PunchNow) -> None:
         self.rank, self.told = rank, told
         self.trials: list[Trial] = []
         self.picked: Trial | None = None
@@ -314,7 +314,7 @@ class Rank:
             case Want(peer):
                 assert (group, peer, me) in world.asked, "somebody else wants a link"
                 self.ask(peer)
-            case Punch(peer):
+            case PunchNow(peer):
                 pairs = {(group, peer, me), (group, me, peer)}
                 assert pairs <= world.asked, "a punch that these two did not ask for"
                 assert {*event.addresses} <= {NAT} | world.inner[group, peer], "another's address"
@@ -341,7 +341,7 @@ class Rank:
         self.flush()
 
     # ------------------------------------------------------------- with other ranks
-    def punch(self, told: Punch) -> None:
+    def punch(self, told: PunchNow) -> None:
         if told.peer in self.links:
             return
         if told.peer in self.attempts:

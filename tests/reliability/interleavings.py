@@ -6,9 +6,9 @@ keep their order, and nothing else has one. Ranks leave, die, lose their line an
 processes take the place of those that are gone; servers die.
 
 The parts that decide are the real ones: registry, both sides of joining, the handshake between
-ranks, the inbox. The glue between them does what `rendezvous_server.server`, `fmi_client.joining`
-and `fmi_client.transport.punch` do with sockets. Beside it the world keeps who really did what,
-and whatever a rank hears is compared with that.
+ranks, the inbox. The glue between them does what `rendezvous_server.server`,
+`fmi_client.socket_endpoint` and `fmi_client.transport.punch` do with sockets. Beside it the world
+keeps who really did what, and whatever a rank hears is compared with that.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from fmi_client.protocol.rendezvous import (
     Welcome,
     error_message,
 )
-from fmi_client.transport.punch import Punch
+from fmi_client.transport.knocking import Knocking
 from tests.support import KEY, serving
 
 SECRET = b"0123456789abcdef"
@@ -281,17 +281,15 @@ async def test_strangers_cannot_keep_the_peer_out(
     monkeypatch: pytest.MonkeyPatch, forged: bool
 ) -> None:
     """Where only the peer can connect, as behind a NAT, and strangers were there first."""
-    attempt = Punch._attempt
-    monkeypatch.setattr(
-        Punch, "_attempt", lambda self, *more: attempt(self, *more) if self.rank else None
-    )
+    start = Knocking.start
+    monkeypatch.setattr(Knocking, "start", lambda self: start(self) if self._gives_way else None)
     async with serving(relay=False) as (_, address):
         ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
         hello = Handshake(1, 0, 0, KEY, bytes(16)).hello if forged else b""
         callers = []
         for _ in range(200):
             _, writer = await asyncio.open_connection(
-                "127.0.0.1", ranks[0]._endpoint._port, local_addr=("127.0.0.2", 0)
+                "127.0.0.1", ranks[0]._endpoint._punches.port, local_addr=("127.0.0.2", 0)
             )
             writer.write(hello)
             callers.append(writer)

@@ -143,7 +143,7 @@ async def test_patience_that_ends_while_a_blocking_rank_computes(
     heard: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before a call fails for that, there is an attempt to rejoin."""
-    monkeypatch.setattr("fmi_client.joining.REJOIN_SECONDS", 0.05)
+    monkeypatch.setattr("fmi_client.socket_endpoint.REJOIN_SECONDS", 0.05)
     async with serving() as (first, address):
         blocking = asyncio.to_thread(
             sync.connect, address, job="job", rank=0, size=3, key=KEY, timeout=20

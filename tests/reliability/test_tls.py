@@ -397,7 +397,7 @@ async def test_a_balancers_header_comes_before_tls(files: tuple[Path, Path]) -> 
         ranks = await asyncio.gather(*(join("tls://" + address, r) for r in range(2)))
         members = next(iter(server.registry.jobs)).members
         for comm in ranks:
-            port = comm._endpoint._port
+            port = comm._endpoint._punches.port
             assert members[comm.rank].reach[4].addresses == (("127.0.0.1", port),)
         await asyncio.gather(*(comm.barrier() for comm in ranks))
         await asyncio.gather(*(comm.close() for comm in ranks))

@@ -20,7 +20,7 @@ from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.rendezvous import ClientSide, Welcome
-from fmi_client.transport.punch import Punch
+from fmi_client.transport.knocking import Knocking
 from rendezvous_server.proxy import MAX_BODY, split_header
 from tests.support import KEY, logged, serving, until
 
@@ -131,7 +131,7 @@ async def balancer(server: str) -> AsyncIterator[str]:
 @pytest.mark.parametrize("kind", ["direct", "relay"])
 async def test_a_job_behind_a_balancer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "relay":
-        monkeypatch.setattr(Punch, "_attempt", lambda *_: None)
+        monkeypatch.setattr(Knocking, "start", lambda _: None)
     async with serving(proxy_protocol=True) as (server, behind), balancer(behind) as address:
         with logged() as logs:
             ranks = await asyncio.gather(
@@ -143,7 +143,7 @@ async def test_a_job_behind_a_balancer(kind: str, monkeypatch: pytest.MonkeyPatc
         joined = {e["rank"]: e["address"] for e in logs if e["event"] == "joined"}
         members = next(iter(server.registry.jobs)).members
         for comm in ranks:
-            port = comm._endpoint._port
+            port = comm._endpoint._punches.port
             assert members[comm.rank].reach[4].addresses == (("127.0.0.1", port),)
             assert joined[comm.rank] == f"127.0.0.1:{port}"
         totals = await asyncio.gather(*(comm.allreduce(np.ones(50_000)) for comm in ranks))

@@ -13,7 +13,7 @@ import uvloop
 import fmi_client
 from fmi_client.errors import FmiError, PunchFailed, RankFailed, RendezvousError
 from fmi_client.protocol.relay import relay_request
-from fmi_client.transport.punch import Punch
+from fmi_client.transport.knocking import Knocking
 from rendezvous_server.reach import Reach
 from rendezvous_server.relay import BUFFER_BYTES
 from tests.support import KEY, logged, serving, until
@@ -22,7 +22,7 @@ from tests.support import KEY, logged, serving, until
 @pytest.fixture
 def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     """As behind NATs that no punch gets through: no attempt at an address comes to anything."""
-    monkeypatch.setattr(Punch, "_attempt", lambda *_: None)
+    monkeypatch.setattr(Knocking, "start", lambda _: None)
 
 
 async def join(address: str, rank: int, size: int = 2, **more: Any) -> Any:
@@ -55,7 +55,7 @@ async def test_collectives_do_not_know() -> None:
 
 @pytest.mark.usefixtures("unreachable")
 async def test_without_a_relay_the_link_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fmi_client.joining.PUNCH_SECONDS", 0.3)
+    monkeypatch.setattr("fmi_client.punches.PUNCH_SECONDS", 0.3)
     async with serving(relay=False) as (_, address):
         ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
         results = await asyncio.gather(*(c.barrier() for c in ranks), return_exceptions=True)

@@ -230,7 +230,7 @@ def test_ranks_of_two_keys_do_not_talk(
     job_key = secret.job_key
     keys = iter([b"1" * 32, b"2" * 32])
     monkeypatch.setattr(secret, "job_key", lambda *args: job_key(*args) and next(keys))
-    monkeypatch.setattr("fmi_client.joining.PUNCH_SECONDS", 1.0)
+    monkeypatch.setattr("fmi_client.punches.PUNCH_SECONDS", 1.0)
     assert all(isinstance(error, errors.FmiError) for error in infer(plan))
 
 
