@@ -17,9 +17,8 @@ from fmi_client import collectives
 from fmi_client.collectives import Steps
 from fmi_client.endpoint import MAX_SECONDS, Endpoint
 from fmi_client.errors import Aborted, CollectiveTimeout, FmiError
-from fmi_client.protocol.abort import JobAborted
+from fmi_client.protocol.notice import Kind, Notice, some_ranks
 from fmi_client.protocol.peer import COLLECTIVE, POINT_TO_POINT, Key
-from fmi_client.protocol.roll import TIMEOUT, some_ranks
 from fmi_client.protocol.transfers import Receive, Send, SignatureMismatch
 
 MAX_TAG = 2**63 - 1
@@ -230,7 +229,7 @@ class Caller:
         if call.collective:
             _, context, seq = call.key
             by, ranks = self._endpoint.rank, tuple(missing)
-            event = JobAborted(by, TIMEOUT, within, call.op, seq, ranks, context)
+            event = Notice(by, Kind.TIMEOUT, within, call.op, seq, ranks, context)
             self._endpoint.late(event, self._group)
             return
         intact = self._withdraw(under_way)
@@ -268,7 +267,7 @@ class Caller:
 
     def _abort(self, reason: str) -> None:
         by = self._endpoint.rank
-        self._endpoint.tell(JobAborted(by, "abort", reason))
+        self._endpoint.tell(Notice(by, Kind.ABORT, reason))
         self._endpoint.fail(Aborted(by=by, reason=reason, rank=by))
 
 

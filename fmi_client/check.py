@@ -37,7 +37,7 @@ from fmi_client.payloads import allocate
 from fmi_client.protocol import addresses, auth
 from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
-from fmi_client.protocol.roll import some_ranks
+from fmi_client.protocol.notice import some_ranks
 from fmi_client.protocol.tls import SCHEME
 from fmi_client.socket_endpoint import SocketEndpoint
 from fmi_client.sync import Communicator, wait_ready

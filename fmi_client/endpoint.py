@@ -11,19 +11,12 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from fmi_client.errors import (
-    Aborted,
-    CollectiveMismatch,
-    CollectiveTimeout,
-    FmiError,
-    RankFailed,
-    RendezvousError,
-)
-from fmi_client.protocol.abort import SERVER, JobAborted
+from fmi_client.errors import CollectiveMismatch, FmiError, RankFailed
 from fmi_client.protocol.inbox import STAGE_BYTES as PEER_STAGE_BYTES
 from fmi_client.protocol.inbox import Inbox
+from fmi_client.protocol.notice import Kind, Notice
 from fmi_client.protocol.peer import COLLECTIVE, WAITING, Key, Payload
-from fmi_client.protocol.roll import HERE, MISSING, TIMEOUT, Roll, some_ranks
+from fmi_client.protocol.roll import Roll
 from fmi_client.transport.link import Link
 from fmi_client.transport.memory import STAGE_BYTES, MemoryLink
 
@@ -145,11 +138,11 @@ class Endpoint:
         ours, others = mine.decode(errors="replace"), theirs.decode(errors="replace")
         details = f"rank {self.rank} called {ours}; rank {peer} called {others}"
         op = ours.split("(")[0]
-        self.tell(JobAborted(self.rank, "mismatch", details, op, seq))
+        self.tell(Notice(self.rank, Kind.MISMATCH, details, op, seq))
         self.fail(CollectiveMismatch(details=details, rank=self.rank, peer=peer, op=op, seq=seq))
 
     # ------------------------------------------------------------------- lateness
-    def late(self, call: JobAborted, group: Sequence[int]) -> None:
+    def late(self, call: Notice, group: Sequence[int]) -> None:
         """The deadline of a collective of `group` passed here: call the roll, if nobody has.
 
         After `grace` seconds those who did not answer are the ones that are missing, on all ranks.
@@ -168,7 +161,7 @@ class Endpoint:
     def _waits_for(self) -> list[int]:
         return [peer for peer, link in self.links.items() if link.busy and peer != self.rank]
 
-    def _answer(self, call: JobAborted) -> None:
+    def _answer(self, call: Notice) -> None:
         """Another rank calls the roll."""
         if self._roll is not None:
             self._roll.add(call)  # as we did
@@ -178,7 +171,7 @@ class Endpoint:
         begun = next(reversed(self._calls.get(call.context, {})), -1)
         if self.running or begun >= (call.seq or 0):
             waits_for = tuple(self._waits_for())
-            self.tell(replace(call, by=self.rank, kind=HERE, ranks=waits_for))
+            self.tell(replace(call, by=self.rank, kind=Kind.HERE, ranks=waits_for))
 
     def _conclude(self) -> None:
         """Name the missing to all."""
@@ -187,9 +180,9 @@ class Endpoint:
         verdict = self._roll.verdict([r for r in self._group if r not in self._departed()])
         self._end_with(verdict)
 
-    def _end_with(self, verdict: JobAborted) -> None:
+    def _end_with(self, verdict: Notice) -> None:
         self.tell(verdict)
-        self.fail(_abort_error(verdict, self.rank))
+        self.fail(verdict.error(self.rank))
 
     def _conclude_alone(self) -> None:
         if self._roll is not None and self.failure is None:
@@ -203,18 +196,15 @@ class Endpoint:
         raise NotImplementedError
 
     # -------------------------------------------------------------------- failure
-    def tell(self, event: JobAborted) -> None:
-        """Let all other ranks of the job know that it is over, and why."""
+    def tell(self, notice: Notice) -> None:
+        """Let all other ranks of the job know."""
         raise NotImplementedError
 
     def give_up(self, error: FmiError) -> None:
         """End the job everywhere for a reason that only this rank has noticed."""
         if self.failure is not None:
             return
-        event = JobAborted(self.rank, "abort", error.message, error.op, error.seq)
-        if isinstance(error, RankFailed) and error.rank is not None:
-            event = replace(event, kind="lost", ranks=(error.rank,))
-        self.tell(event)
+        self.tell(Notice.of(error, self.rank))
         self.fail(error)
 
     def excuse(self, peer: int) -> FmiError | None:
@@ -230,15 +220,15 @@ class Endpoint:
             link.abort(error)
         self.on_change()
 
-    def told(self, event: JobAborted) -> None:
+    def told(self, notice: Notice) -> None:
         """Another rank ended the job, or waits in vain."""
-        if event.kind == TIMEOUT:
-            self._answer(event)
-        elif event.kind == HERE:
+        if notice.kind == Kind.TIMEOUT:
+            self._answer(notice)
+        elif notice.kind == Kind.HERE:
             if self._roll is not None:
-                self._roll.add(event)
+                self._roll.add(notice)
         else:
-            self.fail(_abort_error(event, self.rank))
+            self.fail(notice.error(self.rank))
 
     @property
     def left(self) -> bool:
@@ -253,26 +243,6 @@ class Endpoint:
     def close(self) -> None:
         """Give everything back; what is called or still waits from now on fails."""
         self.fail(FmiError("this communicator is closed", rank=self.rank))
-
-
-def _abort_error(event: JobAborted, rank: int) -> FmiError:
-    if event.kind == "mismatch":
-        return CollectiveMismatch(
-            details=event.reason, rank=rank, peer=event.by, op=event.op, seq=event.seq
-        )
-    if event.kind == MISSING:
-        return CollectiveTimeout(
-            f"no answer from rank {some_ranks(event.ranks)} {event.reason}",
-            missing=event.ranks,
-            rank=rank,
-            op=event.op,
-            seq=event.seq,
-        )
-    if event.kind == "lost" and event.ranks:
-        return RankFailed(event.reason, rank=event.ranks[0])
-    if event.by == SERVER:
-        return RendezvousError(event.reason, rank=rank)
-    return Aborted(by=event.by, reason=event.reason, rank=rank, op=event.op, seq=event.seq)
 
 
 class MemoryEndpoint(Endpoint):
@@ -295,10 +265,10 @@ class MemoryEndpoint(Endpoint):
             link.abort(self._gone[peer])
         return link
 
-    def tell(self, event: JobAborted) -> None:
+    def tell(self, notice: Notice) -> None:
         for other in self._world:
             if other is not self:
-                other.told(event)
+                other.told(notice)
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_later(seconds, call)

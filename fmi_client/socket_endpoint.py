@@ -14,9 +14,9 @@ from fmi_client.endpoint import Allocate, left_error
 from fmi_client.errors import AuthenticationFailed, FmiError, RankFailed, RendezvousError
 from fmi_client.join_request import JoinRequest
 from fmi_client.joining import Joining
-from fmi_client.protocol.abort import JobAborted
 from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
+from fmi_client.protocol.notice import Notice
 from fmi_client.protocol.rendezvous import (
     LEFT,
     REJOIN_SECONDS,
@@ -73,7 +73,7 @@ class SocketEndpoint(Joining):
         self._away: FmiError | None = None
         """Why there is no server just now; another is looked for."""
         self._patience = Patience(reactor, self._nobody_came)
-        self._untold: list[JobAborted] = []
+        self._untold: list[Notice] = []
         """What the next server is to pass on."""
         self._relayed: dict[int, int] = {}
         """The servers that were lost before each relayed link was made."""
@@ -149,9 +149,9 @@ class SocketEndpoint(Joining):
                 self._punch(event)
             case Gone():
                 self._gone(event)
-            case JobAborted(by=by) if by == self.rank:
+            case Notice(by=by) if by == self.rank:
                 super()._called()  # the server lets us call the roll
-            case JobAborted():
+            case Notice():
                 self.told(event)
             case Draining() | Want():
                 pass
@@ -201,8 +201,8 @@ class SocketEndpoint(Joining):
         self._away = self._lost_control = None
         self._patience.end()
         untold, self._untold = self._untold, []
-        for event in untold:
-            self.tell(event)
+        for notice in untold:
+            self.tell(notice)
         for link in self._pending():
             self._ask(link.peer)
 
@@ -336,12 +336,12 @@ class SocketEndpoint(Joining):
             link.fail(broken_error(link))
 
     # --------------------------------------------------------------------- ending
-    def tell(self, event: JobAborted) -> None:
+    def tell(self, notice: Notice) -> None:
         if self._control.welcomed and self._control.side is not None:
-            self._control.side.abort(event)
+            self._control.side.tell(notice)
             self._control.flush()
         elif self.ready and not self._control.closed:
-            self._untold.append(event)
+            self._untold.append(notice)
 
     def _called(self) -> None:
         pass

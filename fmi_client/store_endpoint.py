@@ -16,7 +16,7 @@ from fmi_client.join_request import JoinRequest
 from fmi_client.joining import Joining
 from fmi_client.meeting import Host, Meeting
 from fmi_client.protocol import frames
-from fmi_client.protocol.abort import JobAborted, abort_message, read_abort
+from fmi_client.protocol.notice import Kind, Notice
 from fmi_client.protocol.objects import Scheme, event_rank
 from fmi_client.transport.objects import Depot, ObjectLink
 from fmi_client.transport.reactor import Reactor
@@ -27,8 +27,6 @@ LOOK_SECONDS = 0.25
 
 GRACE_SECONDS = 0.9
 """How long the ranks have to find out who is missing: they look, answer, and look again."""
-
-LEFT = "left"
 
 
 class StoreEndpoint(Joining):
@@ -159,14 +157,14 @@ class StoreEndpoint(Joining):
         if data is None:
             return
         try:
-            events = [read_abort(message, by) for message, _ in frames.FrameReader().feed(data)]
+            said = [Notice.decode(message, by) for message, _ in frames.FrameReader().feed(data)]
         except ProtocolError:
             return
-        for event in events:
-            if event.kind == LEFT:
+        for notice in said:
+            if notice.kind == Kind.LEFT:
                 self._left(by)
             else:
-                self.told(event)
+                self.told(notice)
 
     def _left(self, peer: int) -> None:
         self._gone[peer] = left_error(peer)
@@ -175,11 +173,11 @@ class StoreEndpoint(Joining):
             link.gone = self._gone[peer]
 
     # ------------------------------------------------------------------------- and we
-    def tell(self, event: JobAborted) -> None:
+    def tell(self, notice: Notice) -> None:
         self._said += 1
-        self._say(str(self._said), event, self._say_goodbye)
+        self._say(str(self._said), notice, self._say_goodbye)
 
-    def _say(self, name: str, event: JobAborted, then: Callable[[], None]) -> None:
+    def _say(self, name: str, notice: Notice, then: Callable[[], None]) -> None:
         """Write the sign that there are events, and then one."""
         if not self.ready:
             return
@@ -189,11 +187,11 @@ class StoreEndpoint(Joining):
             self._saying -= 1
             then()
 
-        frame = frames.encode(abort_message("aborted", event))
+        frame = frames.encode(notice.encode("aborted"))
         path = f"{self._run}/events/{self.rank}-{name}"
         self._depot.put(f"{self._run}/over", [], lambda *_: self._depot.put(path, [frame], said))
 
-    def late(self, call: JobAborted, group: Sequence[int]) -> None:
+    def late(self, call: Notice, group: Sequence[int]) -> None:
         super().late(call, group)
         self._watch()
 
@@ -221,11 +219,11 @@ class StoreEndpoint(Joining):
     def _say_goodbye(self) -> None:
         """Say that we leave, after all else is said; the last one clears up."""
         if self._leaving and not self._saying:
-            self._say(LEFT, JobAborted(self.rank, LEFT, ""), self._clear_up)
+            self._say(Kind.LEFT, Notice(self.rank, Kind.LEFT, ""), self._clear_up)
 
     def _clear_up(self) -> None:
         def clear(names: list[str] | None, error: FmiError | None) -> None:
-            left = [name for name in names or () if name.endswith(LEFT)]
+            left = [name for name in names or () if name.endswith(Kind.LEFT)]
             if len(left) >= self.size:
                 self._depot.clear(self._run)
 

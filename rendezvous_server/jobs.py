@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from fmi_client.protocol.abort import JobAborted
 from fmi_client.protocol.addresses import Address, Version
 from fmi_client.protocol.frames import Message
+from fmi_client.protocol.notice import Notice
 from rendezvous_server.reach import Reach
 
 LOST_KEPT = 16
@@ -85,7 +85,7 @@ class Job:
     """Ranks that left, and that were lost, while the job ran."""
     lost: dict[int, tuple[float, str]] = field(default_factory=dict)
     """When and why ranks were lost that did not come back; `LOST_KEPT` of them."""
-    aborted: JobAborted | None = None
+    aborted: Notice | None = None
     """What a rank or the server said when it ended the job for everybody."""
     ended: float = 0.0
     absent: Message | None = None

@@ -32,12 +32,11 @@ from fmi_client.errors import (
     RendezvousError,
 )
 from fmi_client.protocol import auth, frames
-from fmi_client.protocol.abort import SERVER, JobAborted, abort_message, read_abort
 from fmi_client.protocol.addresses import Address
 from fmi_client.protocol.frames import Message
 from fmi_client.protocol.hello import MAX_CANDIDATES, Hello
+from fmi_client.protocol.notice import SERVER, Kind, Notice
 from fmi_client.protocol.rendezvous import REJOIN_SECONDS, error_message
-from fmi_client.protocol.roll import HERE, MISSING, TIMEOUT
 from rendezvous_server.awaited import Awaited
 from rendezvous_server.jobs import Job, Member, RelayPair
 from rendezvous_server.messages import READY, draining, not_back, want
@@ -266,8 +265,9 @@ class Registry:
 
     def _end(self, job: Job, kind: str, reason: str, now: float) -> Outbox:
         """End a job for all its ranks; their connections are the caller's to close."""
-        job.aborted = job.aborted or JobAborted(SERVER, kind, reason)
-        message = abort_message("aborted", JobAborted(SERVER, kind, reason))
+        notice = Notice(SERVER, kind, reason)
+        job.aborted = job.aborted or notice
+        message = notice.encode("aborted")
         outbox = [(member, message) for member in job.members.values()]
         self.ranks -= len(job.members)
         for member in job.members.values():
@@ -347,7 +347,7 @@ class Registry:
                 got = frames.field(message, "got", int) if "got" in message else 0
                 return self._link(member, frames.field(message, "peer", int), got, now)
             case "abort":
-                return _abort(member, read_abort(message, member.rank))
+                return _abort(member, Notice.decode(message, member.rank))
             case "who":
                 return [(member, self._missing(member.job))]
         raise ProtocolError(f"unknown request {message['t']!r}")
@@ -465,25 +465,26 @@ def _welcome_back(member: Member) -> Outbox:
     askers = job.wanted.get(member.rank, {}).keys()
     messages = [READY, *job.gone.values(), *map(want, askers & job.members.keys())]
     if job.aborted is not None:
-        messages.append(abort_message("aborted", job.aborted))
+        messages.append(job.aborted.encode("aborted"))
     return [(member, message) for message in messages]
 
 
-def _abort(member: Member, said: JobAborted) -> Outbox:
+def _abort(member: Member, said: Notice) -> Outbox:
     """Pass on what a rank says to all.
 
     At a deadline all ranks may call the roll, and all answer: only the first is heard by all,
     itself too, and the others' words go to that one. A thousand ranks would say a million.
     """
     job = member.job
-    if said.kind == HERE or (said.kind == TIMEOUT and job.aborted is not None):
+    if said.kind == Kind.HERE or (said.kind == Kind.TIMEOUT and job.aborted is not None):
         caller = job.members.get(job.aborted.by) if job.aborted is not None else None
-        answer = abort_message("aborted", replace(said, kind=HERE))
+        answer = replace(said, kind=Kind.HERE).encode("aborted")
         return [(caller, answer)] if caller is not None else []
     by = said.by if job.aborted is None else job.aborted.by
-    if said.kind == MISSING and by != said.by and by in job.members:
+    if said.kind == Kind.MISSING and by != said.by and by in job.members:
         return []  # who called the roll names them; the others only lost patience
-    if job.aborted is None or said.kind == MISSING:
+    if job.aborted is None or said.kind == Kind.MISSING:
         job.aborted = said
-    aborted = abort_message("aborted", said)
-    return [(m, aborted) for m in job.members.values() if m is not member or said.kind == TIMEOUT]
+    aborted = said.encode("aborted")
+    itself = said.kind == Kind.TIMEOUT
+    return [(m, aborted) for m in job.members.values() if m is not member or itself]

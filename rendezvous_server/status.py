@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from fmi_client.protocol.abort import SERVER, JobAborted
 from fmi_client.protocol.addresses import Address, format_address
+from fmi_client.protocol.notice import SERVER, Notice
 from rendezvous_server.jobs import Job
 from rendezvous_server.registry import Registry
 
@@ -181,7 +181,7 @@ def _common(job: Job) -> Snapshot:
     }
 
 
-def _said(said: JobAborted) -> Snapshot:
+def _said(said: Notice) -> Snapshot:
     about = sorted(set(said.ranks))
     return {
         "by": None if said.by == SERVER else said.by,

@@ -48,10 +48,10 @@ from fmi_client.errors import (
     ServerDraining,
 )
 from fmi_client.protocol import auth, frames
-from fmi_client.protocol.abort import MAX_REASON, SERVER, JobAborted, abort_message, read_abort
 from fmi_client.protocol.addresses import Address, plain
 from fmi_client.protocol.frames import Message, encode
 from fmi_client.protocol.hello import Hello, cert, read_address, read_addresses, sixteen
+from fmi_client.protocol.notice import MAX_REASON, SERVER, Notice
 
 _E = TypeVar("_E")
 
@@ -328,7 +328,7 @@ class Draining:
     """The server is going away; links that exist are not affected."""
 
 
-Event = Welcome | Ready | Missing | Gone | Want | PunchNow | JobAborted | Draining
+Event = Welcome | Ready | Missing | Gone | Want | PunchNow | Notice | Draining
 
 
 class ClientSide:
@@ -414,9 +414,9 @@ class ClientSide:
         """Ask which ranks are missing."""
         self.outgoing += encode({"t": "who"})
 
-    def abort(self, event: JobAborted) -> None:
-        """End the job for all ranks."""
-        self.outgoing += encode(abort_message("abort", event))
+    def tell(self, notice: Notice) -> None:
+        """Let all ranks know."""
+        self.outgoing += encode(notice.encode("abort"))
 
     def leave(self) -> None:
         """Say goodbye: the end of this connection is no death."""
@@ -449,6 +449,6 @@ _EVENTS: dict[str, Callable[[Message], Event]] = {
     "gone": _gone,
     "want": lambda m: Want(frames.field(m, "peer", int)),
     "punch": _punch,
-    "aborted": lambda m: read_abort(m, frames.field(m, "by", int, low=SERVER)),
+    "aborted": lambda m: Notice.decode(m, frames.field(m, "by", int, low=SERVER)),
     "draining": lambda _: Draining(),
 }

@@ -13,9 +13,9 @@ import fmi_client
 from fmi_client.errors import AuthenticationFailed, FmiError, ProtocolError, RankTaken
 from fmi_client.payloads import allocate
 from fmi_client.protocol import auth, frames, peer
-from fmi_client.protocol.abort import JobAborted, read_abort
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.inbox import Inbox
+from fmi_client.protocol.notice import Notice
 from fmi_client.protocol.peer import COLLECTIVE, Handshake, Payload
 from fmi_client.protocol.rendezvous import (
     Admission,
@@ -76,14 +76,14 @@ def test_a_rank_with_a_token_is_admitted_and_recognises_the_server(step: int) ->
     assert at_client == [Welcome(SEEN)]
     assert [event.hello for event in at_server] == [HELLO]
     client.link(3)
-    client.abort(JobAborted(2, "abort", "why", None, 5, (1,)))
+    client.tell(Notice(2, "abort", "why", None, 5, (1,)))
     server.outgoing += frames.encode({"t": "ready"})
     punch = {"t": "punch", "peer": 3, "at": [["10.0.0.8", 1]], "cookie": b"c" * 16}
     punch |= {"ticket": b"t" * 16, "hopeless": False}
     server.outgoing += frames.encode(punch)
     at_client, at_server = converse(client, server, step)
     assert at_server[0] == Request({"t": "link", "peer": 3})
-    assert read_abort(at_server[1].message, 2) == JobAborted(2, "abort", "why", None, 5, (1,))
+    assert Notice.decode(at_server[1].message, 2) == Notice(2, "abort", "why", None, 5, (1,))
     assert at_client == [Ready(), PunchNow(3, (("10.0.0.8", 1),), b"c" * 16, b"t" * 16)]
 
 

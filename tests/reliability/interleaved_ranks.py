@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmi_client.errors import AuthenticationFailed, FmiError, ProtocolError
 from fmi_client.protocol import auth
-from fmi_client.protocol.abort import JobAborted
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.inbox import Inbox
+from fmi_client.protocol.notice import Notice
 from fmi_client.protocol.peer import (
     COLLECTIVE,
     HELLO_BYTES,
@@ -319,13 +319,13 @@ class Rank:
                 assert pairs <= world.asked, "a punch that these two did not ask for"
                 assert {*event.addresses} <= {NAT} | world.inner[group, peer], "another's address"
                 self.punch(event)
-            case JobAborted(by):
+            case Notice(by):
                 self.check_abort(event, by)
                 self.die()
             case _:
                 pass
 
-    def check_abort(self, event: JobAborted, by: int) -> None:
+    def check_abort(self, event: Notice, by: int) -> None:
         if by >= 0:
             assert event.reason == repr(self.group), "another job was ended"
         else:
@@ -402,7 +402,7 @@ class Rank:
 
     def abort(self) -> None:
         if self.side is not None and self.began:
-            self.side.abort(JobAborted(self.number, "abort", repr(self.group)))
+            self.side.tell(Notice(self.number, "abort", repr(self.group)))
             self.flush()
 
     def who(self) -> None:

@@ -19,7 +19,7 @@ from tests.reliability.interleavings import play
 from tests.support import KEY, serving
 
 OFTEN = {
-    *("payloads", "PunchNow", "Want", "Gone", "JobAborted", "Missing", "rejoined", "crashes"),
+    *("payloads", "PunchNow", "Want", "Gone", "Notice", "Missing", "rejoined", "crashes"),
     *("strangers", "early callers", "relayed", "refused: RankTaken", "refused: JobFull"),
 }
 """What happens in a hundred courses of events, or they prove little."""

@@ -10,8 +10,8 @@ from fmi_client import payloads
 from fmi_client.errors import FmiError, ProtocolError
 from fmi_client.ops import SUM
 from fmi_client.protocol import frames, objects
-from fmi_client.protocol.abort import read_abort
 from fmi_client.protocol.inbox import Inbox
+from fmi_client.protocol.notice import Notice
 from fmi_client.protocol.peer import COLLECTIVE, POINT_TO_POINT, Handshake
 from fmi_client.protocol.transfers import Receive
 from fmi_client.values import make_value
@@ -169,7 +169,7 @@ def _store(data: bytes, step: int) -> object:
 
 
 def _said(body: memoryview) -> object:
-    return [read_abort(message, 1) for message, _ in frames.FrameReader().feed(body)]
+    return [Notice.decode(message, 1) for message, _ in frames.FrameReader().feed(body)]
 
 
 def sealed(name: str, content: bytes) -> bytes:

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fmi_client.protocol import auth, frames
-from fmi_client.protocol.abort import JobAborted, abort_message
+from fmi_client.protocol.notice import Notice
 from fmi_client.protocol.peer import Handshake, Payload, head
 from fmi_client.protocol.relay import relay_request
 from fmi_client.protocol.rendezvous import ClientSide
@@ -86,8 +86,8 @@ def ticket() -> bytes:
 
 
 LINK, WHO, LEAVE = {"t": "link", "peer": 1}, {"t": "who"}, {"t": "leave"}
-SAID = JobAborted(0, "abort", "why", "allreduce", 3, (1,))
-ABORT = abort_message("abort", SAID)
+SAID = Notice(0, "abort", "why", "allreduce", 3, (1,))
+ABORT = SAID.encode("abort")
 
 
 def server() -> Entries:
@@ -183,7 +183,7 @@ def told() -> list[dict[str, Any]]:
         punch | {"cookie": b"c" * 16, "ticket": b"t" * 16, "hopeless": False},
         {"t": "missing", "ranks": b"\x03"},
         {"t": "gone", "rank": 1, "clean": False, "why": "reset"},
-        abort_message("aborted", SAID),
+        SAID.encode("aborted"),
         {"t": "draining"},
     ]
 
@@ -347,7 +347,7 @@ def objects() -> Entries:
 def store() -> Entries:
     from tests.reliability.fuzz.peers import SCHEME
 
-    said = frames.encode(abort_message("aborted", SAID))
+    said = frames.encode(SAID.encode("aborted"))
     good = SCHEME.ticket("", 1, "ab" * 16)
     return {
         "ticket": good.encode() + b"\n",
