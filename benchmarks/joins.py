@@ -17,11 +17,11 @@ from itertools import islice
 from typing import NamedTuple
 
 from benchmarks.start import SECRET, Watched, run_ranks, watch
+from fmi_client.hosts import parse_endpoint
 from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.rendezvous import ClientSide, Ready
-from fmi_client.transport.sockets import parse_endpoint
 
 EXPIRES = 2**32
 """Tokens that do not expire while we measure, as Unix seconds."""

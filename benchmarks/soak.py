@@ -26,7 +26,7 @@ import numpy as np
 import fmi_client
 from benchmarks.joins import EXPIRES, jobs, join_all
 from benchmarks.start import SECRET, Watched, say, watch
-from fmi_client.transport.sockets import parse_endpoint
+from fmi_client.hosts import parse_endpoint
 
 SIZES = (2, 3, 4, 6)
 KILLED = 0.05

@@ -31,7 +31,7 @@ from fmi_client.errors import (
 )
 from fmi_client.findings import Credentials, Report, Status, Step, plain, time_text
 from fmi_client.greeting import Failed, days_left, encrypt, handshake
-from fmi_client.hosts import resolve
+from fmi_client.hosts import parse_endpoint, resolve
 from fmi_client.join_request import JoinRequest
 from fmi_client.payloads import allocate
 from fmi_client.protocol import addresses, auth
@@ -43,7 +43,6 @@ from fmi_client.socket_endpoint import SocketEndpoint
 from fmi_client.sync import Communicator, wait_ready
 from fmi_client.transport.blocking import connected, http_get, in_time
 from fmi_client.transport.reactor import SyncReactor
-from fmi_client.transport.sockets import parse_endpoint
 
 __all__ = ["MOST_RANKS", "Plan", "Report", "Step", "run"]
 

@@ -1,4 +1,4 @@
-"""Where a host is."""
+"""Servers as users write them, and where they are."""
 
 from __future__ import annotations
 
@@ -7,9 +7,36 @@ import socket
 
 from fmi_client.errors import RendezvousError
 from fmi_client.protocol.addresses import Address, plain, version
+from fmi_client.protocol.tls import SCHEME
 
 MAX_SERVERS = 8
 """Addresses of the server that are tried: each may cost a moment."""
+
+
+def parse_endpoint(text: str, default_port: int = 10000) -> Address:
+    """Split "host:port", "host" or "[v6]:port", with or without "tls://" before it.
+
+    Raises:
+        ValueError: the port is not a number from 1 to 65535, or the host cannot be one.
+    """
+    place = text.removeprefix(SCHEME)
+    host, port = place, str(default_port)
+    if place.startswith("["):
+        host, _, given = place[1:].partition("]")
+        host, port = (host, given[1:] or port) if given[:1] in ("", ":") else ("", port)
+    elif place.count(":") == 1:
+        host, port = place.split(":")
+    if not _is_name(host) or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r} is not an address of the form host:port")
+    return host, int(port)
+
+
+def _is_name(host: str) -> bool:
+    """Whether a host can be looked up at all."""
+    try:
+        return bool(host.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def resolve(host: str, port: int) -> tuple[Address, ...]:

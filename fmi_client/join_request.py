@@ -10,12 +10,12 @@ from typing import Self
 from fmi_client.endpoint import MAX_SECONDS
 from fmi_client.errors import JoinTimeout
 from fmi_client.hints import HINTS, Choice, settle
+from fmi_client.hosts import parse_endpoint
 from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address
 from fmi_client.protocol.hello import MAX_JOB_NAME, MAX_SIZE, Hello
 from fmi_client.protocol.notice import some_ranks
 from fmi_client.protocol.tls import SCHEME
-from fmi_client.transport.sockets import parse_endpoint
 from fmi_client.transport.store import parse_store
 
 NOWHERE = ("", 0)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from fmi_client.transport.sockets import parse_endpoint
+from fmi_client.hosts import parse_endpoint
 from lambda_worker.names import Engine, Precision
 
 DATA_SIZES: dict[str, int] = {"small": 1253, "medium": 25_000, "large": 100_000}

@@ -17,7 +17,9 @@ from fmi_client.protocol.addresses import format_address
 from fmi_client.protocol.frames import PREFACE, Message, encode
 from fmi_client.protocol.relay import RELAY_FULL
 from fmi_client.protocol.rendezvous import (
+    KEEPALIVE,
     LEFT,
+    USER_TIMEOUT_MS,
     Authenticated,
     RelayLeg,
     Request,
@@ -44,14 +46,14 @@ LAST_WORDS = 65536
 MAX_SEALED = 32 * 1024
 """Bytes that a stranger may send inside TLS before its proof: many times what a rank's are."""
 
-KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
-
-USER_TIMEOUT_MS = 8000
-"""Not for the legs of a relay: one whose rank computes may have its window closed for minutes."""
-
 
 def keep_alive(transport: asyncio.Transport, user_timeout_ms: int = USER_TIMEOUT_MS) -> None:
-    """Notice that the other side is gone, even if it cannot say so."""
+    """Notice that the other side is gone, even if it cannot say so.
+
+    Args:
+        user_timeout_ms: 0, which is none, for legs of a relay: one whose rank computes may have its
+            window closed for minutes.
+    """
     sock: Any = transport.get_extra_info("socket")
     if sock is None:
         return

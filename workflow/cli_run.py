@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fmi_client.transport.sockets import parse_endpoint
+from fmi_client.hosts import parse_endpoint
 from workflow.cli_aws import AWS_PANEL, AwsOptions, EndpointUrl, Job, aws_job, note, refuse
 from workflow.cli_base import (
     AsJson,

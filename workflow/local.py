@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fmi_client.transport.sockets import parse_endpoint
+from fmi_client.hosts import parse_endpoint
 from lambda_worker.threads import cores
 from lambda_worker.timing import Stopwatch
 from workflow.calls import Call, RunFailed, with_log

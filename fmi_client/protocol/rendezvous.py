@@ -61,6 +61,13 @@ AUTH_SECONDS = 5.0
 REJOIN_SECONDS = 15.0
 """How long ranks wait for a server to come back, and it for them."""
 
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
+"""TCP options of all connections, between ranks too: seconds, seconds, probes. Who vanished without
+a word is noticed in 11 s."""
+
+USER_TIMEOUT_MS = 8000
+"""What was sent between rank and server and not acknowledged for so long shows the same."""
+
 LEFT = "left"
 """Why a rank that said goodbye is not there any more."""
 

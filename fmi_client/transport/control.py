@@ -27,7 +27,14 @@ from fmi_client.errors import (
 from fmi_client.protocol import auth
 from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
-from fmi_client.protocol.rendezvous import AUTH_SECONDS, ClientSide, Event, Ready, Welcome
+from fmi_client.protocol.rendezvous import (
+    AUTH_SECONDS,
+    USER_TIMEOUT_MS,
+    ClientSide,
+    Event,
+    Ready,
+    Welcome,
+)
 from fmi_client.protocol.tls import TlsStream
 from fmi_client.transport.race import Race
 from fmi_client.transport.reactor import Reactor, Timer
@@ -42,9 +49,6 @@ DRAIN_SECONDS = 5.0
 
 ATTEMPT_SECONDS = 1.0
 """So long after it began an attempt may well succeed: a few round trips. See `Control.trying`."""
-
-USER_TIMEOUT_MS = 8000
-"""Unacknowledged data to the server for so long means that it is gone."""
 
 
 class Control:

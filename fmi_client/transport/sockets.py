@@ -9,7 +9,7 @@ import os
 import socket
 
 from fmi_client.protocol.addresses import Address, version
-from fmi_client.protocol.tls import SCHEME
+from fmi_client.protocol.rendezvous import KEEPALIVE
 
 RETRY = frozenset(
     {
@@ -28,10 +28,6 @@ RETRY = frozenset(
 """What a punch survives: the next attempt, or another address, may go through."""
 
 IN_PROGRESS = frozenset({errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK})
-
-KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 5, 2, 3
-"""Seconds, seconds, probes: a peer that vanished without a word is noticed in 11 s."""
-
 
 TCP_SYN_SENT, IP_MINTTL = 2, 21
 """From linux/tcp_states.h and linux/in.h; Python's socket module does not name them."""
@@ -103,9 +99,8 @@ def own_addresses(local: Address) -> tuple[Address, ...]:
 def keep_alive(sock: socket.socket) -> None:
     """Let the kernel find out that the other side is gone, even while we compute."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+    for name, value in KEEPALIVE.items():
+        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def connect_short(sock: socket.socket, address: Address, hops: int) -> int:
@@ -131,32 +126,6 @@ def connect_short(sock: socket.socket, address: Address, hops: int) -> int:
 def answers(sock: socket.socket) -> bool:
     """Whether the peer's SYN has come to a socket that connects."""
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_SYN_SENT
-
-
-def parse_endpoint(text: str, default_port: int = 10000) -> Address:
-    """Split "host:port", "host" or "[v6]:port", with or without "tls://" before it.
-
-    Raises:
-        ValueError: the port is not a number from 1 to 65535, or the host cannot be one.
-    """
-    place = text.removeprefix(SCHEME)
-    host, port = place, str(default_port)
-    if place.startswith("["):
-        host, _, given = place[1:].partition("]")
-        host, port = (host, given[1:] or port) if given[:1] in ("", ":") else ("", port)
-    elif place.count(":") == 1:
-        host, port = place.split(":")
-    if not _is_name(host) or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError(f"{text!r} is not an address of the form host:port")
-    return host, int(port)
-
-
-def _is_name(host: str) -> bool:
-    """Whether a host can be looked up at all."""
-    try:
-        return bool(host.encode("idna"))
-    except UnicodeError:
-        return False
 
 
 def system_error(code: int) -> OSError:

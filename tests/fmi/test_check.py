@@ -14,7 +14,7 @@ import pytest
 import fmi_client
 from fmi_client import check
 from fmi_client.check import Plan, run
-from fmi_client.transport.sockets import parse_endpoint
+from fmi_client.hosts import parse_endpoint
 from tests.fmi.checking import (
     ALONE,
     CHALLENGE,

@@ -15,9 +15,9 @@ import fmi_client
 from fmi_client import check, errors, linktest
 from fmi_client.check import Plan, run
 from fmi_client.findings import LinkFound, Nat, Report
+from fmi_client.hosts import parse_endpoint
 from fmi_client.join_request import JoinRequest
 from fmi_client.protocol.addresses import Address
-from fmi_client.transport.sockets import parse_endpoint
 from rendezvous_server import admin
 from tests.fmi.checking import (
     SECRET,

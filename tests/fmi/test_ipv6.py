@@ -15,11 +15,11 @@ import pytest
 
 import fmi_client
 from fmi_client.errors import PunchFailed, RendezvousError
-from fmi_client.hosts import resolve
+from fmi_client.hosts import parse_endpoint, resolve
 from fmi_client.protocol.addresses import Address, format_address, is_global, plain
 from fmi_client.transport import knocking, punch
 from fmi_client.transport.reactor import SyncReactor
-from fmi_client.transport.sockets import bound_pair, bound_socket, own_addresses, parse_endpoint
+from fmi_client.transport.sockets import bound_pair, bound_socket, own_addresses
 from tests.support import KEY, serving
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from fmi_client.transport.sockets import KEEPALIVE_IDLE
+from fmi_client.protocol.rendezvous import KEEPALIVE
 from tests.net.lab import Site, build, counters
 from tests.net.play import ranks
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.full
 
 def test_idle_links_and_lines_to_the_server_are_held() -> None:
     """The link across the NATs is used again; new ones inside need the server's word."""
-    memory = KEEPALIVE_IDLE + 1
+    memory = KEEPALIVE["TCP_KEEPIDLE"] + 1
     sites = [Site("preserving", hosts=2, memory=memory) for _ in range(2)]
     with build(*sites) as lab, ranks(lab, "linked") as all_ranks:
         for rank in all_ranks:

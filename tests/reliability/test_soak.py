@@ -12,7 +12,7 @@ import fmi_client
 from benchmarks.joins import jobs, join_all
 from benchmarks.soak import Record, resident, slope, soak
 from benchmarks.start import watch
-from fmi_client.transport.sockets import parse_endpoint
+from fmi_client.hosts import parse_endpoint
 from tests.reliability.conftest import Measured
 from tests.support import KEY, serving, until
 

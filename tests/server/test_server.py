@@ -29,10 +29,10 @@ from fmi_client.errors import (
     RendezvousError,
     ServerDraining,
 )
+from fmi_client.hosts import parse_endpoint
 from fmi_client.protocol import auth, frames
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.rendezvous import ClientSide
-from fmi_client.transport.sockets import parse_endpoint
 from rendezvous_server import __main__, config
 from tests.reliability.strangers import enter
 from tests.support import KEY, logged, serving, until

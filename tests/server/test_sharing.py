@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from fmi_client.errors import AuthenticationFailed, ServerDraining
+from fmi_client.hosts import parse_endpoint
 from fmi_client.protocol import auth
 from fmi_client.protocol.frames import PREFACE, FrameReader, Message, encode
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.relay import relay_request
 from fmi_client.protocol.rendezvous import Admission, Authenticated, ClientSide, ServerSide
-from fmi_client.transport.sockets import parse_endpoint
 from rendezvous_server import others, shared
 from rendezvous_server.config import Config, ConfigError, check_redis_url
 from rendezvous_server.forward import LineSide

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from functools import partial
 
 from fmi_client.errors import FmiError
+from fmi_client.hosts import parse_endpoint
 from fmi_client.protocol import frames
 from fmi_client.protocol.auth import Token, parse_key
 from fmi_client.protocol.relay import relay_request
 from fmi_client.protocol.rendezvous import AUTH_SECONDS, ClientSide
-from fmi_client.transport.sockets import parse_endpoint
 from rendezvous_server.config import ConfigError, read_networks
 from tests.reliability.fuzz.steady import Scene, Wire, hello, staged, steady
 from tests.reliability.fuzz.target import Target, add
