@@ -375,7 +375,8 @@ class SocketEndpoint(Joining):
 
 def broken_error(link: SocketLink) -> RankFailed:
     """Return the error of a peer whose direct link broke."""
-    return RankFailed(f"the link to rank {link.peer} broke: {link.lost_because}", rank=link.peer)
+    why = getattr(link.lost_because, "strerror", None) or link.lost_because
+    return RankFailed(f"the link to rank {link.peer} broke: {why}", rank=link.peer)
 
 
 def relay_error(link: SocketLink) -> RendezvousError:

@@ -19,8 +19,7 @@ from functools import partial
 from typing import Any
 
 from fmi_client import errors
-from fmi_client.transport.blocking import in_time
-from lambda_worker import storage
+from lambda_worker import aside, storage
 from lambda_worker.events import RunInfo, whereabouts
 
 log = logging.getLogger("lambda_worker")
@@ -162,7 +161,7 @@ def recorded(event: object) -> Iterator[None]:
         yield
     except Exception as error:
         try:
-            in_time(partial(_write, event, error), WRITE_SECONDS)
+            aside.start(partial(_write, event, error), "last word").result(WRITE_SECONDS)
         except Exception as problem:
             why = str(problem) or f"it takes longer than {WRITE_SECONDS:g} s"
             log.warning("no record of this rank's failure could be written: %s", why)

@@ -1,4 +1,4 @@
-"""Blocking I/O with absolute deadlines, for checks that talk to whatever listens somewhere."""
+"""What blocks, with deadlines, for checks that talk to whatever listens somewhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 from fmi_client.protocol.addresses import Address
@@ -23,23 +24,16 @@ def in_time(work: Callable[[], Result], seconds: float) -> Result:
     Raises:
         TimeoutError: it takes longer. It cannot be stopped: its thread dies with the process.
     """
-    results: list[Result] = []
-    errors: list[Exception] = []
+    future: Future[Result] = Future()
 
     def call() -> None:
         try:
-            results.append(work())
+            future.set_result(work())
         except Exception as error:
-            errors.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=call, name="in time", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError
-    return results[0]
+    threading.Thread(target=call, name="in time", daemon=True).start()
+    return future.result(seconds)
 
 
 def connected(address: Address, port: int, deadline: float) -> socket.socket:

@@ -129,6 +129,11 @@ class Control:
         since = self._reactor.now() - self._begun
         return not (self.present or self._closed) and -FIRST_PAUSE <= since < ATTEMPT_SECONDS
 
+    @property
+    def _before_tls(self) -> bool:
+        """Whether TLS is wanted, and its handshake not over."""
+        return self._stream is not None and not self._stream.established
+
     def connect(self) -> None:
         """Begin to connect; repeats until it succeeds or `close` is called."""
         if self._closed:
@@ -178,7 +183,7 @@ class Control:
         self._reset()
         self.last_error = why
         if codes and RETRY.isdisjoint(codes):
-            self._lose(RendezvousError(f"cannot connect: {self.last_error}"))
+            self._lose(RendezvousError(f"cannot connect to the rendezvous server: {why}"))
             return
         self._connect_after(random.uniform(0, self._pause))
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
@@ -190,7 +195,7 @@ class Control:
     def _interrupted(self, code: int) -> None:
         """The connection ended and the server did not say why (code 0: in order)."""
         why = os.strerror(code) if code else "closed by the server"
-        if self._stream is not None and not self._stream.established:
+        if self._before_tls:
             why, code = "the server broke off the TLS handshake; has it a --tls-cert?", 0
         error = RendezvousError(f"connection to the server lost: {why}")
         if self._leaving or (self.joined and not self._run):
@@ -299,10 +304,8 @@ class Control:
             return
         expired = self._token is not None and self._token.expires <= time.time()
         strange = not self.welcomed and isinstance(error, AuthenticationFailed | ProtocolError)
-        untrusted = (
-            self._stream is not None and not self._stream.established
-        )  # which says so itself
-        if strange and not (untrusted and isinstance(error, AuthenticationFailed)):
+        # An untrusted certificate says so itself.
+        if strange and not (self._before_tls and isinstance(error, AuthenticationFailed)):
             error = _explained(error, format_address(self.server), self._token)
         if strange and self._run and not expired:  # the right server may come yet, as one did once
             self._try_again((), error.message)
