@@ -344,7 +344,7 @@ class SocketEndpoint(Joining):
             self._untold.append(notice)
 
     def _called(self) -> None:
-        pass
+        """Not yet: the server lets the first do so, which hears its own call (`_on_event`)."""
 
     def _departed(self) -> Collection[int]:
         return self._left

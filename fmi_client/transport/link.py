@@ -11,7 +11,6 @@ import contextlib
 import errno
 import socket
 from collections.abc import Callable
-from typing import Protocol
 
 from fmi_client.errors import ProtocolError
 from fmi_client.protocol.inbox import Inbox
@@ -33,62 +32,78 @@ WORTH_BYTES = 256 * 1024
 """Of a large payload, so much must have come to be worth waking up for."""
 
 
-class Link(Protocol):
-    """What communicators see of a link."""
+class Link:
+    """What communicators see of a link; the kinds differ in how bytes travel."""
 
-    peer: int
-    kind: str
-    error: Exception | None
-    inbox: Inbox
-    bytes_sent: int
-
-    @property
-    def tls(self) -> bool:
+    def __init__(self, peer: int, inbox: Inbox, kind: str) -> None:
+        self.peer = peer
+        self.kind = kind
+        self.inbox = inbox
+        self.tls = False
         """Whether it is encrypted."""
+        self.error: Exception | None = None
+        """Why it has ended."""
+        self.bytes_sent = 0
+        """Bytes of payloads."""
 
     @property
     def busy(self) -> bool:
         """Whether something is awaited from the peer, or has not been taken by it."""
+        return self.inbox.waiting > 0
 
-    def send(self, key: Key, signature: bytes, payload: Payload) -> Send: ...
+    def send(self, key: Key, signature: bytes, payload: Payload) -> Send:
+        raise NotImplementedError
 
-    def post(self, receive: Receive) -> None: ...
+    def post(self, receive: Receive) -> None:
+        """Expect a message."""
+        self.inbox.post(receive)
+        self._refuse(receive)
 
-    def cancel(self, receive: Receive) -> None: ...
+    def _refuse(self, receive: Receive) -> None:
+        """End what was posted too late."""
+        if self.error is not None and not receive.done:
+            self.inbox.cancel(receive)
+            receive.finish(self.error)
+
+    def cancel(self, receive: Receive) -> None:
+        self.inbox.cancel(receive)
 
     def read(self) -> None:
-        """Take in what has come, if anything has."""
+        """Take in what has come, if anything has, and it does not come by itself."""
 
     def withdraw(self, sent: Send) -> bool:
         """Take back a message; False if the peer may have some of it already."""
+        return sent.done
 
     def make_room(self, room: bool) -> None:
         """Whether to read what nobody awaits; see `Inbox.make_room`."""
 
     def close(self) -> None:
         """End in order: what was sent arrives."""
+        raise NotImplementedError
 
     def abort(self, error: Exception) -> None:
-        """End at once, failing all that waits with `error`."""
+        """End at once; all that waits fails with `error`, now and later."""
+        self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """As `abort`, where nothing is left to be ended."""
+        self.error = self.error or error
+        self.inbox.fail(error)
 
 
-class SocketLink:
+class SocketLink(Link):
     """A link over a TCP connection, made (`attach`) after the link came into being."""
 
     def __init__(
         self, peer: int, reactor: Reactor, inbox: Inbox, on_lost: Callable[[SocketLink], None]
     ) -> None:
-        self.peer = peer
-        self.kind = "pending"
-        self.error: Exception | None = None
-        self.inbox = inbox
-        self.bytes_sent = 0
+        super().__init__(peer, inbox, "pending")
         self.lost = False
         self.lost_because: Exception | None = None
         self._reactor = reactor
         self._on_lost = on_lost
         self._sock: socket.socket | None = None
-        self.tls = False
         self._tls: TlsSocket | None = None
         """The socket, where it encrypts."""
         self._last_promised = 0
@@ -213,13 +228,9 @@ class SocketLink:
         if receive.done:
             return
         if self.error is not None:
-            self.inbox.cancel(receive)
-            receive.finish(self.error)
+            self._refuse(receive)
         elif not self._interest[0]:
             self._update_interest()
-
-    def cancel(self, receive: Receive) -> None:
-        self.inbox.cancel(receive)
 
     def make_room(self, room: bool) -> None:
         self._room = room
@@ -274,7 +285,7 @@ class SocketLink:
     # --------------------------------------------------------------------- ending
     @property
     def busy(self) -> bool:
-        return self.inbox.waiting > 0 or bool(self._out.queue)
+        return super().busy or bool(self._out.queue)
 
     @property
     def pending(self) -> bool:
@@ -302,10 +313,8 @@ class SocketLink:
         self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """Fail all that waits, now and later, with `error`."""
-        self.error = self.error or error
+        super().fail(error)
         self._out.fail(error)
-        self.inbox.fail(error)
 
     def _lose(self, error: Exception) -> None:
         """The connection broke; whoever owns the link finds out why, then calls `fail`."""

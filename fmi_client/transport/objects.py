@@ -20,6 +20,7 @@ from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.objects import SEAL_BYTES, Scheme
 from fmi_client.protocol.peer import Buffer, Key, Payload, head
 from fmi_client.protocol.transfers import Receive, Send
+from fmi_client.transport.link import Link
 from fmi_client.transport.reactor import Reactor
 from fmi_client.transport.store import Store
 
@@ -164,7 +165,7 @@ def _unexpected(error: BaseException) -> FmiError:
     return RendezvousError(f"cannot use the store: {type(error).__name__}: {error}")
 
 
-class ObjectLink:
+class ObjectLink(Link):
     """A link whose messages are objects; polls only while something is awaited.
 
     Args:
@@ -181,12 +182,7 @@ class ObjectLink:
         inbox: Inbox,
         on_wait: Callable[[], None],
     ) -> None:
-        self.peer = peer
-        self.kind = "object"
-        self.tls = False
-        self.error: Exception | None = None
-        self.inbox = inbox
-        self.bytes_sent = 0
+        super().__init__(peer, inbox, "object")
         self.gone: FmiError | None = None
         """Set when the peer has left: what is not in the store now will never be."""
         self._depot = depot
@@ -202,7 +198,7 @@ class ObjectLink:
 
     @property
     def busy(self) -> bool:
-        return self.inbox.waiting > 0 or bool(self._leaving)
+        return super().busy or bool(self._leaving)
 
     # -------------------------------------------------------------------- sending
     def send(self, key: Key, signature: bytes, payload: Payload) -> Send:
@@ -230,17 +226,10 @@ class ObjectLink:
             self._sent += 1
         return message
 
-    def withdraw(self, sent: Send) -> bool:
-        return sent.done
-
     # ------------------------------------------------------------------ receiving
     def post(self, receive: Receive) -> None:
-        self.inbox.post(receive)
+        super().post(receive)
         if receive.done:
-            return
-        if self.error is not None:
-            self.inbox.cancel(receive)
-            receive.finish(self.error)
             return
         self._on_wait()
         if not self._polling:
@@ -282,25 +271,15 @@ class ObjectLink:
         except ProtocolError as error:
             self.abort(error.at(peer=self.peer))
 
-    def cancel(self, receive: Receive) -> None:
-        self.inbox.cancel(receive)
-
-    def read(self) -> None:
-        pass
-
-    def make_room(self, room: bool) -> None:
-        """Nothing to do: the store takes what is sent, whatever its receiver does."""
-
     # --------------------------------------------------------------------- ending
     def close(self) -> None:
         self._closed = True
 
-    def abort(self, error: Exception) -> None:
-        self.error = self.error or error
+    def fail(self, error: Exception) -> None:
+        super().fail(error)
         leaving, self._leaving = self._leaving, set()
         for message in leaving:
             message.finish(error)
-        self.inbox.fail(error)
 
 
 def _cut(parts: Sequence[Buffer], most: int) -> list[list[memoryview]]:
