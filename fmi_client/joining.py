@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fmi_client.endpoint import Allocate, Endpoint
 from fmi_client.errors import FmiError
 from fmi_client.join_request import JoinRequest
@@ -54,6 +56,9 @@ class Joining(Endpoint):
     def _joined(self) -> None:
         self.join_seconds = self._reactor.now() - self._started
         self.on_change()
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        self._reactor.call_later(seconds, call)
 
 
 def ask_before(timeout: float) -> float:

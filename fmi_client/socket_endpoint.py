@@ -7,7 +7,7 @@ one breaks, and what waits while there is no server.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 
 from fmi_client.endpoint import Allocate, left_error
@@ -348,9 +348,6 @@ class SocketEndpoint(Joining):
 
     def _departed(self) -> Collection[int]:
         return self._left
-
-    def _later(self, seconds: float, call: Callable[[], None]) -> None:
-        self._reactor.call_later(seconds, call)
 
     @property
     def left(self) -> bool:

@@ -198,9 +198,6 @@ class StoreEndpoint(Joining):
     def _departed(self) -> Collection[int]:
         return self._gone
 
-    def _later(self, seconds: float, call: Callable[[], None]) -> None:
-        self._depot.later(seconds, call)
-
     # --------------------------------------------------------------------- ending
     @property
     def left(self) -> bool:

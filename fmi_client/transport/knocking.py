@@ -13,16 +13,9 @@ import socket
 from collections.abc import Callable
 
 from fmi_client.protocol.addresses import Address, format_address, version
-from fmi_client.transport.reactor import Callback, Reactor
-from fmi_client.transport.sockets import (
-    IN_PROGRESS,
-    RETRY,
-    answers,
-    bound_socket,
-    connect_short,
-    family,
-    system_error,
-)
+from fmi_client.transport.connecting import Connecting
+from fmi_client.transport.reactor import Reactor
+from fmi_client.transport.sockets import RETRY, answers
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.25
 """Seconds between attempts at one address; jittered, so that two sides do not miss in step."""
@@ -57,10 +50,9 @@ class Knocking:
     ) -> None:
         self._reactor = reactor
         self._addresses = addresses
-        self._port = port
         self._gives_way = gives_way
         self._on_open = on_open
-        self._connecting: set[socket.socket] = set()
+        self._connecting = Connecting(reactor, port)
         self._stopped = False
         outside = {version(each): each for each in reversed(addresses)}
         self._outside = frozenset(outside.values())
@@ -77,10 +69,7 @@ class Knocking:
 
     def stop(self) -> None:
         self._stopped = True
-        for sock in self._connecting:
-            self._reactor.unwatch(sock)
-            sock.close()
-        self._connecting.clear()
+        self._connecting.close()
 
     def _attempt(self, address: Address, pause: float) -> None:
         began = self._reactor.now()
@@ -112,57 +101,23 @@ class Knocking:
             told = error.errno == errno.EHOSTUNREACH
             self._reactor.call_later(seconds if told else 0.0, further)
 
-        def give_up() -> None:
-            if sock in self._connecting and not answers(sock):
-                self._abandon(sock)
-                sock.close()
+        def give_up(sock: socket.socket) -> None:
+            if self._connecting.goes_on(sock) and not answers(sock):
+                self._connecting.give_up(sock)
                 further()
 
         sock = self._connect(address, ended, rungs[0])
         if sock is not None:
-            self._reactor.call_later(seconds, give_up)
+            self._reactor.call_later(seconds, lambda: give_up(sock))
 
     def _connect(
         self, address: Address, on_error: Callable[[OSError], None], hops: int | None = None
     ) -> socket.socket | None:
-        """Begin to connect; returns the socket while the outcome is open."""
         if self._stopped:
             return None
-        try:
-            sock = bound_socket(self._port, family(address))
-        except OSError as error:
-            on_error(error)
-            return None
-        code = connect_short(sock, address, hops) if hops else sock.connect_ex(address)
-        if code in IN_PROGRESS:
-            self._connecting.add(sock)
-            self._reactor.watch(sock, None, self._when_connected(sock, address, on_error))
-            return sock
-        self._settle(sock, address, code, on_error)
-        return None
-
-    def _when_connected(
-        self, sock: socket.socket, address: Address, on_error: Callable[[OSError], None]
-    ) -> Callback:
-        def connected() -> None:
-            self._abandon(sock)
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            self._settle(sock, address, code, on_error)
-
-        return connected
-
-    def _settle(
-        self, sock: socket.socket, address: Address, code: int, on_error: Callable[[OSError], None]
-    ) -> None:
-        if code == 0:
-            self._on_open(sock, address)
-        else:
-            sock.close()
-            on_error(system_error(code))
-
-    def _abandon(self, sock: socket.socket) -> None:
-        self._connecting.discard(sock)
-        self._reactor.unwatch(sock)
+        return self._connecting.begin(
+            address, lambda sock: self._on_open(sock, address), on_error, hops
+        )
 
     def _note(self, address: Address, error: OSError) -> None:
         if address in self._outside:  # private ones may be anybody's
