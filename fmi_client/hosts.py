@@ -53,6 +53,8 @@ def resolve(host: str, port: int) -> tuple[Address, ...]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
     except socket.gaierror as error:
-        raise RendezvousError(f"cannot resolve {host!r}: {error.strerror}", op="connect") from None
+        raise RendezvousError(
+            f"cannot resolve {host!r}, the rendezvous server: {error.strerror}", op="connect"
+        ) from None
     addresses = dict.fromkeys((str(name[0]), int(name[1])) for *_, name in found)
     return tuple(sorted(addresses, key=version))[:MAX_SERVERS]

@@ -98,7 +98,7 @@ class JoinRequest:
 
 def _check_place(job: str, rank: int, size: int, epoch: int, timeout: float) -> None:
     if not 1 <= len(job) <= MAX_JOB_NAME:
-        raise ValueError(f"job must be a name of 1 to {MAX_JOB_NAME} characters")
+        raise ValueError(f"job must be a name of 1 to {MAX_JOB_NAME} characters, not {len(job)}")
     if not 1 <= size <= MAX_SIZE:
         raise ValueError(f"size={size}: a job has 1 to {MAX_SIZE} ranks")
     if not 0 <= rank < size:

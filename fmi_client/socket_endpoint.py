@@ -380,6 +380,6 @@ def relay_error(link: SocketLink) -> RendezvousError:
     """Return the error of a link that broke with the server that relayed it."""
     return RendezvousError(
         f"the connection to the server was lost that relayed the link to rank {link.peer}, "
-        "and data with it",
+        "and with it data that is not kept; the job has to start anew",
         peer=link.peer,
     )

@@ -68,7 +68,8 @@ class StoreEndpoint(Joining):
         timeout, meeting = self._request.timeout, self._meeting
         if not meeting.began:
             return RendezvousError(
-                f"the store {self._request.store} did not answer within {timeout:.3g} s",
+                f"the store {self._request.store} did not answer within {timeout:.3g} s; "
+                "does this rank reach it, and may it write there?",
                 rank=self.rank,
                 op="connect",
             )

@@ -87,7 +87,9 @@ def pin(identity: Identity, theirs: bytes, *, server_side: bool) -> Pinned:
     try:
         context.load_verify_locations(cadata=theirs)
     except (ssl.SSLError, ValueError):  # ValueError: it is empty
-        raise AuthenticationFailed("the server tells no certificate of this rank") from None
+        raise AuthenticationFailed(
+            "the server tells no certificate of that rank; all ranks of a job need tls://, or none"
+        ) from None
     _show(context, identity)
     return Pinned(context, identity.certificate, theirs)
 
