@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable
 
 from fmi_client.protocol.addresses import Address, format_address, version
-from fmi_client.transport.connecting import Connecting
+from fmi_client.transport.attempts import Attempts
 from fmi_client.transport.reactor import Reactor
 from fmi_client.transport.sockets import RETRY, answers
 
@@ -52,7 +52,7 @@ class Knocking:
         self._addresses = addresses
         self._gives_way = gives_way
         self._on_open = on_open
-        self._connecting = Connecting(reactor, port)
+        self._attempts = Attempts(reactor, port)
         self._stopped = False
         outside = {version(each): each for each in reversed(addresses)}
         self._outside = frozenset(outside.values())
@@ -69,7 +69,7 @@ class Knocking:
 
     def stop(self) -> None:
         self._stopped = True
-        self._connecting.close()
+        self._attempts.close()
 
     def _attempt(self, address: Address, pause: float) -> None:
         began = self._reactor.now()
@@ -102,8 +102,8 @@ class Knocking:
             self._reactor.call_later(seconds if told else 0.0, further)
 
         def give_up(sock: socket.socket) -> None:
-            if self._connecting.goes_on(sock) and not answers(sock):
-                self._connecting.give_up(sock)
+            if self._attempts.goes_on(sock) and not answers(sock):
+                self._attempts.give_up(sock)
                 further()
 
         sock = self._connect(address, ended, rungs[0])
@@ -115,7 +115,7 @@ class Knocking:
     ) -> socket.socket | None:
         if self._stopped:
             return None
-        return self._connecting.begin(
+        return self._attempts.begin(
             address, lambda sock: self._on_open(sock, address), on_error, hops
         )
 

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 from fmi_client.protocol.addresses import Address
-from fmi_client.transport.connecting import Connecting
+from fmi_client.transport.attempts import Attempts
 from fmi_client.transport.reactor import Reactor, Timer
 
 HEAD_START = 0.25
@@ -36,7 +36,7 @@ class Race:
         self._waiting = list(addresses)
         self._on_open = on_open
         self._on_failed = on_failed
-        self._connecting = Connecting(reactor, port)
+        self._attempts = Attempts(reactor, port)
         self._failures: dict[Address, int] = {}
         self._timer: Timer | None = None
 
@@ -44,7 +44,7 @@ class Race:
         """Begin with the next address; the first call starts the race."""
         self._stop_timer()
         if not self._waiting:
-            if not self._connecting:
+            if not self._attempts:
                 self._on_failed(self._failures)
             return
         address = self._waiting.pop(0)
@@ -61,7 +61,7 @@ class Race:
             self._failures[address] = error.errno or errno.EAFNOSUPPORT
             self.next()
 
-        self._connecting.begin(address, opened, failed)
+        self._attempts.begin(address, opened, failed)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -71,4 +71,4 @@ class Race:
         """Close what is still on its way."""
         self._stop_timer()
         self._waiting.clear()
-        self._connecting.close()
+        self._attempts.close()

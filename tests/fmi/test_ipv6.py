@@ -17,7 +17,7 @@ import fmi_client
 from fmi_client.errors import PunchFailed, RendezvousError
 from fmi_client.hosts import parse_endpoint, resolve
 from fmi_client.protocol.addresses import Address, format_address, is_global, plain
-from fmi_client.transport import connecting, knocking, punch
+from fmi_client.transport import attempts, knocking, punch
 from fmi_client.transport.reactor import SyncReactor
 from fmi_client.transport.sockets import bound_pair, bound_socket, own_addresses
 from tests.support import KEY, serving
@@ -229,7 +229,7 @@ def test_each_version_has_its_router_that_refuses(
         raise OSError(errno.ECONNREFUSED, "Connection refused")
 
     climbed: list[Address] = []
-    monkeypatch.setattr(connecting, "bound_socket", refused)
+    monkeypatch.setattr(attempts, "bound_socket", refused)
     monkeypatch.setattr(knocker, "_climb", lambda address, *_: climbed.append(address))
     knocker.start()
     run(knocker, lambda: len(climbed) == 2)
@@ -240,7 +240,7 @@ def test_hops_that_were_too_few_are_no_reason_to_hurry(
     monkeypatch: pytest.MonkeyPatch, knocker: knocking.Knocking
 ) -> None:
     """The report of a near router comes at once, the peer's knock after a round trip."""
-    monkeypatch.setattr(connecting, "connect_short", lambda *_: errno.EHOSTUNREACH)
+    monkeypatch.setattr(attempts, "connect_short", lambda *_: errno.EHOSTUNREACH)
     climbed: list[Address] = []
     monkeypatch.setattr(knocker, "_attempt", lambda address, _: climbed.append(address))
     knocker._climb(("2001:db8::1", 7), [2, 3, 4], 0.01)
@@ -257,7 +257,7 @@ def test_a_firewall_that_forbids_is_asked_again(
         tried.append(1)
         raise OSError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(connecting, "bound_socket", forbidden)
+    monkeypatch.setattr(attempts, "bound_socket", forbidden)
     knocker.start()
     run(knocker, lambda: len(tried) > 4)
 

@@ -1,4 +1,4 @@
-"""Connections that are being made, all from one local port."""
+"""Attempts to connect, all from one local port."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fmi_client.transport.sockets import (
 )
 
 
-class Connecting:
+class Attempts:
     """What has begun and not ended; none of it blocks."""
 
     def __init__(self, reactor: Reactor, port: int) -> None:
