@@ -8,7 +8,7 @@ ends the job, `fail` ends everything that waits, on every communicator, with tha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fmi_client.errors import CollectiveMismatch, FmiError, RankFailed
@@ -51,6 +51,8 @@ class Endpoint:
         self.grace = GRACE_SECONDS + size * ANSWER_SECONDS
         self.patience = PATIENCE_SECONDS + 2 * self.grace
         self.links: dict[int, Link] = {}
+        self._gone: dict[int, RankFailed] = {}
+        """Ranks that have left in order, and what it means to need one."""
         self.failure: FmiError | None = None
         self.on_change: Callable[[], None] = lambda: None
         """Called when the endpoint becomes ready or fails; set by the driver."""
@@ -177,8 +179,8 @@ class Endpoint:
         """Name the missing to all."""
         if self._roll is None or self.failure is not None:
             return
-        verdict = self._roll.verdict([r for r in self._group if r not in self._departed()])
-        self._end_with(verdict)
+        # Who has left in order had nothing left to do.
+        self._end_with(self._roll.verdict([r for r in self._group if r not in self._gone]))
 
     def _end_with(self, verdict: Notice) -> None:
         self.tell(verdict)
@@ -187,10 +189,6 @@ class Endpoint:
     def _conclude_alone(self) -> None:
         if self._roll is not None and self.failure is None:
             self._end_with(self._roll.verdict())
-
-    def _departed(self) -> Collection[int]:
-        """Return the ranks that have left in order: they had nothing left to do."""
-        return ()
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         raise NotImplementedError
@@ -253,7 +251,6 @@ class MemoryEndpoint(Endpoint):
     ) -> None:
         super().__init__(rank, size, allocate)
         self._world = world
-        self._gone: dict[int, RankFailed] = {}
 
     def _make(self, peer: int) -> Link:
         other = self._world[peer]
@@ -272,9 +269,6 @@ class MemoryEndpoint(Endpoint):
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_later(seconds, call)
-
-    def _departed(self) -> Collection[int]:
-        return self._gone
 
     def leave(self) -> None:
         super().leave()

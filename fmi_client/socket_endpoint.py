@@ -7,7 +7,6 @@ one breaks, and what waits while there is no server.
 from __future__ import annotations
 
 import socket
-from collections.abc import Collection
 from dataclasses import replace
 
 from fmi_client.endpoint import Allocate, left_error
@@ -64,8 +63,6 @@ class SocketEndpoint(Joining):
         """Our end of the connection to the server, once there is one."""
         self.observed: Address | None = None
         """Where the server sees us, once it has let us in."""
-        self._left: dict[int, RankFailed] = {}
-        """Ranks that are not there any more, and what it means to need one."""
         self._peers: dict[int, SocketLink] = {}
         """All links but the one with ourselves."""
         self._asked: set[int] = set()
@@ -148,7 +145,7 @@ class SocketEndpoint(Joining):
             case PunchNow():
                 self._punch(event)
             case Gone():
-                self._gone(event)
+                self._note_gone(event)
             case Notice(by=by) if by == self.rank:
                 super()._called()  # the server lets us call the roll
             case Notice():
@@ -209,17 +206,17 @@ class SocketEndpoint(Joining):
     def _pending(self) -> list[SocketLink]:
         return [link for link in self._peers.values() if link.pending]
 
-    def _gone(self, gone: Gone) -> None:
+    def _note_gone(self, gone: Gone) -> None:
         if not gone.clean:
             self.fail(RankFailed(f"rank {gone.rank} was lost: {gone.why}", rank=gone.rank))
             return
         error = RankFailed(f"rank {gone.rank} {gone.why}", rank=gone.rank)
-        self._left[gone.rank] = left_error(gone.rank) if gone.why == LEFT else error
+        self._gone[gone.rank] = left_error(gone.rank) if gone.why == LEFT else error
         link = self._peers.get(gone.rank)
         if link is None:
             return
         if link.lost:
-            link.fail(self._left[gone.rank].fresh())
+            link.fail(self._gone[gone.rank].fresh())
         elif self._punches.chosen(gone.rank):
             # The peer may have sent all that we need before it left.
             self._reactor.call_later(VERDICT_SECONDS, lambda: self._never_linked(link))
@@ -229,14 +226,14 @@ class SocketEndpoint(Joining):
     def _never_linked(self, link: SocketLink) -> None:
         if link.pending:
             self._punches.forget(link.peer)
-            link.fail(self._left[link.peer].fresh())
+            link.fail(self._gone[link.peer].fresh())
 
     # ---------------------------------------------------------------------- links
     def _make(self, peer: int) -> SocketLink:
         link = SocketLink(peer, self._reactor, self._inbox(peer, hold=True), self._link_lost)
         self._peers[peer] = link
-        if peer in self._left:
-            link.fail(self._left[peer].fresh())
+        if peer in self._gone:
+            link.fail(self._gone[peer].fresh())
         elif self._lost_control is None:
             self._ask(peer)
         elif self._control.trying:
@@ -257,7 +254,7 @@ class SocketEndpoint(Joining):
     def _wanted(self, peer: int) -> None:
         link = self._peers.get(peer)
         if link is None:
-            self._left.pop(peer, None)  # it came back so late that we had given it up
+            self._gone.pop(peer, None)  # it came back so late that we had given it up
             self.link(peer)
         elif isinstance(link.error, FmiError):
             self.give_up(link.error)  # the peer would wait for it in vain
@@ -309,8 +306,8 @@ class SocketEndpoint(Joining):
 
     def _link_lost(self, link: SocketLink) -> None:
         """A link broke: wait for the server to say who died before blaming the neighbour."""
-        if link.peer in self._left:
-            link.fail(self._left[link.peer].fresh())
+        if link.peer in self._gone:
+            link.fail(self._gone[link.peer].fresh())
         elif self._lost_control is not None or self._lost_with_server(link):
             self._blame(link)
         elif link.kind == "direct" and link.revive():
@@ -345,9 +342,6 @@ class SocketEndpoint(Joining):
 
     def _called(self) -> None:
         """Not yet: the server lets the first do so, which hears its own call (`_on_event`)."""
-
-    def _departed(self) -> Collection[int]:
-        return self._left
 
     @property
     def left(self) -> bool:

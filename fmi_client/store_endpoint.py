@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from fmi_client.endpoint import Allocate, left_error
@@ -46,7 +46,6 @@ class StoreEndpoint(Joining):
         self._depot = Depot(reactor, store, scheme, lambda: self.on_change())
         kind = Host if request.rank == 0 else Meeting
         self._meeting = kind(self._depot, self.rank, self.size, self._on_ready, self._join_failed)
-        self._gone: dict[int, FmiError] = {}
         self._heard: set[str] = set()
         self._looking = False
         self._hearing = 0
@@ -163,11 +162,11 @@ class StoreEndpoint(Joining):
             return
         for notice in said:
             if notice.kind == Kind.LEFT:
-                self._left(by)
+                self._note_gone(by)
             else:
                 self.told(notice)
 
-    def _left(self, peer: int) -> None:
+    def _note_gone(self, peer: int) -> None:
         self._gone[peer] = left_error(peer)
         link = self.links.get(peer)
         if isinstance(link, ObjectLink):
@@ -195,9 +194,6 @@ class StoreEndpoint(Joining):
     def late(self, call: Notice, group: Sequence[int]) -> None:
         super().late(call, group)
         self._watch()
-
-    def _departed(self) -> Collection[int]:
-        return self._gone
 
     # --------------------------------------------------------------------- ending
     @property
