@@ -20,13 +20,13 @@ from fmi_client.protocol.roll import Roll
 from fmi_client.transport.link import Link
 from fmi_client.transport.memory import STAGE_BYTES, MemoryLink
 
-GRACE_SECONDS = 0.07
+ROLL_SECONDS = 0.07
 """How long ranks may take to answer before they are named as missing, and """
 
 ANSWER_SECONDS = 50e-6
 """so much more for each rank of the job: that much of the server's time each takes."""
 
-PATIENCE_SECONDS = 0.5
+ALONE_SECONDS = 0.5
 """So much longer a rank waits for who called the roll to name the missing; then it is content with
 what it knows itself."""
 
@@ -48,8 +48,8 @@ class Endpoint:
         self.size = size
         self.join_seconds = 0.0
         """How long joining took."""
-        self.grace = GRACE_SECONDS + size * ANSWER_SECONDS
-        self.patience = PATIENCE_SECONDS + 2 * self.grace
+        self._roll_seconds = ROLL_SECONDS + size * ANSWER_SECONDS
+        self._alone_seconds = ALONE_SECONDS + 2 * self._roll_seconds
         self.links: dict[int, Link] = {}
         self._gone: dict[int, RankFailed] = {}
         """Ranks that have left in order, and what it means to need one."""
@@ -147,18 +147,18 @@ class Endpoint:
     def late(self, call: Notice, group: Sequence[int]) -> None:
         """The deadline of a collective of `group` passed here: call the roll, if nobody has.
 
-        After `grace` seconds those who did not answer are the ones that are missing, on all ranks.
+        After a moment those who did not answer are the ones that are missing, on all ranks.
         """
         if self._roll is not None or self.failure is not None:
             return
         self._roll, self._group = Roll(call), group
-        self._later(self.patience, self._conclude_alone)
+        self._later(self._alone_seconds, self._conclude_alone)
         self.tell(replace(call, ranks=tuple({*call.ranks, *self._waits_for()})))
         self._called()
 
     def _called(self) -> None:
         """What we called has been heard; where a server passes that on, it says so."""
-        self._later(self.grace, self._conclude)
+        self._later(self._roll_seconds, self._conclude)
 
     def _waits_for(self) -> list[int]:
         return [peer for peer, link in self.links.items() if link.busy and peer != self.rank]
@@ -169,7 +169,7 @@ class Endpoint:
             self._roll.add(call)  # as we did
             return
         self._roll = Roll(call)
-        self._later(self.patience, self._conclude_alone)
+        self._later(self._alone_seconds, self._conclude_alone)
         begun = next(reversed(self._calls.get(call.context, {})), -1)
         if self.running or begun >= (call.seq or 0):
             waits_for = tuple(self._waits_for())

@@ -25,7 +25,7 @@ from fmi_client.transport.store import Store
 LOOK_SECONDS = 0.25
 """How often a rank that waits asks whether the job is over: one small read."""
 
-GRACE_SECONDS = 0.9
+ROLL_SECONDS = 0.9
 """How long the ranks have to find out who is missing: they look, answer, and look again."""
 
 
@@ -39,7 +39,7 @@ class StoreEndpoint(Joining):
         self, reactor: Reactor, store: Store, request: JoinRequest, allocate: Allocate
     ) -> None:
         super().__init__(reactor, request, allocate)
-        self.grace, self.patience = GRACE_SECONDS, 2 * GRACE_SECONDS
+        self._roll_seconds, self._alone_seconds = ROLL_SECONDS, 2 * ROLL_SECONDS
         self._run = ""
         """This run's folder, once all ranks are there."""
         scheme = Scheme(request.job, request.epoch, request.size, request.key)
