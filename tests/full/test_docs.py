@@ -64,6 +64,12 @@ def test_the_reference_has_every_public_name(site: Path) -> None:
     )
 
 
+def test_the_reference_has_the_options_of_every_command(site: Path) -> None:
+    shown = (site / "reference/cosmic.html").read_text()
+    for word in ("cosmic-run", "cosmic-data-upload", "--world-size", "--relay-bytes"):
+        assert word in shown
+
+
 def test_links_of_the_repository_lead_somewhere_on_the_site_too(site: Path) -> None:
     for page in _pages(site):
         for target in re.findall(r'(?:href|src)="(?![a-z]+:|#)([^"#?]+)', page.read_text()):
