@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from typer.main import get_command
+
+import rendezvous_server.__main__
+import workflow.cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,6 +33,9 @@ PAGES = {
 SOURCES = "source"
 """The folder of the site that holds the source files that pages link to."""
 
+COMMANDS = "::: commands"
+"""Stands for what all commands say with ``--help``."""
+
 LINK = re.compile(r"\]\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -39,6 +48,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links to where their files are on the site; others stay, and mkdocs judges them."""
+    if COMMANDS in markdown:
+        markdown = markdown.replace(COMMANDS, "\n".join(_commands()))
     uri = page.file.src_uri
     home = {uri: path for path, uri in PAGES.items()}.get(uri, f"docs/{uri}")
 
@@ -65,3 +76,18 @@ def _on_site(path: str, config: MkDocsConfig, files: Files) -> str | None:
     if files.get_file_from_path(place) is None:
         files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
     return place
+
+
+def _commands() -> Iterator[str]:
+    """Return a section for each command of `cosmic`, and one for the server."""
+    yield from _help(get_command(workflow.cli.app), "cosmic")
+    yield from _help(get_command(rendezvous_server.__main__.app), "python -m rendezvous_server")
+
+
+def _help(command: Any, name: str, parent: Any = None) -> Iterator[str]:
+    context = command.context_class(command, info_name=name, parent=parent, terminal_width=80)
+    within = getattr(command, "commands", {})
+    if not within:
+        yield f"## {context.command_path}\n\n```text\n{command.get_help(context)}\n```\n"
+    for each, inner in within.items():
+        yield from _help(inner, each, context)

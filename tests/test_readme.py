@@ -26,7 +26,13 @@ async def test_the_client_example_runs() -> None:
     assert out.decode() == "[10. 10. 10.] ['rank 0', 'rank 1', 'rank 2', 'rank 3']\n"
 
 
+def test_every_page_begins_with_what_it_answers() -> None:
+    for page in [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/tutorials").glob("*.md")]:
+        _, first, *_ = re.sub(r"<!--.*?-->\n\n", "", page.read_text()).split("\n\n")
+        assert re.match(r"\w.*[.?](\s|$)", first, re.DOTALL), f"{page.name}: {first}"
+
+
 def test_every_file_that_the_documents_point_at_exists() -> None:
-    for page in [*ROOT.glob("*/README.md"), ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [*ROOT.glob("*/README.md"), ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} points at {target}"

@@ -150,7 +150,7 @@ PAGE_TEXT = """\
 
 <!-- Written by `python -m tests.full.torch_suite --write`. -->
 
-torch tests the backends of `torch.distributed` with a suite that comes with its wheel,
+How much of torch's own tests of backends ours passes. torch brings a suite of them in its wheel,
 `torch.testing._internal.distributed.distributed_test`. Here it runs with gloo, torch's backend for
 CPUs, and with [ours](torch.md), in the same way.
 
