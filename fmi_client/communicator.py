@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -114,9 +114,10 @@ class Communicator(Operations):
         self._endpoint.look()
         for _ in range(LOOP_TURNS):
             await asyncio.sleep(0)
-        self._raise_ended("poll")
+        self.raise_ended("poll")
 
-    def _child(self, group: list[int], context: int) -> Self:
+    def part(self, group: Sequence[int], context: int) -> Self:
+        """Return a communicator of some ranks of the job; see `Caller.part`."""
         return type(self)(self._endpoint, group, context, self.timeout, whole_job=False)
 
     def abort(self, reason: str = "") -> Awaitable[None]:

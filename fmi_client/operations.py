@@ -392,7 +392,7 @@ class Operations(Caller):
             timeout: seconds; also the new communicator's default is this one's.
         """
         group = None if color is None else operator.index(color)
-        steps = self._split(group, operator.index(key), self._seq)
+        steps = self._split(group, operator.index(key), self.seq)
         return self._collective("split()", steps, timeout)
 
     def _split(self, color: int | None, key: int, seq: int) -> Steps[Self | None]:
@@ -400,8 +400,8 @@ class Operations(Caller):
         if color is None:
             return None
         members = sorted((k, r) for r, (c, k) in enumerate(everybody) if c == color)
-        context = context_of(f"{self._context} {seq} {color}")
-        return self._child([self._group[r] for _, r in members], context)
+        context = context_of(f"{self.context} {seq} {color}")
+        return self.part([self.group[r] for _, r in members], context)
 
     def abort(self, reason: str = "") -> Any:
         """End the job on all ranks: whatever they wait for raises `Aborted(by, reason)`.
@@ -452,13 +452,10 @@ class Operations(Caller):
         joined = getattr(self._endpoint, "join_seconds", 0.0)
         return {
             "join_seconds": joined,
-            "operations": self._seq,
+            "operations": self.seq,
             "collective_seconds": self._collective_seconds,
             "links": links,
         }
-
-    def _child(self, group: list[int], context: int) -> Self:
-        raise NotImplementedError
 
     # -------------------------------------------------------------------- checks
     def _check_rank(self, rank: int, name: str) -> None:
