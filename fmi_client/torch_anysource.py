@@ -16,9 +16,7 @@ from fmi_client.transport.link import Link
 OP = "recv from any source"
 
 
-async def recv_any(
-    comm: Communicator, tag: int, *, timeout: float | None = None
-) -> tuple[int, Any]:
+async def recv_any(comm: Communicator, tag: int) -> tuple[int, Any]:
     """Receive from whichever other rank's message of `tag` comes first.
 
     Makes the links with all ranks of the communicator.
@@ -27,15 +25,15 @@ async def recv_any(
         The sender's rank, and what it sent.
 
     Raises:
-        CollectiveTimeout: nobody sent anything in time.
+        CollectiveTimeout: nobody sent anything within the communicator's timeout.
         FmiError: the job is over.
     """
     first = _First(comm, tag)
     try:
-        source, receive = await asyncio.wait_for(first.found, comm.seconds(timeout))
+        source, receive = await asyncio.wait_for(first.found, comm.seconds(None))
     except TimeoutError:
-        why = "no rank sent anything in time"
-        raise CollectiveTimeout(why, rank=comm.rank, op=OP) from None
+        why = f"no rank sent anything within {comm.timeout:.3g} s"
+        raise CollectiveTimeout(why, rank=comm.world_rank, op=OP) from None
     finally:
         first.cancel()
     comm.raise_ended(OP)
