@@ -17,7 +17,7 @@ import numpy as np
 from fmi_client import collectives, delivery, reductions
 from fmi_client.calls import Caller, context_of
 from fmi_client.collectives import Steps
-from fmi_client.model import Model, calibrate
+from fmi_client.cost_model import Model, calibrate
 from fmi_client.ops import SUM, Op, as_op
 from fmi_client.payloads import Array, is_array, pack, unpack
 from fmi_client.protocol.inbox import Receive
