@@ -103,12 +103,15 @@ class Operations(Caller):
     ) -> Any:
         """Send to `dest` and receive from `source` (default: `dest`) at the same time.
 
-        Arguments, result and errors are those of `send` and `recv`.
+        Arguments, result and errors are those of `send` and `recv`; `out` may be `obj`.
         """
         source = dest if source is None else source
         self._check_rank(dest, "dest")
         self._check_rank(source, "source")
-        step = collectives.Step(dest, pack(obj), source, delivery.memory(out))
+        payload, into = pack(obj), delivery.memory(out)
+        if into is not None and any(np.may_share_memory(into, part) for part in payload.parts):
+            into = None  # what comes must not overwrite what has not left yet
+        step = collectives.Step(dest, payload, source, into)
         steps = _one(step, partial(delivery.received, out=out))
         return self._point("sendrecv", tag, steps, timeout)
 

@@ -362,6 +362,20 @@ async def test_out_of_every_array_taking_method() -> None:
     await run_ranks(size, rank)
 
 
+@pytest.mark.parametrize("count", [1, 1_000_000])
+async def test_sendrecv_may_receive_into_what_it_sends(count: int) -> None:
+    async def work(comm: Communicator) -> None:
+        both = np.zeros(count + 1)
+        mine = both[:count]
+        mine[:] = comm.rank
+        assert await comm.sendrecv(mine, 1 - comm.rank, out=mine) is mine
+        assert (mine == 1 - comm.rank).all()
+        await comm.sendrecv(mine, 1 - comm.rank, out=both[1:])  # a part of it, too
+        assert (both[1:] == comm.rank).all()
+
+    await run_ranks(2, work)
+
+
 async def test_split_makes_groups_that_do_not_hear_each_other() -> None:
     async def rank(comm: Communicator) -> Any:
         half = await comm.split(comm.rank % 2, key=-comm.rank)
