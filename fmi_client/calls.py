@@ -100,8 +100,8 @@ class Call:
 class Caller:
     """A rank's place in a communicator, and the operations that it has under way.
 
-    What has no underscore is for all modules of this package; `rank`, `size` and `timeout` are for
-    users, too.
+    What has no underscore is for all modules of this package; `rank`, `size`, `group` and `timeout`
+    are for users, too.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Caller:
         self._endpoint = endpoint
         self._collective_seconds = 0.0
         self.group = group
-        """The members' ranks in the job, in the order of their ranks here; errors name these."""
+        """The members' numbers in the job, by their ranks here: 0 … size - 1, except after `split`."""
         self.world_rank: int = endpoint.rank
         """This process's number in the job."""
         self.context = context
@@ -147,11 +147,12 @@ class Caller:
         raise NotImplementedError
 
     def _collective(self, signature: str, steps: Steps[Any], timeout: float | None) -> Any:
-        seq = self.seq
-        self.seq += 1
         name, encoded = _signed(signature)
-        key = (COLLECTIVE, self.context, seq)
-        return self._run(Call(name, key, encoded, steps, self.seconds(timeout)))
+        call = Call(
+            name, (COLLECTIVE, self.context, self.seq), encoded, steps, self.seconds(timeout)
+        )
+        self.seq += 1  # only now: what is refused has no number
+        return self._run(call)
 
     def _spent(self, call: Call, seconds: float) -> None:
         if call.collective:

@@ -376,6 +376,41 @@ async def test_sendrecv_may_receive_into_what_it_sends(count: int) -> None:
     await run_ranks(2, work)
 
 
+FROZEN = np.zeros(2)
+FROZEN.flags.writeable = False
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments", "options", "text"),
+    [
+        ("gather", [FROZEN], {"out": np.zeros((3, 2))}, "room for 3 items, not .* of 2 ranks"),
+        ("allgather", [FROZEN], {"out": [np.zeros(2)]}, "room for 1 items"),
+        ("alltoall", [[FROZEN] * 2], {"out": np.zeros(())}, "room for 0 items"),
+        ("allgather", [FROZEN], {"out": "room"}, "not str"),
+        ("allgather", [FROZEN], {"out": ["room", "room"]}, "not str"),
+        ("allgather", [FROZEN], {"out": [FROZEN, FROZEN]}, "read-only"),
+        ("scatter", [[FROZEN] * 2], {"out": FROZEN}, "read-only"),
+        ("bcast", [FROZEN], {"out": [0, 0]}, "not list"),
+        ("recv", [1], {"out": [0, 0]}, "not list"),
+        ("allreduce", [1], {"algorithm": "ring"}, "commutative operations only"),
+        ("allreduce", [FROZEN], {"algorithm": "rign"}, "none of doubling, halving, ring"),
+        ("barrier", [], {"timeout": -1}, "timeout=-1 is not a number of seconds"),
+    ],
+)
+async def test_a_wrong_argument_is_said_before_anything_is_sent(
+    operation: str, arguments: list[Any], options: dict[str, Any], text: str
+) -> None:
+    """The job goes on, as the call took no number."""
+
+    async def work(comm: Communicator) -> Any:
+        if comm.rank == 0:
+            with pytest.raises((TypeError, ValueError), match=text):
+                await getattr(comm, operation)(*arguments, **options)
+        return await comm.allreduce(1)
+
+    assert await run_ranks(2, work) == [2, 2]
+
+
 async def test_split_makes_groups_that_do_not_hear_each_other() -> None:
     async def rank(comm: Communicator) -> Any:
         half = await comm.split(comm.rank % 2, key=-comm.rank)
