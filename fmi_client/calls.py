@@ -117,7 +117,7 @@ class Caller:
         self._endpoint = endpoint
         self._collective_seconds = 0.0
         self.group = group
-        """The members' numbers in the job, by their ranks here: 0 … size - 1, except after `split`."""
+        """The members' numbers in the job, by rank: 0 … size - 1, unless `split` made it."""
         self.world_rank: int = endpoint.rank
         """This process's number in the job."""
         self.context = context
