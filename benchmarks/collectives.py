@@ -25,7 +25,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import raw, report
+from benchmarks import collectives_report as report
+from benchmarks import raw
 from benchmarks.peers import NAMES
 from benchmarks.start import ROOT, say, serve
 from lambda_worker.versions import installed

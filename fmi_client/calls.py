@@ -277,8 +277,13 @@ class Caller:
         return self.link(step.dest).withdraw(sent)
 
     def _interrupted(self, call: Call, error: BaseException) -> None:
-        """Something of ours stopped the call in the middle: the others must not wait for it."""
+        """An error stopped the call in the middle: the others must not wait for it."""
         if self._endpoint.failure is not None:
+            return
+        if isinstance(error, FmiError):  # of ours, or about what came
+            error.at(rank=self.world_rank, op=call.op, seq=_seq(call))
+            if call.collective:
+                self._endpoint.give_up(error)
             return
         intact = call.under_way is None or self._withdraw(call.under_way)
         if call.collective or not intact:

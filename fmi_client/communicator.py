@@ -12,7 +12,6 @@ from fmi_client import channels
 from fmi_client.calls import LAST_SECONDS, STUCK_SECONDS, Call, UnderWay
 from fmi_client.collectives import Step
 from fmi_client.endpoint import Endpoint, MemoryEndpoint
-from fmi_client.errors import FmiError
 from fmi_client.hints import Choice
 from fmi_client.join_request import JoinRequest
 from fmi_client.joining import LEAVE_SECONDS, ask_before
@@ -44,8 +43,6 @@ class Communicator(Operations):
                 step = call.steps.send(await self._perform(step, call, deadline, loop))
         except StopIteration as stop:
             return stop.value
-        except FmiError:
-            raise
         except BaseException as error:
             self._interrupted(call, error)
             raise

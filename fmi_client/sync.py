@@ -83,8 +83,6 @@ class Communicator(Operations):
                 step = call.steps.send(self._perform(step, call, deadline))
         except StopIteration as stop:
             return stop.value
-        except FmiError:
-            raise
         except BaseException as error:
             self._interrupted(call, error)
             raise
@@ -267,8 +265,7 @@ class Request:
         except StopIteration as stop:
             self._end(stop.value, None)
         except Exception as error:
-            if not isinstance(error, FmiError):
-                comm._interrupted(call, error)
+            comm._interrupted(call, error)
             self._end(None, error)
 
     def _call_back(self, under_way: UnderWay) -> None:
@@ -312,11 +309,11 @@ class Request:
                 comm._sleep(call, lambda: self._ended, self._deadline)
                 if not self._ended and call.under_way is not None:
                     comm._check(call, call.under_way)
-            except FmiError as error:
-                self._end(None, error)
             except BaseException as error:
                 comm._interrupted(call, error)
-                raise
+                if not isinstance(error, FmiError):
+                    raise
+                self._end(None, error)
         if self._error is not None:
             raise self._error.fresh() if isinstance(self._error, FmiError) else self._error
         return self._result
