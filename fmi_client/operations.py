@@ -265,7 +265,7 @@ class Operations(Movement):
         """End the job on all ranks: whatever they wait for raises `Aborted(by, reason)`.
 
         Takes effect at once (awaiting it is allowed, not needed) and does not raise here; the
-        next operation on this rank does. After the job's end it does nothing.
+        next operation on this rank does. After the job's end it changes nothing.
 
         Args:
             reason: what the errors say, as ``reason``.

@@ -51,6 +51,10 @@ class Communicator(Operations):
 
     `connect` makes it; as ``with`` it leaves the job at the end, and an exception inside aborts it
     on all ranks. For one thread only.
+
+    ``i…`` take the arguments of the operations that they begin. A wrong argument, and that the job
+    is over, they say themselves; whatever goes wrong later, `Request.wait` raises. Several may be
+    under way, also beside operations that wait; all ranks must begin collectives in the same order.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Communicator(Operations):
         self._reactor = reactor
         self._skip = self._skips = 0
         self._begin_only = False
+        """Whether `_run` begins what it is given, and returns it as a request."""
 
     def _run(self, call: Call) -> Any:
         if self._begin_only:
@@ -162,29 +167,29 @@ class Communicator(Operations):
 
     # ------------------------------------------------------- without waiting for it
     def isend(self, obj: Any, dest: int, tag: int = 0, *, timeout: float | None = None) -> Request:
-        """Begin to `send`."""
+        """Begin to `send`; ``wait()`` returns when the system has taken it all."""
         return self._started(self.send, obj, dest, tag, timeout=timeout)
 
     def irecv(
         self, source: int, tag: int = 0, *, out: Any = None, timeout: float | None = None
     ) -> Request:
-        """Begin to `recv`; ``wait()`` returns the object."""
+        """Begin to `recv`; ``wait()`` returns the object, or `out`."""
         return self._started(self.recv, source, tag, out=out, timeout=timeout)
 
     def ibarrier(self, *, timeout: float | None = None) -> Request:
-        """Begin a `barrier`."""
+        """Begin a `barrier`; ``wait()`` returns when all ranks have begun it."""
         return self._started(self.barrier, timeout=timeout)
 
     def ibcast(
         self, obj: Any, root: int = 0, *, out: Any = None, timeout: float | None = None
     ) -> Request:
-        """Begin a `bcast`; ``wait()`` returns the root's object."""
+        """Begin a `bcast`; ``wait()`` returns the root's object, or `out`."""
         return self._started(self.bcast, obj, root, out=out, timeout=timeout)
 
     def iallreduce(
         self, obj: Any, op: OpLike = SUM, *, out: Any = None, timeout: float | None = None
     ) -> Request:
-        """Begin an `allreduce`; ``wait()`` returns the combination."""
+        """Begin an `allreduce`; ``wait()`` returns the combination, or `out`."""
         return self._started(self.allreduce, obj, op, out=out, timeout=timeout)
 
     def _started(self, operation: Callable[..., Any], *args: Any, **options: Any) -> Request:
@@ -204,7 +209,8 @@ class Communicator(Operations):
     def close(self) -> None:
         """Leave the job in order; a communicator made by `split` leaves nothing.
 
-        Waits some seconds at most for the server to hear of it. The second time nothing happens.
+        Waits some seconds at most for the server to hear of it, and raises no error of the job. The
+        second time nothing happens. The others go on; one that needs us raises `RankFailed`.
         """
         reactor = self._reactor
         if not self._whole_job or reactor.closed:
@@ -295,13 +301,14 @@ class Request:
         self._comm._ended(self._call)
 
     def wait(self) -> Any:
-        """Return the operation's result when it is there; again, if called again.
+        """Return the operation's result when it is there; the same, if called again.
 
         Returns:
             what the blocking operation would have returned.
 
         Raises:
-            FmiError: what the blocking operation would have raised.
+            TypeError, ValueError, FmiError: what the blocking operation would have raised, and with
+                the same consequences.
         """
         comm, call = self._comm, self._call
         if not self._ended:

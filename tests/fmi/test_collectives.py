@@ -417,6 +417,7 @@ async def test_split_makes_groups_that_do_not_hear_each_other() -> None:
         none = await comm.split(None if comm.rank else 1)
         assert (none is None) == (comm.rank > 0)
         members = await half.allgather(comm.rank)
+        assert list(half.group) == members
         both = await asyncio.gather(half.allreduce(comm.rank), comm.allreduce(comm.rank))
         quarter = await half.split(half.rank // 2)
         return [half.rank, half.size, members, both, await quarter.allgather(comm.rank)]
