@@ -362,6 +362,62 @@ async def test_out_of_every_array_taking_method() -> None:
     await run_ranks(size, rank)
 
 
+IN_PLACE: dict[str, Any] = {
+    "bcast": lambda comm, mine: comm.bcast(mine, 1, out=mine),
+    "reduce": lambda comm, mine: comm.reduce(mine, root=1, out=mine),
+    "allreduce": lambda comm, mine: comm.allreduce(mine, out=mine),
+    "scan": lambda comm, mine: comm.scan(mine, out=mine),
+    "exscan": lambda comm, mine: comm.exscan(mine, out=mine),
+    "alltoall": lambda comm, mine: comm.alltoall(mine, out=mine),
+    "allgather": lambda comm, mine: comm.allgather(mine[comm.rank], out=mine),
+    "gather": lambda comm, mine: comm.gather(mine[comm.rank], 1, out=mine),
+    "scatter": lambda comm, mine: comm.scatter(mine, 1, out=mine[comm.rank]),
+    "sendrecv": lambda comm, mine: comm.sendrecv(
+        mine, (comm.rank + 1) % 3, (comm.rank - 1) % 3, out=mine
+    ),
+}
+
+
+def in_place(method: str, rank: int, inputs: Any) -> Any:
+    """What `rank` of three has afterwards; `inputs` are three rows of each rank."""
+    mine, diagonal = inputs[rank].copy(), [inputs[other][other] for other in range(3)]
+    match method:
+        case "bcast":
+            return inputs[1]
+        case "reduce":
+            return inputs.sum(0) if rank == 1 else mine
+        case "allreduce":
+            return inputs.sum(0)
+        case "scan":
+            return inputs[: rank + 1].sum(0)
+        case "exscan":
+            return inputs[:rank].sum(0) if rank else mine
+        case "alltoall":
+            return inputs[:, rank]
+        case "allgather":
+            return diagonal
+        case "gather":
+            return diagonal if rank == 1 else mine
+        case "scatter":
+            mine[rank] = inputs[1][rank]
+            return mine
+    return inputs[rank - 1]
+
+
+@pytest.mark.parametrize("links", ["memory", "tcp"])
+@pytest.mark.parametrize("columns", [1, 60_000])
+@pytest.mark.parametrize("method", IN_PLACE)
+async def test_out_may_be_the_input(method: str, columns: int, links: str) -> None:
+    inputs = np.random.default_rng(0).integers(0, 9, (3, 3, columns)).astype(float)
+
+    async def work(comm: Communicator) -> None:
+        mine = inputs[comm.rank].copy()
+        await IN_PLACE[method](comm, mine)
+        assert np.array_equal(mine, in_place(method, comm.rank, inputs))
+
+    await run_ranks(3, work, links)
+
+
 @pytest.mark.parametrize("count", [1, 1_000_000])
 async def test_sendrecv_may_receive_into_what_it_sends(count: int) -> None:
     async def work(comm: Communicator) -> None:
