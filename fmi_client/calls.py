@@ -217,12 +217,7 @@ class Caller:
         """Raise what went wrong in a step; it is done, or nobody found out in time why not."""
         if not under_way.done:
             self._raise_failure(call)
-            raise CollectiveTimeout(
-                "no answer, and no word of who is missing",
-                rank=self.world_rank,
-                op=call.op,
-                seq=_seq(call),
-            )
+            raise CollectiveTimeout("no answer, and no word of who is missing")
         if under_way.well:
             return
         for half, peer in under_way.halves():
@@ -233,11 +228,7 @@ class Caller:
                 self._endpoint.mismatch(world, call.signature, error.theirs, call.key[2])
             self._raise_failure(call)
             if isinstance(error, FmiError):
-                error = error.fresh().at(
-                    rank=self.world_rank, peer=world, op=call.op, seq=_seq(call)
-                )
-                if call.collective:
-                    self._endpoint.give_up(error)
+                error = error.fresh().at(peer=world)
             raise error
 
     def _late(self, call: Call, under_way: UnderWay) -> None:
@@ -257,12 +248,8 @@ class Caller:
             self._endpoint.late(event, self.group)
             return
         intact = self._withdraw(under_way)
-        error = CollectiveTimeout(
-            f"no answer from rank {some_ranks(sorted(missing))} {within}",
-            missing=sorted(missing),
-            rank=self.world_rank,
-            op=call.op,
-        )
+        why = f"no answer from rank {some_ranks(sorted(missing))} {within}"
+        error = CollectiveTimeout(why, missing=sorted(missing)).at(rank=self.world_rank, op=call.op)
         if not intact:
             self._endpoint.give_up(error)
         raise error
@@ -277,17 +264,15 @@ class Caller:
         return self.link(step.dest).withdraw(sent)
 
     def _interrupted(self, call: Call, error: BaseException) -> None:
-        """An error stopped the call in the middle: the others must not wait for it."""
-        if self._endpoint.failure is not None:
-            return
-        if isinstance(error, FmiError):  # of ours, or about what came
+        """An error stopped the call: it learns its place, and the others not to wait for us."""
+        if isinstance(error, FmiError):
             error.at(rank=self.world_rank, op=call.op, seq=_seq(call))
             if call.collective:
                 self._endpoint.give_up(error)
-            return
-        intact = call.under_way is None or self._withdraw(call.under_way)
-        if call.collective or not intact:
-            self._abort(f"{_name(error)} during {call.op}")
+        elif self._endpoint.failure is None:
+            intact = call.under_way is None or self._withdraw(call.under_way)
+            if call.collective or not intact:
+                self._abort(f"{_name(error)} during {call.op}")
 
     def _tell_error(self, error: BaseException) -> None:
         """The caller's code raised: the others would wait for us in vain."""

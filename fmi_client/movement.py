@@ -270,9 +270,15 @@ class Movement(Caller):
             raise ValueError(f"{name}={rank} is not a rank of a communicator of {self.size}")
 
     def _check_items(self, objs: Sequence[Any] | None, name: str) -> Sequence[Any]:
-        if objs is None or len(objs) != self.size:
-            found = "None" if objs is None else f"{len(objs)} items"
-            raise ValueError(f"{name} needs a list of {self.size} items, one a rank, not {found}")
+        wanted = f"{name} needs a list of {self.size} items, one a rank"
+        if objs is None:
+            raise ValueError(f"{wanted}, not None")
+        try:
+            count = len(objs)
+        except TypeError:
+            raise TypeError(f"{wanted}, not {type(objs).__name__}") from None
+        if count != self.size:
+            raise ValueError(f"{wanted}, not {count} items")
         return objs
 
 

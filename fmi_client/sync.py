@@ -292,6 +292,7 @@ class Request:
         try:
             self._comm._check(self._call, under_way)
         except Exception as error:
+            self._comm._interrupted(self._call, error)
             self._end(None, error)
         else:
             self._advance(under_way.received)

@@ -447,6 +447,8 @@ FROZEN.flags.writeable = False
         ("allgather", [FROZEN], {"out": [FROZEN, FROZEN]}, "read-only"),
         ("scatter", [[FROZEN] * 2], {"out": FROZEN}, "read-only"),
         ("bcast", [FROZEN], {"out": [0, 0]}, "not list"),
+        ("scatter", [7], {}, "a list of 2 items, one a rank, not int"),
+        ("alltoall", [None], {}, "not None"),
         ("recv", [1], {"out": [0, 0]}, "not list"),
         ("allreduce", [1], {"algorithm": "ring"}, "commutative operations only"),
         ("allreduce", [FROZEN], {"algorithm": "rign"}, "none of doubling, halving, ring"),
