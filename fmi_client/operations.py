@@ -67,7 +67,8 @@ class Operations(Movement):
         """Combine everybody's `obj` at the root.
 
         Args:
-            obj, op: as of `allreduce`.
+            obj: as of `allreduce`.
+            op: as of `allreduce`.
             root: rank in this communicator.
             out: at the root, array for the result, of the input's dtype and shape; may be the
                 input. Ignored elsewhere.

@@ -124,7 +124,7 @@ class Communicator(Operations):
         """Return the quickest way to find out whether a step is done."""
         source = under_way.step.source
         if source is not None and under_way.only_receiving:
-            return self._endpoint.links[self.group[source]].read
+            return self.link(source).read
         return partial(self._reactor.poll, 0.0)
 
     def _wait(self, call: Call, under_way: UnderWay, deadline: float) -> None:
