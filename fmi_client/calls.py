@@ -169,11 +169,19 @@ class Caller:
         return self._run(Call(op, key, b"", steps, self.seconds(timeout)))
 
     def seconds(self, timeout: float | None) -> float:
-        """Return how long an operation may take that was given this ``timeout=``."""
+        """Return how long an operation may take that was given this ``timeout=``.
+
+        Raises:
+            TypeError, ValueError: that is no number from 0 on.
+        """
         seconds = self.timeout if timeout is None else timeout
-        if not seconds >= 0:
-            raise ValueError(f"timeout={seconds} is not a number of seconds from 0 on")
-        return min(seconds, MAX_SECONDS)
+        kind: type[Exception] = ValueError
+        try:
+            if seconds >= 0:
+                return min(seconds, MAX_SECONDS)
+        except TypeError:
+            kind = TypeError
+        raise kind(f"timeout={seconds!r} is not a number of seconds from 0 on")
 
     def _begin(self, call: Call) -> None:
         if self._endpoint.failure is None and call.collective:

@@ -250,8 +250,11 @@ class Operations(Movement):
             TypeError: `color` or `key` is no integer.
             FmiError: it failed on all ranks, and the job is over; see the class.
         """
-        group = None if color is None else operator.index(color)
-        steps = self._split(group, operator.index(key), self.seq)
+        try:
+            group = None if color is None else operator.index(color)
+            steps = self._split(group, operator.index(key), self.seq)
+        except TypeError:
+            raise TypeError(f"color={color!r}, key={key!r}: split needs integers") from None
         return self._collective("split()", steps, timeout)
 
     def _split(self, color: int | None, key: int, seq: int) -> Steps[Self | None]:

@@ -135,6 +135,9 @@ FROZEN.flags.writeable = False
         ("allreduce", [1], {"algorithm": "ring"}, "commutative operations only"),
         ("allreduce", [FROZEN], {"algorithm": "rign"}, "none of doubling, halving, ring"),
         ("barrier", [], {"timeout": -1}, "timeout=-1 is not a number of seconds"),
+        ("barrier", [], {"timeout": "5"}, "timeout='5' is not a number of seconds"),
+        ("split", ["red"], {}, "color='red', key=0: split needs integers"),
+        ("allreduce", [np.zeros(2, "M8[s]")], {}, r"sum is not defined for arrays of datetime64"),
     ],
 )
 async def test_a_wrong_argument_is_said_before_anything_is_sent(
