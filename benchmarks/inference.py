@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -19,16 +18,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks import inference_report, loops
-from benchmarks.start import ROOT, say
-from lambda_worker.versions import installed
-from workflow.environment import cpu
+from benchmarks.start import ROOT, about, say
 
 ENGINES = ("torch-fp32", "torch-bf16", "onnx-fp32", "openvino-fp32", "openvino-bf16")
 MARKS = "<!-- inference -->\n", "<!-- /inference -->\n"
@@ -48,7 +44,7 @@ def main(
     """Compare inference loops; with five rounds and all engines some twelve minutes."""
     sizes = [int(word) for word in batches.split(",")]
     out.mkdir(parents=True, exist_ok=True)
-    document: Record = {"about": _about(), "records": []}
+    document: Record = {"about": about(*PACKAGES), "records": []}
     with tempfile.TemporaryDirectory() as folder:
         _prepare(Path(folder))
         names = [e for e in engines.split(",") if e] or _available(folder)
@@ -76,17 +72,6 @@ def _slots(names: list[str]) -> list[tuple[str, int, int]]:
     slots = [(name, *layout) for name in names for layout in layouts]
     alone = [(name, 1, 1) for name in names if name.endswith(("fp32", "reference")) and cores > 1]
     return [*slots, *alone, ("profiled", 1, cores)]
-
-
-def _about() -> Record:
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cpu": cpu(),
-        "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "versions": {name: installed(name) for name in PACKAGES},
-    }
 
 
 def _prepare(folder: Path) -> None:

@@ -6,7 +6,6 @@ process makes several thousand ranks a second, about as many as a server takes o
 
 from __future__ import annotations
 
-import argparse
 import os
 import select
 import socket
@@ -14,7 +13,9 @@ import struct
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+import typer
 
 from benchmarks.start import SECRET, Watched, run_ranks, watch
 from fmi_client.hosts import parse_endpoint
@@ -169,20 +170,20 @@ def crowd(server: Watched, size: int, processes: int = PROCESSES) -> float:
     return float(max(end for _, end, _ in times) - first)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--joins", type=int, default=20_000)
-    parser.add_argument("--crowd", type=int, default=10_000, help="ranks of one job")
-    arguments = parser.parse_args()
+def main(
+    joins: Annotated[int, typer.Option(min=PROCESSES, help="Ranks, in jobs of four.")] = 20_000,
+    size: Annotated[int, typer.Option("--crowd", min=1, help="Ranks of one job.")] = 10_000,
+) -> None:
+    """Measure how many ranks a server takes in a second, and how soon all of one job are in."""
     with watch() as server:
-        done = burst(server, arguments.joins)
+        done = burst(server, joins)
         print(f"{done.joins / done.wall:,.0f} joins/s, {done.per_core:,.0f} per core of the server")
         seconds = sequence(server, 1000, "sequence")
         print(
             f"one after the other: p50 {seconds[500] * 1e3:.2f} ms, p99 {seconds[990] * 1e3:.2f} ms"
         )
-        print(f"{arguments.crowd} ranks of one job: {crowd(server, arguments.crowd):.2f} s")
+        print(f"{size} ranks of one job: {crowd(server, size):.2f} s")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

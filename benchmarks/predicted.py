@@ -19,7 +19,7 @@ import typer
 
 from benchmarks.start import run_ranks, serve
 from fmi_client import sync
-from fmi_client.model import OPERATIONS, Model
+from fmi_client.cost_model import OPERATIONS, Model
 
 SIZES = (1 << 10, 1 << 20, 16 << 20)
 REPETITIONS = 7

@@ -7,7 +7,6 @@ round the jobs are let end, and what the server and that one process hold is tak
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import multiprocessing
 import os
@@ -19,9 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import typer
 
 import fmi_client
 from benchmarks.joins import EXPIRES, jobs, join_all
@@ -255,13 +255,13 @@ def slope(samples: list[Sample], seconds: float = 1200.0) -> float:
     return float(per_second) * seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=int, default=30)
-    parser.add_argument("--jobs", type=int, default=100, help="a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    record = soak(arguments.minutes, 57.0, arguments.jobs, arguments.seed)
+def main(
+    minutes: Annotated[int, typer.Option(min=1, help="How long.")] = 30,
+    count: Annotated[int, typer.Option("--jobs", min=1, help="Jobs in a minute.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of what is drawn: sizes, and who dies when.")] = 0,
+) -> None:
+    """Run jobs some of whose ranks are killed; prints how they ended, and what is still held."""
+    record = soak(minutes, 57.0, count, seed)
     first, last = record.samples[0], record.samples[-1]
     print(f"{record.jobs} jobs, {record.ranks} ranks, {record.killed} killed: {dict(record.ends)}")
     print(f"server: {first.server} -> {last.server}")
@@ -270,4 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

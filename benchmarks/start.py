@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -122,6 +124,21 @@ def round_trip(comm: sync.Communicator, array: Any) -> float:
         comm.recv(0, out=array)
         comm.send(array, 0)
     return time.perf_counter() - start
+
+
+def about(*packages: str) -> dict[str, Any]:
+    """Return the day, the machine and the versions of `packages`, for the head of a report."""
+    from lambda_worker.versions import installed
+    from workflow.environment import cpu
+
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cpu": cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "versions": {name: installed(name) for name in packages},
+    }
 
 
 def say(text: str) -> None:

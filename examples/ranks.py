@@ -41,9 +41,9 @@ def main(work: Callable[[sync.Communicator], bool]) -> None:
     """
     if "FMI_RANK" in os.environ:
         sys.exit(_be_rank(work))
-    from examples.launch import run_example
+    from workflow.launch import run_self
 
-    run_example()
+    run_self()
 
 
 def _be_rank(work: Callable[[sync.Communicator], bool]) -> int:

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from fmi_client.communicator import Communicator as Communicator
     from fmi_client.communicator import connect as connect
     from fmi_client.communicator import memory_world as memory_world
+    from fmi_client.cost_model import Model as Model
     from fmi_client.errors import *  # noqa: F403
     from fmi_client.hints import Choice as Choice
     from fmi_client.hints import Prices as Prices
     from fmi_client.hints import choose as choose
-    from fmi_client.model import Model as Model
     from fmi_client.ops import BAND as BAND
     from fmi_client.ops import BOR as BOR
     from fmi_client.ops import BXOR as BXOR
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "fmi_client.communicator": ("Communicator", "connect", "memory_world"),
     "fmi_client.hints": ("Choice", "Prices", "choose"),
-    "fmi_client.model": ("Model",),
+    "fmi_client.cost_model": ("Model",),
     "fmi_client.ops": (
         *("SUM", "PROD", "MIN", "MAX", "LAND", "LOR", "BAND", "BOR", "BXOR"),
         *("MINLOC", "MAXLOC", "Op", "custom"),

@@ -17,11 +17,7 @@ from functools import partial
 from typing import Any
 
 from fmi_client.communicator import Communicator, connect
-from fmi_client.errors import Aborted, CollectiveTimeout, FmiError
-from fmi_client.payloads import unpack
-from fmi_client.protocol.peer import POINT_TO_POINT
-from fmi_client.protocol.transfers import Receive
-from fmi_client.transport.link import Link
+from fmi_client.errors import Aborted, FmiError
 
 CLOSE_SECONDS = 10.0
 """Leaving is limited by itself; so long a thread may take that gets no time to run."""
@@ -58,10 +54,6 @@ class Background:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
         self._loop.close()
-
-    def part(self, ranks: list[int], context: int) -> Communicator:
-        """Return a communicator of some ranks of the job, which all must name alike."""
-        return self.comm._child(ranks, context)
 
     def submit(self, begin: Begin, then: Sequence[Callable[[], None]] = ()) -> Future[Any]:
         """Let the thread call `begin`, await what it returns, and call all of `then`.
@@ -139,64 +131,3 @@ async def _await(awaitable: Awaitable[Any], then: Sequence[Callable[[], None]]) 
     for call in then:
         call()
     return result
-
-
-async def recv_any(
-    comm: Communicator, tag: int, *, timeout: float | None = None
-) -> tuple[int, Any]:
-    """Receive from whichever other rank's message of `tag` comes first.
-
-    Makes the links with all ranks of the communicator.
-
-    Returns:
-        The sender's rank, and what it sent.
-
-    Raises:
-        CollectiveTimeout: nobody sent anything in time.
-        FmiError: the job is over.
-    """
-    first = _First(comm, tag)
-    try:
-        source, receive = await asyncio.wait_for(first.found, comm._seconds(timeout))
-    except TimeoutError:
-        why = "no rank sent anything in time"
-        raise CollectiveTimeout(why, rank=comm.rank, op="recv from any source") from None
-    finally:
-        first.cancel()
-    comm._raise_ended("recv from any source")
-    if receive.error is not None:
-        raise receive.error
-    return source, unpack(receive.meta, receive.data)
-
-
-class _First:
-    """Receives posted on the links with all other ranks, of which the first to end stays."""
-
-    def __init__(self, comm: Communicator, tag: int) -> None:
-        self.found: asyncio.Future[tuple[int, Receive]]
-        self.found = asyncio.get_running_loop().create_future()
-        self._posted: dict[int, tuple[Link, Receive]] = {}
-        self._left = comm.size - 1  # how many may still send
-        for source, world in enumerate(comm._group):
-            if source != comm.rank and not self.found.done():
-                key = (POINT_TO_POINT, comm._context, tag)
-                self._post(source, comm._endpoint.link(world), Receive(key, b"", None))
-
-    def _post(self, source: int, link: Link, receive: Receive) -> None:
-        receive.on_done = partial(self._hear, source)
-        self._posted[source] = link, receive
-        link.post(receive)
-
-    def _hear(self, source: int) -> None:
-        _, receive = self._posted.pop(source)
-        self._left -= receive.error is not None
-        if receive.error is not None and self._left:
-            return  # that rank has left; another one may still send, or be asked next
-        self.cancel()  # at once: a second message must stay for who receives next
-        if not self.found.done():
-            self.found.set_result((source, receive))
-
-    def cancel(self) -> None:
-        for link, receive in self._posted.values():
-            link.cancel(receive)
-        self._posted.clear()

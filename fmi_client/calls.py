@@ -11,7 +11,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from fmi_client import collectives
 from fmi_client.collectives import Steps
@@ -20,6 +20,7 @@ from fmi_client.errors import Aborted, CollectiveTimeout, FmiError
 from fmi_client.protocol.notice import Kind, Notice, some_ranks
 from fmi_client.protocol.peer import COLLECTIVE, POINT_TO_POINT, Key
 from fmi_client.protocol.transfers import Receive, Send, SignatureMismatch
+from fmi_client.transport.link import Link
 
 MAX_TAG = 2**63 - 1
 
@@ -96,7 +97,11 @@ class Call:
 
 
 class Caller:
-    """A rank's place in a communicator, and the operations that it has under way."""
+    """A rank's place in a communicator, and the operations that it has under way.
+
+    What has no underscore is for all modules of this package; `rank`, `size`, `group` and `timeout`
+    are for users, too.
+    """
 
     def __init__(
         self,
@@ -109,26 +114,44 @@ class Caller:
     ) -> None:
         self._whole_job = whole_job  # closing a part of it must not leave the job
         self._endpoint = endpoint
-        self._group = group
-        self._context = context
-        self._seq = 0
         self._collective_seconds = 0.0
+        self.group = group
+        """The members' numbers in the job, by rank: 0 … size - 1, unless `split` made it."""
+        self.world_rank: int = endpoint.rank
+        """This process's number in the job."""
+        self.context = context
+        """Number of the communicator, alike on all its ranks: its messages carry it."""
+        self.seq = 0
+        """How many collectives have begun here, which is the next one's number."""
         self.timeout = timeout
         """Seconds that an operation may take which says nothing else; may be changed."""
-        self.rank = group.index(endpoint.rank)
+        self.rank = group.index(self.world_rank)
         """This process's number in the communicator, from 0."""
         self.size = len(group)
         """How many ranks the communicator has."""
+
+    def part(self, group: Sequence[int], context: int) -> Self:
+        """Return a communicator of some ranks of the job, which all must name alike.
+
+        Args:
+            group, context: as the attributes.
+        """
+        raise NotImplementedError
+
+    def link(self, peer: int) -> Link:
+        """Return the link with a rank of this communicator, which may still have to be made."""
+        return self._endpoint.link(self.group[peer])
 
     def _run(self, call: Call) -> Any:
         raise NotImplementedError
 
     def _collective(self, signature: str, steps: Steps[Any], timeout: float | None) -> Any:
-        seq = self._seq
-        self._seq += 1
         name, encoded = _signed(signature)
-        key = (COLLECTIVE, self._context, seq)
-        return self._run(Call(name, key, encoded, steps, self._seconds(timeout)))
+        call = Call(
+            name, (COLLECTIVE, self.context, self.seq), encoded, steps, self.seconds(timeout)
+        )
+        self.seq += 1  # only now: what is refused has no number
+        return self._run(call)
 
     def _spent(self, call: Call, seconds: float) -> None:
         if call.collective:
@@ -141,29 +164,38 @@ class Caller:
     def _point(self, op: str, tag: int, steps: Steps[Any], timeout: float | None) -> Any:
         if not 0 <= operator.index(tag) <= MAX_TAG:
             raise ValueError(f"tag must be from 0 to 2**63 - 1, not {tag}")
-        key = (POINT_TO_POINT, self._context, int(tag))
-        return self._run(Call(op, key, b"", steps, self._seconds(timeout)))
+        key = (POINT_TO_POINT, self.context, int(tag))
+        return self._run(Call(op, key, b"", steps, self.seconds(timeout)))
 
-    def _seconds(self, timeout: float | None) -> float:
+    def seconds(self, timeout: float | None) -> float:
+        """Return how long an operation may take that was given this ``timeout=``.
+
+        Raises:
+            TypeError, ValueError: that is no number from 0 on.
+        """
         seconds = self.timeout if timeout is None else timeout
-        if not seconds >= 0:
-            raise ValueError(f"timeout={timeout} is not a number of seconds")
-        return min(seconds, MAX_SECONDS)
+        kind: type[Exception] = ValueError
+        try:
+            if seconds >= 0:
+                return min(seconds, MAX_SECONDS)
+        except TypeError:
+            kind = TypeError
+        raise kind(f"timeout={seconds!r} is not a number of seconds from 0 on")
 
     def _begin(self, call: Call) -> None:
         if self._endpoint.failure is None and call.collective:
-            self._endpoint.begin(self._context, call.key[2], call.signature)
+            self._endpoint.begin(self.context, call.key[2], call.signature)
             self._endpoint.running.add(call.key)
         self._raise_failure(call)
 
     def _raise_failure(self, call: Call) -> None:
-        self._raise_ended(call.op, _seq(call))
+        self.raise_ended(call.op, _seq(call))
 
-    def _raise_ended(self, op: str, seq: int | None = None) -> None:
+    def raise_ended(self, op: str, seq: int | None = None) -> None:
         """Raise why the job is over, if it is."""
         failure = self._endpoint.failure
         if failure is not None:
-            raise failure.fresh().at(rank=self._endpoint.rank, op=op, seq=seq)
+            raise failure.fresh().at(rank=self.world_rank, op=op, seq=seq)
 
     def _post(self, step: collectives.Step, call: Call) -> UnderWay:
         """Start a step: the receive first, so that what comes finds its place."""
@@ -172,10 +204,9 @@ class Caller:
         dest, payload, source, into, fold = step
         if source is not None:
             received = Receive(call.key, call.signature, into, fold)
-            self._endpoint.link(self._group[source]).post(received)
+            self.link(source).post(received)
         if dest is not None:
-            link = self._endpoint.link(self._group[dest])
-            sent = link.send(call.key, call.signature, payload)
+            sent = self.link(dest).send(call.key, call.signature, payload)
         call.under_way = UnderWay(step, sent, received)
         return call.under_way
 
@@ -187,39 +218,30 @@ class Caller:
         source = under_way.step.source
         if source is not None and not under_way.received.done:
             _, context, seq = call.key
-            self._endpoint.ask(self._group[source], context, seq, call.signature)
+            self._endpoint.ask(self.group[source], context, seq, call.signature)
 
     def _check(self, call: Call, under_way: UnderWay) -> None:
         """Raise what went wrong in a step; it is done, or nobody found out in time why not."""
         if not under_way.done:
             self._raise_failure(call)
-            raise CollectiveTimeout(
-                "no answer, and no word of who is missing",
-                rank=self._endpoint.rank,
-                op=call.op,
-                seq=_seq(call),
-            )
+            raise CollectiveTimeout("no answer, and no word of who is missing")
         if under_way.well:
             return
         for half, peer in under_way.halves():
             if half.error is None:
                 continue
-            world, error = self._group[peer], half.error
+            world, error = self.group[peer], half.error
             if isinstance(error, SignatureMismatch):
                 self._endpoint.mismatch(world, call.signature, error.theirs, call.key[2])
             self._raise_failure(call)
             if isinstance(error, FmiError):
-                error = error.fresh().at(
-                    rank=self._endpoint.rank, peer=world, op=call.op, seq=_seq(call)
-                )
-                if call.collective:
-                    self._endpoint.give_up(error)
+                error = error.fresh().at(peer=world)
             raise error
 
     def _late(self, call: Call, under_way: UnderWay) -> None:
         """The deadline passed: raise, or (in a collective) let all ranks find who is missing."""
         self._raise_failure(call)
-        missing = {self._group[peer] for half, peer in under_way.halves() if not half.done}
+        missing = {self.group[peer] for half, peer in under_way.halves() if not half.done}
         within = f"within {call.timeout:.3g} s"
         for peer in missing:
             excuse = self._endpoint.excuse(peer)
@@ -228,17 +250,13 @@ class Caller:
                 self._raise_failure(call)
         if call.collective:
             _, context, seq = call.key
-            by, ranks = self._endpoint.rank, tuple(missing)
+            by, ranks = self.world_rank, tuple(missing)
             event = Notice(by, Kind.TIMEOUT, within, call.op, seq, ranks, context)
-            self._endpoint.late(event, self._group)
+            self._endpoint.late(event, self.group)
             return
         intact = self._withdraw(under_way)
-        error = CollectiveTimeout(
-            f"no answer from rank {some_ranks(sorted(missing))} {within}",
-            missing=sorted(missing),
-            rank=self._endpoint.rank,
-            op=call.op,
-        )
+        why = f"no answer from rank {some_ranks(sorted(missing))} {within}"
+        error = CollectiveTimeout(why, missing=sorted(missing)).at(rank=self.world_rank, op=call.op)
         if not intact:
             self._endpoint.give_up(error)
         raise error
@@ -247,18 +265,21 @@ class Caller:
         """Take back a step; False if a message has left in part, so that its link is useless."""
         step, sent, received = under_way
         if received is not None and not received.done and step.source is not None:
-            self._endpoint.link(self._group[step.source]).cancel(received)
+            self.link(step.source).cancel(received)
         if sent is None or sent.done or step.dest is None:
             return True
-        return self._endpoint.link(self._group[step.dest]).withdraw(sent)
+        return self.link(step.dest).withdraw(sent)
 
     def _interrupted(self, call: Call, error: BaseException) -> None:
-        """Something of ours stopped the call in the middle: the others must not wait for it."""
-        if self._endpoint.failure is not None:
-            return
-        intact = call.under_way is None or self._withdraw(call.under_way)
-        if call.collective or not intact:
-            self._abort(f"{_name(error)} during {call.op}")
+        """An error stopped the call: it learns its place, and the others not to wait for us."""
+        if isinstance(error, FmiError):
+            error.at(rank=self.world_rank, op=call.op, seq=_seq(call))
+            if call.collective:
+                self._endpoint.give_up(error)
+        elif self._endpoint.failure is None:
+            intact = call.under_way is None or self._withdraw(call.under_way)
+            if call.collective or not intact:
+                self._abort(f"{_name(error)} during {call.op}")
 
     def _tell_error(self, error: BaseException) -> None:
         """The caller's code raised: the others would wait for us in vain."""
@@ -266,7 +287,7 @@ class Caller:
             self._abort(_name(error))
 
     def _abort(self, reason: str) -> None:
-        by = self._endpoint.rank
+        by = self.world_rank
         self._endpoint.tell(Notice(by, Kind.ABORT, reason))
         self._endpoint.fail(Aborted(by=by, reason=reason, rank=by))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,7 +12,6 @@ from fmi_client import channels
 from fmi_client.calls import LAST_SECONDS, STUCK_SECONDS, Call, UnderWay
 from fmi_client.collectives import Step
 from fmi_client.endpoint import Endpoint, MemoryEndpoint
-from fmi_client.errors import FmiError
 from fmi_client.hints import Choice
 from fmi_client.join_request import JoinRequest
 from fmi_client.joining import LEAVE_SECONDS, Joining, ask_before
@@ -44,8 +43,6 @@ class Communicator(Operations):
                 step = call.steps.send(await self._perform(step, call, deadline, loop))
         except StopIteration as stop:
             return stop.value
-        except FmiError:
-            raise
         except BaseException as error:
             self._interrupted(call, error)
             raise
@@ -114,9 +111,10 @@ class Communicator(Operations):
         self._endpoint.look()
         for _ in range(LOOP_TURNS):
             await asyncio.sleep(0)
-        self._raise_ended("poll")
+        self.raise_ended("poll")
 
-    def _child(self, group: list[int], context: int) -> Self:
+    def part(self, group: Sequence[int], context: int) -> Self:
+        """Return a communicator of some ranks of the job; see `Caller.part`."""
         return type(self)(self._endpoint, group, context, self.timeout, whole_job=False)
 
     def abort(self, reason: str = "") -> Awaitable[None]:

@@ -124,7 +124,8 @@ class Step:
 
     Attributes:
         name: "resolve", "connect", "TLS" (with tls://), "server", "authenticate", "round trip",
-            "address", "NAT", "peers", or "link N" with peer N.
+            "address", "NAT", "peers", "link N" with peer N, or "links" where there is none to try,
+            or one of two other ranks fails.
         status: how it went; a "warning" works all the same.
         text: what was found, for people.
         seconds: how long it took.

@@ -16,8 +16,8 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from fmi_client.cost_model import Model
 from fmi_client.hints import MODELS, PRICES, Choice, Prices, choose
-from fmi_client.model import Model
 from fmi_client.protocol.addresses import format_address
 from fmi_client.protocol.tls import SCHEME
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from fmi_client.model import Model
+from fmi_client.cost_model import Model
 
 HINTS = ("fast", "cheap")
 
@@ -22,7 +22,8 @@ HINTS = ("fast", "cheap")
 class Prices:
     """AWS's list prices in US dollars: us-east-1, x86, without free tier or savings plan.
 
-    Read on 2026-11-24, not from AWS but from pages that quote it; docs/channels.md names them.
+    Those of workflow/prices.toml, which says when and where each was read: not from AWS, but from
+    copies of its lists.
     """
 
     gb_second: float = 0.0000166667  # Lambda; "GB" are 1,024 MB

@@ -2,241 +2,57 @@
 
 Each method checks its arguments, chooses the algorithm and hands it to the driver
 (`_run`). In the async communicator the result is awaited; in the sync one it is returned.
+Those that combine nothing are in `movement`.
 """
 
 from __future__ import annotations
 
 import operator
-import os
-from collections.abc import Callable, Generator, Sequence
-from functools import cache, partial
-from typing import Any, Self, cast, get_args
+from collections.abc import Callable, Generator
+from typing import Any, Self
 
-import numpy as np
-
-from fmi_client import collectives, delivery, reductions
-from fmi_client.calls import Caller, context_of
+from fmi_client import reductions
+from fmi_client.calls import context_of
 from fmi_client.collectives import Steps
-from fmi_client.model import Model, calibrate
+from fmi_client.cost_model import Model, calibrate
+from fmi_client.movement import Movement
 from fmi_client.ops import SUM, Op, as_op
-from fmi_client.payloads import Array, is_array, pack, unpack
-from fmi_client.protocol.peer import Payload
-from fmi_client.protocol.transfers import Receive
+from fmi_client.payloads import Array, is_array, pack
 from fmi_client.reductions import Algorithm
 from fmi_client.values import ArrayValue, as_like, check_out, make_value
 
 OpLike = Op | Callable[[Any, Any], Any]
 
 
-class Operations(Caller):
+class Operations(Movement):
     """Point-to-point and collective operations between the ranks of a communicator.
 
-    Every method takes ``timeout=`` in seconds (default: the communicator's). After any
-    `FmiError` in a collective the job is over on all ranks: every later call raises the
-    same error. Arrays may be numpy arrays or torch tensors of any dtype that needs no
-    pickle, in any memory layout; input is never modified. Everything else must be made of
-    None, bool, int, float, complex, str, bytes, lists, tuples, dicts and arrays.
+    On the async communicator each returns what is to be awaited; on the blocking one it returns
+    when it is done.
 
-    Results of reductions are the same bits on every rank.
+    **What can be sent**: numpy arrays and torch tensors of any shape and memory layout, and of any
+    dtype that needs no pickle; numpy scalars count as arrays without an axis. Everything else must
+    be made of None, bool, int, float, complex, str, bytes, lists, tuples, dicts and arrays. It
+    arrives as what it was, an array with dtype and shape as numpy array, a tensor as tensor on the
+    CPU. The memory is the receiver's own, or that of ``out=``, which is what is returned then, and
+    may be the input. No other input is ever modified.
 
-    An argument that is wrong by itself raises TypeError or ValueError on its rank before anything
-    is sent. The others wait for it, until the exception leaves the ``with`` block: then they raise
-    `Aborted`.
+    **Time**: ``timeout=`` is in seconds; without it the communicator's own counts.
+
+    **A wrong argument** raises TypeError or ValueError on its rank before anything is sent, and the
+    call may be repeated. The others wait for it, until the exception leaves the ``with`` block:
+    then they raise `Aborted`. Where what comes does not fit ``out=``, or a function given as `op`
+    raises, that rank raises TypeError, ValueError or the function's error, and the others
+    `Aborted`: the job is over.
+
+    **A failed collective** raises an `FmiError` on all ranks: `RankFailed`, `CollectiveTimeout`,
+    `CollectiveMismatch` where they called different things, `Aborted`, or `PunchFailed` where there
+    is no way to one of them. Then the job is over: every later call, on all of its communicators,
+    raises the same. Errors name ranks as the job numbers them, which `group` translates.
     """
 
     model: Model | None = None
     """What `calibrate` measured, or what you put here: predicts times and prices."""
-
-    # ------------------------------------------------------------ point to point
-    def send(self, obj: Any, dest: int, tag: int = 0, *, timeout: float | None = None) -> Any:
-        """Send `obj` to rank `dest`; returns when the system has taken it all.
-
-        Args:
-            obj: array, tensor, or what the class says of everything else.
-            dest: rank in this communicator.
-            tag: from 0 to 2**63 - 1; messages of different tags do not get in each other's way.
-            timeout: seconds; default: the communicator's, as in all methods.
-
-        Raises:
-            TypeError: `obj` is nothing that can be sent; nothing was.
-            ValueError: there is no such rank or tag.
-            CollectiveTimeout: the peer does not take it; usable afterwards unless part of it left.
-            FmiError: the job is over, or there is no way to the peer.
-        """
-        self._check_rank(dest, "dest")
-        step = collectives.send(dest, pack(obj))
-        return self._point("send", tag, _one(step, lambda _: None), timeout)
-
-    def recv(
-        self, source: int, tag: int = 0, *, out: Any = None, timeout: float | None = None
-    ) -> Any:
-        """Receive what rank `source` sent under `tag`, in the order of sending.
-
-        Args:
-            source: rank in this communicator.
-            tag: that of the `send`.
-            out: array of the dtype and shape that is coming; it is filled and returned.
-            timeout: seconds.
-
-        Returns:
-            the object: arrays as numpy arrays, tensors as tensors, of the sender's dtype and shape.
-
-        Raises:
-            TypeError: what came is no array, but `out` is given.
-            ValueError: what came has another dtype or shape than `out`; it is lost.
-            CollectiveTimeout: nothing came; the communicator can still be used.
-            FmiError: the job is over, or there is no way to the peer.
-        """
-        self._check_rank(source, "source")
-        step = collectives.receive(source, delivery.memory(out))
-        return self._point("recv", tag, _one(step, partial(delivery.received, out=out)), timeout)
-
-    def sendrecv(
-        self,
-        obj: Any,
-        dest: int,
-        source: int | None = None,
-        tag: int = 0,
-        *,
-        out: Any = None,
-        timeout: float | None = None,
-    ) -> Any:
-        """Send to `dest` and receive from `source` (default: `dest`) at the same time.
-
-        Arguments, result and errors are those of `send` and `recv`.
-        """
-        source = dest if source is None else source
-        self._check_rank(dest, "dest")
-        self._check_rank(source, "source")
-        step = collectives.Step(dest, pack(obj), source, delivery.memory(out))
-        steps = _one(step, partial(delivery.received, out=out))
-        return self._point("sendrecv", tag, steps, timeout)
-
-    # --------------------------------------------------------------- collectives
-    def barrier(self, *, timeout: float | None = None) -> Any:
-        """Return when all ranks have called it.
-
-        Raises:
-            FmiError: as every collective; see the class.
-        """
-        steps = collectives.barrier(self.rank, self.size)
-        return self._collective("barrier()", steps, timeout)
-
-    def bcast(
-        self, obj: Any, root: int = 0, *, out: Any = None, timeout: float | None = None
-    ) -> Any:
-        """Return the root's `obj` on every rank; the others' `obj` is ignored.
-
-        Args:
-            obj: what the root sends; None elsewhere will do.
-            root: rank in this communicator.
-            out: array of the root's dtype and shape; it is filled and returned.
-            timeout: seconds.
-        """
-        self._check_rank(root, "root")
-        payload = pack(obj) if self.rank == root else None
-        steps = self._bcast(obj, payload, root, out, delivery.memory(out))
-        return self._collective(f"bcast(root={root})", steps, timeout)
-
-    def _bcast(
-        self, obj: Any, payload: Payload | None, root: int, out: Any, into: memoryview | None
-    ) -> Steps[Any]:
-        if payload is not None:
-            yield from collectives.bcast(payload, self.rank, self.size, root)
-            return obj if out is None else delivery.fill(out, obj)
-        meta, data = yield from collectives.bcast(None, self.rank, self.size, root, into)
-        got = unpack(meta, data)
-        return got if out is None else delivery.fill(out, got)
-
-    def gather(
-        self, obj: Any, root: int = 0, *, out: Any = None, timeout: float | None = None
-    ) -> Any:
-        """Return the list of everybody's `obj` in rank order at the root, None elsewhere.
-
-        Args:
-            obj: may be of another type, dtype or shape on each rank.
-            root: rank in this communicator.
-            out: at the root, a list of `size` arrays, or one of shape (size, …), whose rows are
-                filled; ignored elsewhere.
-            timeout: seconds.
-        """
-        self._check_rank(root, "root")
-        return self._collective(f"gather(root={root})", self._gather(pack(obj), root, out), timeout)
-
-    def _gather(self, payload: Payload, root: int, out: Any) -> Steps[Any]:
-        places = None
-        if out is not None and self.rank == root:
-            places = [delivery.memory(place) for place in delivery.places(out)]
-        items = yield from collectives.gather(payload, self.rank, self.size, root, places)
-        return None if items is None else delivery.collected(items, out, self.rank)
-
-    def allgather(self, obj: Any, *, out: Any = None, timeout: float | None = None) -> Any:
-        """Return the list of everybody's `obj` in rank order, on every rank.
-
-        Args:
-            obj: may be of another type, dtype or shape on each rank.
-            out: a list of `size` arrays, or one of shape (size, …), whose rows are filled.
-            timeout: seconds.
-        """
-        return self._collective("allgather()", self._allgather(pack(obj), out), timeout)
-
-    def _allgather(self, payload: Payload, out: Any) -> Steps[Any]:
-        items = yield from collectives.allgather(payload, self.rank, self.size)
-        return delivery.collected(items, out, self.rank)
-
-    def scatter(
-        self,
-        objs: Sequence[Any] | None,
-        root: int = 0,
-        *,
-        out: Any = None,
-        timeout: float | None = None,
-    ) -> Any:
-        """Return item `rank` of the root's list of `size` items; the others' is ignored.
-
-        Args:
-            objs: at the root, one item for each rank; None elsewhere will do. An array is `size`
-                rows.
-            root: rank in this communicator.
-            out: array of this rank's item's dtype and shape; it is filled and returned.
-            timeout: seconds.
-
-        Raises:
-            ValueError: at the root, the list has another length; nothing was sent, and the others
-                wait. An exception that leaves the ``with`` block tells them.
-        """
-        self._check_rank(root, "root")
-        payloads = own = None
-        if self.rank == root:
-            items = self._check_items(objs, "scatter")
-            payloads, own = [pack(obj) for obj in items], items[root]
-        steps = self._scatter(payloads, own, root, out)
-        return self._collective(f"scatter(root={root})", steps, timeout)
-
-    def _scatter(self, payloads: list[Payload] | None, own: Any, root: int, out: Any) -> Steps[Any]:
-        item = yield from collectives.scatter(payloads, self.rank, self.size, root)
-        got = delivery.item(item) if payloads is None else own
-        return got if out is None else delivery.fill(out, got)
-
-    def alltoall(
-        self, objs: Sequence[Any], *, out: Any = None, timeout: float | None = None
-    ) -> Any:
-        """Send ``objs[i]`` to rank i; return the list of what each rank sent to us.
-
-        Args:
-            objs: one item for each rank, in rank order.
-            out: a list of `size` arrays, or one of shape (size, …), whose rows are filled.
-            timeout: seconds.
-
-        Raises:
-            ValueError: the list has another length; nothing was sent.
-        """
-        payloads = [pack(obj) for obj in self._check_items(objs, "alltoall")]
-        return self._collective("alltoall()", self._alltoall(payloads, out), timeout)
-
-    def _alltoall(self, payloads: list[Payload], out: Any) -> Steps[Any]:
-        items = yield from collectives.alltoall(payloads, self.rank, self.size)
-        return delivery.collected(items, out, self.rank)
 
     # ---------------------------------------------------------------- reductions
     def reduce(
@@ -248,18 +64,23 @@ class Operations(Caller):
         out: Any = None,
         timeout: float | None = None,
     ) -> Any:
-        """Return the combination of everybody's `obj` at the root, None elsewhere.
+        """Combine everybody's `obj` at the root.
 
         Args:
             obj: as of `allreduce`.
-            op: one of `fmi_client.ops`, or an associative function of two values.
+            op: as of `allreduce`.
             root: rank in this communicator.
             out: at the root, array for the result, of the input's dtype and shape; may be the
-                input.
+                input. Ignored elsewhere.
             timeout: seconds.
 
+        Returns:
+            at the root the combination, as of `allreduce`; None elsewhere.
+
         Raises:
+            TypeError, ValueError: as of `allreduce`, or there is no such root.
             CollectiveMismatch: dtype, shape, operation or root differ; on all ranks.
+            FmiError: it failed on all ranks, and the job is over; see the class.
         """
         self._check_rank(root, "root")
         op = as_op(op)
@@ -280,10 +101,11 @@ class Operations(Caller):
         algorithm: Algorithm | None = None,
         timeout: float | None = None,
     ) -> Any:
-        """Return the combination of everybody's `obj`, the same bits on every rank.
+        """Combine everybody's `obj`, with the same bits as result on every rank.
 
         Args:
-            obj: array, tensor, number, or anything that `op` combines and msgpack carries.
+            obj: array or tensor, of one dtype and shape on all ranks; or a number or anything else
+                that can be sent and `op` combines.
             op: one of `fmi_client.ops`, or an associative function of two values, which is given
                 them in rank order.
             out: array for the result, of the input's dtype and shape; may be the input.
@@ -291,16 +113,24 @@ class Operations(Caller):
                 or what suits the size. All ranks must say the same.
             timeout: seconds.
 
-        Raises:
-            CollectiveMismatch: dtype, shape, operation or algorithm differ; on all ranks.
+        Returns:
+            on every rank a new array or tensor of the input's dtype and shape, or `out`; of
+            anything else, what `op` makes of it.
 
-        Halves (float16, bfloat16) travel as halves: each combination is done in float32 and
-        rounded, up to size - 1 times for an element, so cast to float32 before where that is too
-        coarse.
+        Raises:
+            TypeError: `op` is no operation, or not defined for the dtype; `out` is of another kind.
+            ValueError: `out` has another dtype or shape, or is read-only; the algorithm is none, or
+                cannot do this.
+            CollectiveMismatch: dtype, shape, operation or algorithm differ; on all ranks.
+            FmiError: it failed on all ranks, and the job is over; see the class.
+
+        The dtype never changes: integers wrap. Halves (float16, bfloat16) travel as halves: each
+        combination is done in float32 and rounded, up to size - 1 times for an element, so cast to
+        float32 before where that is too coarse.
         """
         op = as_op(op)
         value = make_value(obj, op, out)
-        algorithm = algorithm or _preferred()
+        algorithm = algorithm or reductions.preferred()
         steps = reductions.allreduce(value, self.rank, self.size, op.commutative, algorithm)
         how = f", {algorithm}" if algorithm else ""
         signature = f"allreduce({op.name}, {value.description}{how})"
@@ -309,22 +139,32 @@ class Operations(Caller):
     def reduce_scatter(
         self, obj: Any, op: OpLike = SUM, *, out: Any = None, timeout: float | None = None
     ) -> Any:
-        """Combine everybody's array; return part `rank` of ``numpy.array_split(…, size)``.
+        """Combine everybody's array, and give each rank its part of the result.
 
         Args:
-            obj: array or tensor of at least one axis, which is the one that is split.
+            obj: array or tensor, of one dtype and shape on all ranks, with at least one axis, the
+                first of which is split.
             op: as of `allreduce`.
-            out: array of the input's dtype, with this rank's rows: ``len(obj) // size``, and one
-                more on the first ``len(obj) % size`` ranks.
+            out: array of the input's dtype, with this rank's rows.
             timeout: seconds.
 
+        Returns:
+            on every rank a new array or tensor, or `out`: part `rank` of
+            ``numpy.array_split(combination, size)``. That are ``len(obj) // size`` rows, and one
+            more on the first ``len(obj) % size`` ranks.
+
         Raises:
-            TypeError: `obj` has no axis, or is no array.
+            TypeError: `obj` has no axis, or is no array; or as of `allreduce`.
+            ValueError: `out` does not fit.
             CollectiveMismatch: dtype, shape or operation differ; on all ranks.
+            FmiError: it failed on all ranks, and the job is over; see the class.
         """
         op = as_op(op)
         if not is_array(obj) or obj.ndim == 0:
-            raise TypeError("reduce_scatter needs an array or tensor with at least one axis")
+            found = "one without" if is_array(obj) else type(obj).__name__
+            raise TypeError(
+                f"reduce_scatter needs an array or tensor with at least one axis, not {found}"
+            )
         value = ArrayValue(obj, op)
         if out is not None:
             length, *rest = value.source.shape
@@ -342,15 +182,19 @@ class Operations(Caller):
     def scan(
         self, obj: Any, op: OpLike = SUM, *, out: Any = None, timeout: float | None = None
     ) -> Any:
-        """Return the combination of the values of ranks 0 … `rank`; arguments as of `allreduce`."""
+        """Combine the values of ranks 0 … `rank`, on every rank.
+
+        Arguments, result and errors are those of `allreduce`.
+        """
         return self._scan("scan", obj, op, out, timeout)
 
     def exscan(
         self, obj: Any, op: OpLike = SUM, *, out: Any = None, timeout: float | None = None
     ) -> Any:
-        """Return the combination of the values of ranks 0 … `rank` - 1; None on rank 0.
+        """Combine the values of ranks 0 … `rank` - 1, on every rank.
 
-        Arguments are those of `allreduce`.
+        Arguments, result and errors are those of `allreduce`, but rank 0 gets None, and its `out`
+        stays as it is.
         """
         return self._scan("exscan", obj, op, out, timeout)
 
@@ -370,8 +214,16 @@ class Operations(Caller):
     def calibrate(self, *, timeout: float | None = None) -> Any:
         """Measure latency, bandwidth and speed of addition; all ranks must call it.
 
-        Takes about a quarter of a second, more where messages are slow. Returns a
-        `fmi_client.Model`, the same on every rank, and keeps it in ``model``.
+        Takes about a quarter of a second, more where messages are slow.
+
+        Args:
+            timeout: seconds.
+
+        Returns:
+            a `fmi_client.Model`, the same on every rank; it is kept in `model`, too.
+
+        Raises:
+            FmiError: it failed on all ranks, and the job is over; see the class.
         """
         return self._collective("calibrate()", self._calibrate(), timeout)
 
@@ -381,18 +233,28 @@ class Operations(Caller):
 
     # -------------------------------------------------------------------- groups
     def split(self, color: int | None, key: int = 0, *, timeout: float | None = None) -> Any:
-        """Return a communicator of the ranks with the same `color`, ordered by `key`, rank.
+        """Make a communicator of the ranks with the same `color`; all ranks must call it.
 
-        A rank with color None takes part in the call, but gets None. The links are shared, and so
-        is the end: after a failed collective of a part the whole job is over.
+        The links are shared, and so is the end: after a failed collective of a part the whole job
+        is over. It needs no closing.
 
         Args:
-            color: any integer; all ranks of the communicator call this.
+            color: any integer, or None for a rank that is to be in no part.
             key: ranks of the new communicator are numbered by it, and by their rank here.
-            timeout: seconds; also the new communicator's default is this one's.
+            timeout: seconds. The new communicator's own default is this one's.
+
+        Returns:
+            a communicator of the same kind as this one; None where `color` is.
+
+        Raises:
+            TypeError: `color` or `key` is no integer.
+            FmiError: it failed on all ranks, and the job is over; see the class.
         """
-        group = None if color is None else operator.index(color)
-        steps = self._split(group, operator.index(key), self._seq)
+        try:
+            group = None if color is None else operator.index(color)
+            steps = self._split(group, operator.index(key), self.seq)
+        except TypeError:
+            raise TypeError(f"color={color!r}, key={key!r}: split needs integers") from None
         return self._collective("split()", steps, timeout)
 
     def _split(self, color: int | None, key: int, seq: int) -> Steps[Self | None]:
@@ -400,14 +262,14 @@ class Operations(Caller):
         if color is None:
             return None
         members = sorted((k, r) for r, (c, k) in enumerate(everybody) if c == color)
-        context = context_of(f"{self._context} {seq} {color}")
-        return self._child([self._group[r] for _, r in members], context)
+        context = context_of(f"{self.context} {seq} {color}")
+        return self.part([self.group[r] for _, r in members], context)
 
     def abort(self, reason: str = "") -> Any:
         """End the job on all ranks: whatever they wait for raises `Aborted(by, reason)`.
 
         Takes effect at once (awaiting it is allowed, not needed) and does not raise here; the
-        next operation on this rank does.
+        next operation on this rank does. After the job's end it changes nothing.
 
         Args:
             reason: what the errors say, as ``reason``.
@@ -428,15 +290,16 @@ class Operations(Caller):
         raise NotImplementedError
 
     def stats(self) -> dict[str, Any]:
-        """Return what happened so far.
+        """Return what happened so far on this rank; asks nobody.
 
-        Keys: ``join_seconds`` (from connect to all ranks present), ``operations``
-        (collectives begun on this communicator), ``collective_seconds`` (spent in them,
-        waiting for the other ranks included; not in those begun without waiting, as by
-        ``iallreduce``), and ``links``: for each peer that was
-        needed its ``kind`` ("direct", "relay", "object"; "pending" before it is made), ``tls``
-        (whether it is encrypted),
-        ``bytes_sent`` and ``bytes_received`` (payload), and ``messages_received``.
+        Returns:
+            a dict with the keys ``join_seconds`` (from connect to all ranks present),
+            ``operations`` (collectives begun on this communicator), ``collective_seconds`` (spent
+            in them, waiting for the other ranks included; not in those begun without waiting, as by
+            ``iallreduce``), and ``links``: for each peer that was needed, by its number in the job,
+            its ``kind`` ("direct", "relay", "object"; "pending" before it is made), ``tls``
+            (whether it is encrypted), ``bytes_sent`` and ``bytes_received`` (payload), and
+            ``messages_received``.
         """
         links = {
             peer: {
@@ -447,48 +310,15 @@ class Operations(Caller):
                 "messages_received": link.inbox.messages,
             }
             for peer, link in sorted(self._endpoint.links.items())
-            if peer != self._endpoint.rank
+            if peer != self.world_rank
         }
         joined = self._endpoint.join_seconds
         return {
             "join_seconds": joined,
-            "operations": self._seq,
+            "operations": self.seq,
             "collective_seconds": self._collective_seconds,
             "links": links,
         }
-
-    def _child(self, group: list[int], context: int) -> Self:
-        raise NotImplementedError
-
-    # -------------------------------------------------------------------- checks
-    def _check_rank(self, rank: int, name: str) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int | np.integer):
-            raise TypeError(f"{name} must be a rank, not {rank!r}")
-        if not 0 <= rank < self.size:
-            raise ValueError(f"{name}={rank} is not a rank of a communicator of {self.size}")
-
-    def _check_items(self, objs: Sequence[Any] | None, name: str) -> Sequence[Any]:
-        if objs is None or len(objs) != self.size:
-            found = "None" if objs is None else f"{len(objs)} items"
-            raise ValueError(f"{name} needs a list of {self.size} items, one a rank, not {found}")
-        return objs
-
-
-@cache
-def _preferred() -> Algorithm | None:
-    """Return the algorithm that the environment names, as it was at the first allreduce."""
-    named = os.environ.get("FMI_ALLREDUCE")
-    for each in get_args(Algorithm):
-        if each == named:
-            return cast(Algorithm, each)
-    if named:
-        raise ValueError(f"FMI_ALLREDUCE={named!r} is none of {', '.join(get_args(Algorithm))}")
-    return None
-
-
-def _one(step: collectives.Step, finish: Callable[[Receive], Any]) -> Steps[Any]:
-    received = yield step
-    return finish(received)
 
 
 def _then(steps: Steps[Any], finish: Callable[[Any], Any]) -> Generator[Any, Any, Any]:

@@ -196,9 +196,9 @@ def _array(name: Any, shape: list[int], data: Buffer) -> Array:
 def _tensor(name: str, shape: list[int], data: Buffer) -> torch.Tensor:
     import torch
 
-    dtype = getattr(torch, name)
+    dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"unknown torch dtype {name!r}")
+        raise ValueError(f"torch {torch.__version__} has no dtype {name!r}")
     if len(data) == 0 and 0 in shape:
         return torch.empty(shape, dtype=dtype)
     raw = np.frombuffer(data, np.uint8)

@@ -10,8 +10,10 @@ the same bits.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -72,25 +74,43 @@ def choose(nbytes: int, size: int) -> Algorithm:
     return "ring" if size & (size - 1) else "halving"
 
 
+@cache
+def preferred() -> Algorithm | None:
+    """Return the algorithm that the environment names, as it was at the first allreduce.
+
+    Raises:
+        ValueError: it names none.
+    """
+    name = os.environ.get("FMI_ALLREDUCE")
+    return _named("FMI_ALLREDUCE", name) if name else None
+
+
+def _named(what: str, name: str) -> Algorithm:
+    if name not in get_args(Algorithm):
+        raise ValueError(f"{what}={name!r} is none of {', '.join(get_args(Algorithm))}")
+    return cast(Algorithm, name)
+
+
 def allreduce(
     value: Value, rank: int, size: int, commutative: bool, algorithm: Algorithm | None = None
 ) -> Steps[None]:
     """Recursive doubling for small values; halving or a ring for large arrays.
 
     Raises:
-        ValueError: the algorithm cannot do this.
+        ValueError: at once, not when the steps begin: the algorithm is none, or cannot do this.
     """
+    if algorithm is not None:
+        _named("algorithm", algorithm)
     if size == 1:
-        return
+        return _doubling_allreduce(value, rank, size)  # which then has nothing to do
     if not isinstance(value, ArrayValue) or not commutative:
         if algorithm not in (None, "doubling"):
             raise ValueError(f"{algorithm} is for arrays and commutative operations only")
-        yield from _doubling_allreduce(value, rank, size)
-        return
+        return _doubling_allreduce(value, rank, size)
     algorithm = algorithm or choose(value.source.nbytes, size)
     if algorithm == "halving" and size & (size - 1):
         raise ValueError(f"halving needs 2, 4, 8, … ranks, not {size}")
-    yield from _ALLREDUCE[algorithm](value, rank, size)
+    return _ALLREDUCE[algorithm](value, rank, size)
 
 
 def _doubling_allreduce(value: Value, rank: int, size: int) -> Steps[None]:

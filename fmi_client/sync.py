@@ -26,7 +26,6 @@ from fmi_client.operations import Operations, OpLike
 from fmi_client.ops import SUM
 from fmi_client.payloads import allocate
 from fmi_client.protocol.transfers import Receive
-from fmi_client.request import Request
 from fmi_client.transport.reactor import SyncReactor
 
 __all__ = ["Communicator", "Request", "connect"]
@@ -52,6 +51,10 @@ class Communicator(Operations):
 
     `connect` makes it; as ``with`` it leaves the job at the end, and an exception inside aborts it
     on all ranks. For one thread only.
+
+    ``i…`` take the arguments of the operations that they begin. A wrong argument, and that the job
+    is over, they say themselves; whatever goes wrong later, `Request.wait` raises. Several may be
+    under way, also beside operations that wait; all ranks must begin collectives in the same order.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Communicator(Operations):
         self._reactor = reactor
         self._skip = self._skips = 0
         self._begin_only = False
+        """Whether `_run` begins what it is given, and returns it as a request."""
 
     def _run(self, call: Call) -> Any:
         if self._begin_only:
@@ -84,8 +88,6 @@ class Communicator(Operations):
                 step = call.steps.send(self._perform(step, call, deadline))
         except StopIteration as stop:
             return stop.value
-        except FmiError:
-            raise
         except BaseException as error:
             self._interrupted(call, error)
             raise
@@ -122,7 +124,7 @@ class Communicator(Operations):
         """Return the quickest way to find out whether a step is done."""
         source = under_way.step.source
         if source is not None and under_way.only_receiving:
-            return self._endpoint.links[self._group[source]].read
+            return self.link(source).read
         return partial(self._reactor.poll, 0.0)
 
     def _wait(self, call: Call, under_way: UnderWay, deadline: float) -> None:
@@ -161,33 +163,33 @@ class Communicator(Operations):
             if endpoint.look():
                 heard = reactor.now() + HEAR_SECONDS
                 reactor.run_until(lambda: not endpoint.look(), heard)
-        self._raise_ended("poll")
+        self.raise_ended("poll")
 
     # ------------------------------------------------------- without waiting for it
     def isend(self, obj: Any, dest: int, tag: int = 0, *, timeout: float | None = None) -> Request:
-        """Begin to `send`."""
+        """Begin to `send`; ``wait()`` returns when the system has taken it all."""
         return self._started(self.send, obj, dest, tag, timeout=timeout)
 
     def irecv(
         self, source: int, tag: int = 0, *, out: Any = None, timeout: float | None = None
     ) -> Request:
-        """Begin to `recv`; ``wait()`` returns the object."""
+        """Begin to `recv`; ``wait()`` returns the object, or `out`."""
         return self._started(self.recv, source, tag, out=out, timeout=timeout)
 
     def ibarrier(self, *, timeout: float | None = None) -> Request:
-        """Begin a `barrier`."""
+        """Begin a `barrier`; ``wait()`` returns when all ranks have begun it."""
         return self._started(self.barrier, timeout=timeout)
 
     def ibcast(
         self, obj: Any, root: int = 0, *, out: Any = None, timeout: float | None = None
     ) -> Request:
-        """Begin a `bcast`; ``wait()`` returns the root's object."""
+        """Begin a `bcast`; ``wait()`` returns the root's object, or `out`."""
         return self._started(self.bcast, obj, root, out=out, timeout=timeout)
 
     def iallreduce(
         self, obj: Any, op: OpLike = SUM, *, out: Any = None, timeout: float | None = None
     ) -> Request:
-        """Begin an `allreduce`; ``wait()`` returns the combination."""
+        """Begin an `allreduce`; ``wait()`` returns the combination, or `out`."""
         return self._started(self.allreduce, obj, op, out=out, timeout=timeout)
 
     def _started(self, operation: Callable[..., Any], *args: Any, **options: Any) -> Request:
@@ -198,7 +200,8 @@ class Communicator(Operations):
             self._begin_only = False
         return request
 
-    def _child(self, group: list[int], context: int) -> Self:
+    def part(self, group: Sequence[int], context: int) -> Self:
+        """Return a communicator of some ranks of the job; see `Caller.part`."""
         return type(self)(
             self._endpoint, self._reactor, group, context, self.timeout, whole_job=False
         )
@@ -206,7 +209,8 @@ class Communicator(Operations):
     def close(self) -> None:
         """Leave the job in order; a communicator made by `split` leaves nothing.
 
-        Waits some seconds at most for the server to hear of it. The second time nothing happens.
+        Waits some seconds at most for the server to hear of it, and raises no error of the job. The
+        second time nothing happens. The others go on; one that needs us raises `RankFailed`.
         """
         reactor = self._reactor
         if not self._whole_job or reactor.closed:
@@ -230,6 +234,108 @@ class Communicator(Operations):
         if error is not None:
             self._tell_error(error)
         self.close()
+
+
+class Request:
+    """An operation that was begun: `wait` for its result, or `test` whether it is there.
+
+    Until then its arrays belong to the operation: do not change what is sent, nor read what
+    is received. Its time runs from the call that began it.
+
+    Progress is made inside the calls of this rank's communicators, in the calling thread: there is
+    no other one. A rank that computes for long should call `test` now and then; a peer that waits
+    for its part of an operation waits until it does.
+    """
+
+    def __init__(self, comm: Communicator, call: Call) -> None:
+        self._comm = comm
+        self._call = call
+        self._deadline = comm._reactor.now() + call.timeout
+        self._result: Any = None
+        self._error: Exception | None = None
+        self._ended = False
+        comm._begin(call)
+        self._advance(None)
+
+    def _advance(self, received: object) -> None:
+        """Take the steps that need no waiting."""
+        comm, call = self._comm, self._call
+        try:
+            while True:
+                under_way = comm._post(call.steps.send(received), call)
+                if not under_way.done:
+                    self._call_back(under_way)
+                    return
+                comm._check(call, under_way)
+                received = under_way.received
+        except StopIteration as stop:
+            self._end(stop.value, None)
+        except Exception as error:
+            comm._interrupted(call, error)
+            self._end(None, error)
+
+    def _call_back(self, under_way: UnderWay) -> None:
+        for half, _ in under_way.halves():
+            if not half.done:
+                half.on_done = self._on_done
+
+    def _on_done(self) -> None:
+        under_way = self._call.under_way
+        if under_way is not None and under_way.done and not self._ended:
+            # Not here: a link or an inbox is in the middle of its work.
+            self._comm._reactor.soon(self._resume)
+
+    def _resume(self) -> None:
+        under_way = self._call.under_way
+        if self._ended or under_way is None:
+            return
+        try:
+            self._comm._check(self._call, under_way)
+        except Exception as error:
+            self._comm._interrupted(self._call, error)
+            self._end(None, error)
+        else:
+            self._advance(under_way.received)
+
+    def _end(self, result: Any, error: Exception | None) -> None:
+        self._result, self._error, self._ended = result, error, True
+        self._comm._ended(self._call)
+
+    def wait(self) -> Any:
+        """Return the operation's result when it is there; the same, if called again.
+
+        Returns:
+            what the blocking operation would have returned.
+
+        Raises:
+            TypeError, ValueError, FmiError: what the blocking operation would have raised, and with
+                the same consequences.
+        """
+        comm, call = self._comm, self._call
+        if not self._ended:
+            try:
+                comm._sleep(call, lambda: self._ended, self._deadline)
+                if not self._ended and call.under_way is not None:
+                    comm._check(call, call.under_way)
+            except BaseException as error:
+                comm._interrupted(call, error)
+                if not isinstance(error, FmiError):
+                    raise
+                self._end(None, error)
+        if self._error is not None:
+            raise self._error.fresh() if isinstance(self._error, FmiError) else self._error
+        return self._result
+
+    def test(self) -> bool:
+        """Make what progress is possible at once.
+
+        Returns:
+            whether `wait` would return (or raise) now.
+        """
+        reactor = self._comm._reactor
+        if not self._ended and not reactor.closed:
+            reactor.poll(0.0)
+        return self._ended or reactor.now() >= self._deadline
 
 
 def connect(

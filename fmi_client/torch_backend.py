@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from fmi_client.background import Background, Begin, recv_any
+from fmi_client.background import Background, Begin
 from fmi_client.calls import context_of
 from fmi_client.communicator import Communicator
+from fmi_client.torch_anysource import OP, recv_any
 from fmi_client.torch_join import join_by_store, joined
 from fmi_client.torch_monitor import monitor
 from fmi_client.torch_profile import recorded
@@ -55,7 +56,7 @@ def create(options: Any, backend_options: Any = None) -> FmiProcessGroup:
     name = str(options.group_id)
     context = context_of(f"{name} {joined.groups[name]}")
     joined.groups[name] += 1
-    comm = background.part(ranks or list(range(size)), context)
+    comm = background.comm.part(ranks or list(range(size)), context)
     comm.timeout = options.timeout.total_seconds()
     return FmiProcessGroup(background, comm, options.store, whole=not ranks)
 
@@ -83,7 +84,7 @@ class FmiProcessGroup(ProcessGroup):
         self._name: Any = ""
         self._desc = ""
         self._coalescing: list[Work] | None = None
-        self._monitor = background.part(list(comm._group), comm._context ^ 1)
+        self._monitor = background.comm.part(comm.group, comm.context ^ 1)
         self._barriers = 0
 
     # ------------------------------------------------------------------ what it is called
@@ -161,7 +162,7 @@ class FmiProcessGroup(ProcessGroup):
         """Collectives are numbered from the beginning, alike on all ranks."""
 
     def _get_sequence_number_for_group(self) -> int:
-        return int(self._comm._seq)
+        return self._comm.seq
 
     # ----------------------------------------------------------------------- reductions
     def allreduce(self, tensors: Any, opts: Any = None) -> Work:
@@ -366,7 +367,7 @@ class FmiProcessGroup(ProcessGroup):
             rooms.fill(got)
             return source
 
-        return self._run("recv from any source", receive, rooms.tensors, rooms)
+        return self._run(OP, receive, rooms.tensors, rooms)
 
     # ------------------------------------------------------------------------- waiting
     def barrier(self, opts: Any = None) -> Work:
@@ -423,7 +424,7 @@ class FmiProcessGroup(ProcessGroup):
         """
         begin = recorded(name, tensors if inputs is None else inputs, begin)
         done = self._background.submit(begin, [each.put_back for each in rooms])
-        work = Work(f"rank {self._comm._endpoint.rank}, {name}", done, tensors)
+        work = Work(f"rank {self._comm.world_rank}, {name}", done, tensors)
         if self._coalescing is not None:
             self._coalescing.append(work)
         return work

@@ -38,8 +38,8 @@ async def monitor(comm: Communicator, number: int, limit: float, wait_all_ranks:
         answers = [comm.send(late, peer, number, timeout=patience) for peer in peers]
         await asyncio.gather(*answers, return_exceptions=bool(late))
     if late:
-        rank = comm._endpoint.rank
-        why = _blame(late, limit, rank, comm._group[0])
+        rank = comm.world_rank
+        why = _blame(late, limit, rank, comm.group[0])
         raise CollectiveTimeout(why, missing=late, rank=rank, op="monitored_barrier")
 
 
@@ -63,5 +63,5 @@ async def _late(comm: Communicator, number: int, limit: float, wait_all_ranks: b
     for error in errors:
         if isinstance(error, BaseException) and not isinstance(error, NOT_THERE):
             raise error
-    late = [comm._group[p] for p, e in zip(peers, errors, strict=True) if isinstance(e, NOT_THERE)]
+    late = [comm.group[p] for p, e in zip(peers, errors, strict=True) if isinstance(e, NOT_THERE)]
     return late if wait_all_ranks else late[:1]

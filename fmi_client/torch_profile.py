@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._C import _autograd
 
 from fmi_client.background import Begin
+from fmi_client.torch_anysource import OP
 from fmi_client.torch_register import NAME
 
 TITLES = {
@@ -20,7 +21,7 @@ TITLES = {
     "all_gather_single": "all_gather_into_tensor",
     "reduce_scatter_single": "reduce_scatter_tensor",
     "alltoall": "all_to_all",
-    "recv from any source": "recvAnySource",
+    OP: "recvAnySource",
 }
 """What other backends call them; the rest go by their own names."""
 

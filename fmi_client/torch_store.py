@@ -117,7 +117,7 @@ class FmiStore(Store):
         self._background = background
         self._seconds = timeout.total_seconds()
         size = background.comm.size
-        self._comm = background.part(list(range(size)), CONTEXT)
+        self._comm = background.comm.part(range(size), CONTEXT)
         self._numbers = itertools.count(1)
         self._keys: Keys | None = None
         if self._comm.rank == 0:

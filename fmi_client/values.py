@@ -262,7 +262,10 @@ def _combine(obj: Any, op: Op, dtype: np.dtype[Any]) -> Combine:
         return _tensor_combine(obj, op)
     if not op.name.startswith("custom:") and (op.name, dtype) not in _checked:
         one = np.zeros(1, dtype)
-        op.array(one, one, one)  # raises TypeError here rather than in the middle of the job
+        try:
+            op.array(one, one, one)  # here rather than in the middle of the job
+        except TypeError as why:
+            raise TypeError(f"{op.name} is not defined for arrays of {dtype}: {why}") from None
         _checked.add((op.name, dtype))
     return op.array
 

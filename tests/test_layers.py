@@ -20,7 +20,7 @@ ALLOWED = {
     "rendezvous_server": {"fmi_client.errors", "fmi_client.protocol", "rendezvous_server"},
     "lambda_worker": {"fmi_client", "lambda_worker"},
     "workflow": {"fmi_client", "rendezvous_server", "lambda_worker", "workflow"},
-    "examples/ranks.py": {"fmi_client", "examples.launch"},
+    "examples/ranks.py": {"fmi_client", "workflow.launch"},
     "examples": {"fmi_client", "workflow", "examples"},
 }
 OURS = ("fmi_client", "rendezvous_server", "lambda_worker", "workflow", "examples")

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import raw, report
+from benchmarks import collectives_report as report
+from benchmarks import raw
 from benchmarks.collectives import run
 from benchmarks.start import serve
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.predicted import SIZES, be_rank, table
 from benchmarks.start import run_ranks, serve
-from fmi_client.model import OPERATIONS, Model
+from fmi_client.cost_model import OPERATIONS, Model
 
 
 def shape(printed: str) -> list[str]:

@@ -65,7 +65,7 @@ def test_the_program_knows_nothing_of_us() -> None:
 
 def test_the_command_of_the_readme_trains() -> None:
     page = (ROOT / "examples" / "README.md").read_text()
-    ((command, shown),) = re.findall(r"\$ \S+ (-m examples.launch .*ddp.*)\n([^`]*)```", page)
+    ((command, shown),) = re.findall(r"\$ \S+ (-m workflow.launch .*ddp.*)\n([^`]*)```", page)
     done = subprocess.run(
         [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=110
     )

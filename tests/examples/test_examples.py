@@ -19,16 +19,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples import histogram, launch, mean_and_variance, sgd, word_count
+from examples import histogram, mean_and_variance, sgd, word_count
 from examples.mean_and_variance import merge, summarize
 from examples.sgd import training_data
 from tests.processes import run_processes, serve_rendezvous
+from workflow import launch
 from workflow.demo.catalogue import load_catalogue
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted(
-    {p.stem for p in (ROOT / "examples").glob("*.py")} - {"__init__", "ddp", "launch", "ranks"}
-)
+EXAMPLES = sorted({p.stem for p in (ROOT / "examples").glob("*.py")} - {"__init__", "ddp", "ranks"})
 PAGE = (ROOT / "examples" / "README.md").read_text()
 LINES = 80
 
@@ -158,7 +157,7 @@ def programs() -> tuple[str, str]:
 
 def test_the_program_of_the_readme_runs(tmp_path: Path) -> None:
     (tmp_path / "yours.py").write_text(programs()[0])
-    process = start("examples.launch", "--ranks", "2", str(tmp_path / "yours.py"))
+    process = start("workflow.launch", "--ranks", "2", str(tmp_path / "yours.py"))
     out, err = process.communicate(timeout=20)
     lines = ["rank 0 of 2: 3", "rank 1 of 2: 3"]
     assert (process.returncode, err, sorted(out.splitlines())) == (0, "", lines)
@@ -210,7 +209,7 @@ main(work)
 def endless(folder: Path) -> Iterator[tuple[subprocess.Popen[str], dict[int, int]]]:
     """An sgd of 3 ranks that does not end by itself; and each rank's process."""
     (folder / "endless.py").write_text(ENDLESS)
-    arguments = ("examples.launch", "--ranks", "3", str(folder / "endless.py"))
+    arguments = ("workflow.launch", "--ranks", "3", str(folder / "endless.py"))
     with start(*arguments, start_new_session=True) as process:
         try:
             assert process.stdout is not None
@@ -254,7 +253,7 @@ def test_ctrl_c_leaves_nobody_behind(tmp_path: Path) -> None:
 
 def test_output_that_nobody_reads_on_ends_it_quietly(tmp_path: Path) -> None:
     (tmp_path / "talkative.py").write_text("while True: print('more')")
-    process = start("examples.launch", "--ranks", "2", str(tmp_path / "talkative.py"))
+    process = start("workflow.launch", "--ranks", "2", str(tmp_path / "talkative.py"))
     assert process.stdout is not None
     assert process.stdout.readline() == "more\n"
     process.stdout.close()
@@ -267,7 +266,7 @@ def test_what_a_rank_finds_wrong_is_the_exit_code(tmp_path: Path) -> None:
     (tmp_path / "wrong.py").write_text(
         "from examples.ranks import main\nmain(lambda comm: comm.rank != 1)\n"
     )
-    process = start("examples.launch", "--ranks", "2", str(tmp_path / "wrong.py"))
+    process = start("workflow.launch", "--ranks", "2", str(tmp_path / "wrong.py"))
     assert process.communicate(timeout=20) == ("", "")
     assert process.returncode == 1
 
@@ -291,7 +290,7 @@ def test_a_program_gets_its_own_arguments(tmp_path: Path) -> None:
     (tmp_path / "show.py").write_text(
         "import os, sys\nprint(os.environ['FMI_RANK'], *sys.argv[1:])"
     )
-    process = start("examples.launch", "--ranks", "2", str(tmp_path / "show.py"), "--ranks", "x")
+    process = start("workflow.launch", "--ranks", "2", str(tmp_path / "show.py"), "--ranks", "x")
     out, err = process.communicate(timeout=20)
     assert (process.returncode, err, sorted(out.splitlines())) == (
         0,

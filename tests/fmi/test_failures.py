@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import re
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 
 import fmi_client
+from fmi_client import movement
 from fmi_client.communicator import Communicator, memory_world
 from fmi_client.errors import (
     Aborted,
@@ -19,6 +22,7 @@ from fmi_client.errors import (
     JoinTimeout,
     RankFailed,
 )
+from fmi_client.protocol.peer import Payload
 from tests.support import run_ranks
 
 LINKS = ["memory", "tcp"]
@@ -382,6 +386,35 @@ async def test_out_that_does_not_fit_is_refused_and_harms_nothing() -> None:
         return (await comm.recv(0, out=np.zeros(4))).sum()
 
     assert (await run_ranks(2, rank))[1] == 4
+
+
+@pytest.mark.parametrize("links", LINKS)
+async def test_what_cannot_be_read_ends_a_collective_everywhere_and_says_where(
+    links: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a rank with a newer torch, whose dtype is none here."""
+    pack = movement.pack
+
+    def pack_strangely(obj: object) -> Payload:
+        meta = msgpack.packb(["t", "float3", [2]])
+        return Payload(meta, [bytes(8)]) if obj == "strange" else pack(obj)
+
+    monkeypatch.setattr(movement, "pack", pack_strangely)
+
+    async def rank(comm: Communicator) -> list[Any]:
+        if comm.rank:
+            await comm.send("strange", 0)
+            gathered = await outcome(comm.gather("strange"))
+            return [gathered, await outcome(comm.barrier())]
+        return [await outcome(comm.recv(1)), await outcome(comm.gather(0))]
+
+    (lost, unread), (gone, told) = await run_ranks(2, rank, links)
+    why = "cannot read the peer's object: torch .* has no dtype 'float3'"
+    assert re.fullmatch(rf"\[rank 0, recv\] {why}.*", str(lost))
+    assert re.fullmatch(rf"\[rank 0, gather, #0\] {why}.*", str(unread))
+    assert gone is None or isinstance(gone, Aborted)
+    assert isinstance(told, Aborted)
+    assert "float3" in told.reason
 
 
 def test_errors_can_be_pickled_and_copied_with_all_they_carry() -> None:

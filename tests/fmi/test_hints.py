@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import fmi_client
 from fmi_client import sync
+from fmi_client.cost_model import OPERATIONS, Model
 from fmi_client.hints import MODELS, PRICES, Choice, choose
-from fmi_client.model import OPERATIONS, Model
 from tests.processes import run_processes
 from tests.support import KEY, serving
 

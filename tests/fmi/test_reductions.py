@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fmi_client import operations, reductions
+from fmi_client import reductions
 from fmi_client.communicator import Communicator
 from fmi_client.errors import CollectiveMismatch
 from fmi_client.ops import MAX, PROD, SUM, Op
@@ -123,11 +123,11 @@ async def test_the_environment_names_an_algorithm(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(reductions, "allreduce", allreduce)
     for name in ("ring", "rign"):
         monkeypatch.setenv("FMI_ALLREDUCE", name)
-        operations._preferred.cache_clear()
+        reductions.preferred.cache_clear()
         if name == "ring":
             await run_ranks(2, lambda comm: comm.allreduce(np.zeros(4)))
         else:
             with pytest.raises(ValueError, match="none of doubling, halving, ring"):
                 await run_ranks(1, lambda comm: comm.allreduce(np.zeros(4)))
-    operations._preferred.cache_clear()
+    reductions.preferred.cache_clear()
     assert asked == ["ring", "ring"]

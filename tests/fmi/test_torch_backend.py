@@ -65,6 +65,15 @@ def test_large_messages_to_a_receive_from_any_source(groups: list[Group]) -> Non
     assert all(work.wait() for work in sends)
 
 
+def test_a_receive_from_any_source_that_ends_in_vain_names_the_rank_in_the_job(
+    members: list[Background],
+) -> None:
+    alone = group_of(members[2], [2, 0], context=54)
+    alone.set_timeout(timedelta(seconds=0.1))
+    with pytest.raises(DistBackendError, match=r"rank 2, recv from any source.* within 0\.1 s"):
+        alone.recv_anysource([torch.zeros(2)]).wait()
+
+
 def test_a_receive_of_another_size_says_so(groups: list[Group]) -> None:
     groups[1].send([torch.zeros(3)], 0).wait()
     with pytest.raises(ValueError, match=r"rank 0, recv.*shape \(2,\)"):

@@ -39,7 +39,7 @@ def joined(address: str, size: int, timeout: float = 15.0) -> Iterator[list[Back
 
 
 def group_of(member: Background, ranks: list[int] | None = None, context: int = 7) -> Group:
-    comm = member.part(ranks or list(range(member.comm.size)), context)
+    comm = member.comm.part(ranks or list(range(member.comm.size)), context)
     return FmiProcessGroup(member, comm, dist.HashStore(), whole=False)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fmi_client import hints
 from workflow import cost, prices
 from workflow.prices import PricesError, load_prices
 
@@ -36,6 +37,19 @@ def test_docs_show_the_same_figures_and_sources() -> None:
         amount = f"{price.per:,} {price.unit}s" if price.per > 1 else price.unit
         line = f"| `{name}` | {figure(name)} | {amount} | {price.date} | {price.quality} | "
         assert line + price.source + " |\n" in text, line
+
+
+def test_the_clients_hints_reckon_with_the_same_figures() -> None:
+    """It cannot read the file, which is not there where only the client is installed."""
+    same = hints.Prices(
+        gb_second=PRICES.lambda_x86.each,
+        put=PRICES.s3_writes.each,
+        get=PRICES.s3_reads.each,
+        vcpu_hour=PRICES.fargate_x86_vcpu.each,
+        gb_hour=PRICES.fargate_x86_gb.each,
+        ipv4_hour=PRICES.public_ipv4.each,
+    )
+    assert same == hints.PRICES
 
 
 def test_the_sums_on_the_page_on_deploying() -> None:

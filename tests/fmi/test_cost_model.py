@@ -14,7 +14,7 @@ import pytest
 import fmi_client
 from fmi_client import sync
 from fmi_client.communicator import Communicator
-from fmi_client.model import OPERATIONS, Model, predict
+from fmi_client.cost_model import OPERATIONS, Model, predict
 from tests.processes import run_processes
 from tests.support import run_ranks
 

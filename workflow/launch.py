@@ -1,7 +1,8 @@
-"""Ranks on this machine, as mpiexec starts them: ``python -m examples.launch --ranks 4 FILE.py``.
+"""Ranks on this machine, as mpiexec starts them: ``python -m workflow.launch --ranks 4 FILE.py``.
 
-Starts a rendezvous server, and the ranks as processes whose environment says which they are
-(see `ranks`). When one ends with an error, the others follow; none outlives this process.
+Starts a rendezvous server, and the ranks as processes whose environment says which they are: by
+FMI_SERVER, FMI_JOB, FMI_KEY, FMI_RANK and FMI_SIZE, and for torch by RANK and WORLD_SIZE. When one
+ends with an error, the others follow; none outlives this process.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import secrets
 import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import IO, Annotated
 
 import typer
@@ -25,23 +25,21 @@ from workflow.signals import Stopped
 GRACE = 5.0
 """Seconds that the others have, after a rank has failed, to notice and to say so."""
 
-ROOT = Path(__file__).parents[1]
-
 SERVER = (sys.executable, "-m", "rendezvous_server")
 
 Ranks = Annotated[int, typer.Option(min=1, max=128, help="Processes to start.")]
 
 
-def run_example() -> None:
-    """Read the command line of an example, then start its ranks; exits with a code."""
+def run_self() -> None:
+    """Be the command line of the program that calls this: start its ranks; exits with a code."""
     program = sys.modules["__main__"]
     command = ("-m", program.__spec__.name) if program.__spec__ else (sys.argv[0],)
 
-    def example(ranks: Ranks = 4) -> None:
+    def this_program(ranks: Ranks = 4) -> None:
         start_ranks(command, ranks)
 
-    example.__doc__ = program.__doc__
-    _run(example)
+    this_program.__doc__ = program.__doc__
+    _run(this_program)
 
 
 def run_program(
@@ -89,12 +87,12 @@ async def _launch(command: Sequence[str], size: int) -> int:
 
 
 def _environment(address: str) -> dict[str, str]:
-    place = {"FMI_SERVER": address, "FMI_JOB": "example"}
+    place = {"FMI_SERVER": address, "FMI_JOB": "launch"}
     # The ranks share this machine's cores: one thread each, unless told otherwise.
     env = {"OMP_NUM_THREADS": "1", **os.environ, **place, "FMI_KEY": secrets.token_hex(32)}
     env.pop("FMI_TOKEN", None)  # admits to another server
-    # A program of one's own finds `examples` wherever it lies itself.
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # A program finds what lies in the current folder, wherever it lies itself: as by python -m.
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     return env
 
 
