@@ -111,7 +111,7 @@ class Shared:
         """All that are there, by the last beat; this one is among them."""
         self._looked = 0.0
         self._looking = asyncio.Lock()
-        self.up = True
+        self.up = False
         """Whether Redis answered when it was last asked."""
 
     def name(self, host: str, port: int) -> None:
@@ -187,7 +187,7 @@ class Shared:
             self.up = False
             raise come_back("the servers' registry does not answer") from error
         if not self.up:
-            log.info("registry back")
+            log.info("registry answers")
         self.up = True
         return answer
 
