@@ -12,7 +12,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from rendezvous_server.listen import EVERYWHERE
-from rendezvous_server.registry import RELAY_BYTES, RELAY_PAIRS
+from rendezvous_server.registry import RELAY_BYTES
+from rendezvous_server.tickets import RELAY_PAIRS
 
 MIN_SECRET_BYTES = 16
 

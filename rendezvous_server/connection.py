@@ -27,8 +27,8 @@ from fmi_client.protocol.tls import FIRST_BYTE, WANTS_TLS, TlsStream
 from rendezvous_server.jobs import Member
 from rendezvous_server.legacy_connection import LegacyConnection
 from rendezvous_server.proxy import split_header
-from rendezvous_server.registry import RelayFull
 from rendezvous_server.relay import Leg
+from rendezvous_server.tickets import RelayFull
 
 if TYPE_CHECKING:
     from rendezvous_server.server import Server
@@ -182,7 +182,7 @@ class Connection(asyncio.Protocol):
         elif event.message["t"] == "leave":
             self._clean = True
             self.close_soon()
-        elif self._member is not None:
+        elif self._member is not None and self._member.present:
             self._request(self._member, event.message)
 
     def _request(self, member: Member, message: Message) -> None:
@@ -193,7 +193,7 @@ class Connection(asyncio.Protocol):
         server, transport = self._server, self._transport
         assert transport is not None
         try:
-            pair = server.registry.claim(ticket, time.time())
+            pair = server.registry.tickets.claim(ticket, time.time())
         except RelayFull:
             server.counters.relay_limits += 1
             self.write(RELAY_FULL)
@@ -244,12 +244,6 @@ class Connection(asyncio.Protocol):
         server.counters.joined += 1
         self.write(encode(event.welcome | {"run": job.run}))
         server.deliver(outbox)
-        for other, message in outbox:
-            # An older epoch's rank, or this one's dead connection: it goes on in ours, unharmed.
-            if message["t"] == "error":
-                connection_of(other)._member = None
-            if other.job is not job or message["t"] == "error":
-                connection_of(other).close_soon()
         log.info(
             "rejoined" if hello.began else "joined",
             job=hello.job,
@@ -342,20 +336,15 @@ class Connection(asyncio.Protocol):
 
     def _gone(self, member: Member, why: str) -> None:
         """A rank is gone. Of each a line is logged only if it was lost: that of its job will do."""
-        job, now = member.job, time.time()
-        here = job.members.get(member.rank) is member  # or its job has been ended
-        outbox = self._server.registry.leave(member, clean=self._clean, why=why, now=now)
-        self._server.deliver(outbox)
-        if not self._clean:
-            self._server.counters.lost += 1
-            log.info("lost", job=job.name, rank=member.rank, why=why)
-        if not job.members:
-            self._server.relayed.forget(job)
-            if here:
-                seconds = round(now - job.began, 3)
-                log.info("ended", job=job.name, epoch=job.epoch, well=job.well, seconds=seconds)
-        if not self._server.registry.ranks:
-            self._server.emptied.set()
+        if not member.present:
+            return  # we sent it away
+        server, clean = self._server, self._clean
+        server.deliver(server.registry.leave(member, clean=clean, why=why, now=time.time()))
+        if not clean:
+            server.counters.lost += 1
+            log.info("lost", job=member.job.name, rank=member.rank, why=why)
+        if not member.job.members:
+            server.ended(member.job)
 
 
 def connection_of(member: Member) -> Connection:

@@ -33,6 +33,11 @@ class Member:
     tickets: list[bytes] = field(default_factory=list)
     """For its legs on the server: what it has not used goes with it."""
 
+    @property
+    def present(self) -> bool:
+        """Whether it is in its job, which may be over, or have it back on another connection."""
+        return self.job.members.get(self.rank) is self
+
 
 @dataclass(slots=True, eq=False)
 class RelayPair:
@@ -45,6 +50,12 @@ class RelayPair:
     legs: int = 0
     refused: bool = False
     """One leg came when there was no room: the other must not wait for it in vain."""
+
+    def release(self) -> None:
+        """A leg ended."""
+        self.legs -= 1
+        if self.legs == 0:
+            self.job.relay_pairs -= 1
 
 
 @dataclass(slots=True, eq=False)

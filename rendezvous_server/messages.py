@@ -6,6 +6,7 @@ from fmi_client.errors import ServerDraining
 from fmi_client.protocol.frames import Message
 
 READY: Message = {"t": "ready"}
+DRAINING: Message = {"t": "draining"}
 
 
 def want(asker: int) -> Message:

@@ -24,7 +24,8 @@ from rendezvous_server.config import (
     read_secret,
     read_tls,
 )
-from rendezvous_server.registry import RELAY_BYTES, RELAY_PAIRS
+from rendezvous_server.registry import RELAY_BYTES
+from rendezvous_server.tickets import RELAY_PAIRS
 
 PROGRAM = "python -m rendezvous_server"
 ENV = "RENDEZVOUS_"

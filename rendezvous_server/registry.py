@@ -1,7 +1,8 @@
 """Jobs and their ranks: who waits, who is there, who wants to meet whom. No I/O.
 
-Every method returns what is to be sent, as pairs of a member and a message; the caller
-owns the connections. Times are Unix seconds, given by the caller.
+Every method returns what is to be sent, as pairs of a member and a message; the caller owns the
+connections. Who is told something and is not in its job any more has no place there: that was the
+last word, and its connection is to be closed. Times are Unix seconds, given by the caller.
 
 A job lives through two states::
 
@@ -25,7 +26,6 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 from fmi_client.errors import (
-    AuthenticationFailed,
     JobFull,
     ProtocolError,
     RankTaken,
@@ -40,21 +40,13 @@ from fmi_client.protocol.rendezvous import REJOIN_SECONDS, error_message
 from fmi_client.protocol.roll import HERE, MISSING, TIMEOUT
 from rendezvous_server.awaited import Awaited
 from rendezvous_server.jobs import Job, Member, RelayPair
-from rendezvous_server.messages import READY, draining, not_back, want
+from rendezvous_server.messages import DRAINING, READY, draining, not_back, want
 from rendezvous_server.reach import can_punch, sort_addresses
+from rendezvous_server.tickets import RELAY_PAIRS, SPARE_LINKS, TICKET_SECONDS, Tickets
 
 RELAY_BYTES = 2**40
 """What one job may have passed on: no job of a few hours needs 1 TiB, and at AWS's list price
 of traffic to the Internet ($0.09 a GB, November 2026) that much costs about a hundred dollars."""
-
-RELAY_PAIRS = 1024
-"""Relayed pairs of one job at once: each costs two descriptors, and up to 256 KiB of memory."""
-
-TICKET_SECONDS = 120.0
-"""A rank may compute for a while between the server's word and its next call."""
-
-SPARE_LINKS = 16
-"""A rank may ask twice for a link with each of the others, and so many times more."""
 
 MAX_RUNS = 8
 """Of one job at once: two overlap where ranks that are done begin the next one, and a server that
@@ -65,10 +57,6 @@ OVERDUE_SLICE = 5000
 
 ENDED_KEPT = 50
 """Jobs that are kept for looking at after their end; as many of those that ended well."""
-
-
-class RelayFull(RendezvousError):
-    """A job has as many pairs on the server as it may."""
 
 
 Outbox = list[tuple[Member, Message]]
@@ -82,9 +70,8 @@ class Registry:
         max_jobs, max_ranks: bounds of what the server holds at once.
         relay: whether ranks that cannot be linked directly may meet here.
         relay_bytes: what may be passed on for one job, all in all.
-        relay_pairs: how many pairs of one job may be here at once.
+        relay_pairs, tag: see `Tickets`.
         make_cookie: source of the pairs' random cookies.
-        tag: what tickets begin with, by which other servers know them for ours.
     """
 
     def __init__(
@@ -103,10 +90,8 @@ class Registry:
         self._max_ranks = max_ranks
         self._relay = relay
         self._relay_bytes = relay_bytes
-        self._relay_pairs = relay_pairs
         self._make_cookie = make_cookie
-        self._tag = tag
-        self._tickets: dict[bytes, RelayPair] = {}
+        self.tickets = Tickets(relay_pairs, tag)
         self.jobs: dict[Job, None] = {}  # a set, in the order of their beginning
         self._by_name: dict[str, Job] = {}
         self._by_run: dict[tuple[str, bytes], Job] = {}
@@ -128,9 +113,6 @@ class Registry:
         self, hello: Hello, observed: Address, connection: Hashable, now: float
     ) -> tuple[Member, Outbox]:
         """Take a rank in.
-
-        Who is told "error" or "aborted" is not in the job any more; its connection is the
-        caller's to close.
 
         Raises:
             ServerDraining, JobFull, RankTaken, RendezvousError: it cannot join.
@@ -167,7 +149,7 @@ class Registry:
         if not hello.identity or not auth.same(hello.identity, old.identity):
             raise RankTaken(f"rank {old.rank} of job {old.job.name!r} is here already")
         del old.job.members[old.rank]
-        self._void(old)
+        self.tickets.void(old)
         self.ranks -= 1
         for askers in old.job.wanted.values():
             askers.pop(old.rank, None)  # what it still wants it asks for again
@@ -175,31 +157,54 @@ class Registry:
         return [(old, {"t": "error", "code": "taken", "why": "you have joined again"})]
 
     def _find_job(self, hello: Hello, now: float) -> tuple[Job, Outbox]:
-        latest = self._by_name.get(hello.job)
+        """Return the job that a rank becomes a member of, and whom that sends away."""
+        outbox = self._compare_epochs(hello, now)
+        job = self._find_run(hello)
+        if job is None:
+            return self._open(hello, now), outbox
+        _check(job, hello)
+        return job, outbox
+
+    def _compare_epochs(self, hello: Hello, now: float) -> Outbox:
+        """End all runs of the job that are of an older epoch than a rank that comes."""
         epoch = next((job.epoch for job in self._runs.get(hello.job, ())), hello.epoch)
         if hello.epoch < epoch:
             raise RendezvousError(
                 f"job {hello.job!r} is at epoch {epoch}; a rank of epoch {hello.epoch} is late"
             )
-        if hello.epoch > epoch:
-            outbox = self._supersede(hello, now)
-            return self._open(hello, now), outbox
+        if hello.epoch == epoch:
+            return []
+        reason = f"job {hello.job!r} was started again with epoch {hello.epoch}"
+        old = list(self._runs[hello.job])
+        return [pair for job in old for pair in self._end(job, "superseded", reason, now)]
+
+    def _find_run(self, hello: Hello) -> Job | None:
+        """Return the run of its job that a rank is for; None: it begins one.
+
+        ================================================  =============
+        The rank...                                       Is for...
+        ================================================  =============
+        names a run that is here                          that one
+        names one that began elsewhere                    a new one
+        said goodbye to the latest here, where others     a new one
+        may still be leaving
+        has not come back to the latest, which began      a new one: it
+        elsewhere                                         has left that
+                                                          one, or takes
+                                                          its place
+        else                                              the latest
+        ================================================  =============
+        """
         known = self._by_run.get((hello.job, hello.run))
-        job = known or latest
-        if job is None or (known is None and _another(job, hello)):
-            return self._open(hello, now), []
-        if job.size != hello.size:
-            raise JobFull(f"job {job.name!r} has {job.size} ranks, not {hello.size}")
-        if job.tls != bool(hello.certificate):
-            raise RendezvousError(
-                f"job {job.name!r} was begun {'with' if job.tls else 'without'} tls://; "
-                "its ranks must all come alike"
-            )
-        if known is not None and hello.rank in known.gone:
-            raise RendezvousError(f"job {job.name!r} goes on without rank {hello.rank}")
-        if known is None and job.running and hello.rank not in job.members:
-            raise JobFull(f"job {job.name!r} runs already; a new attempt needs a higher epoch")
-        return job, []
+        latest = self._by_name.get(hello.job)
+        if known is not None or latest is None:
+            return known
+        if hello.began:
+            return None
+        if hello.rank in latest.gone:
+            return None if latest.gone[hello.rank]["clean"] else latest
+        back = latest.back_until is None or hello.rank in latest.members
+        return latest if back else None
 
     def _open(self, hello: Hello, now: float) -> Job:
         if len(self.jobs) >= self._max_jobs:
@@ -216,21 +221,16 @@ class Registry:
         self._by_name[job.name] = self._by_name.get(job.name, job) if hello.began else job
         return job
 
-    def _supersede(self, hello: Hello, now: float) -> Outbox:
-        reason = f"job {hello.job!r} was started again with epoch {hello.epoch}"
-        old = list(self._runs[hello.job])
-        return [pair for job in old for pair in self._end(job, "superseded", reason, now)]
-
     # -------------------------------------------------------------------- leaving
     def leave(self, member: Member, *, clean: bool, why: str, now: float) -> Outbox:
         """A rank's connection ended, after "leave" (`clean`) or without."""
         job = member.job
-        if job.members.get(member.rank) is not member:
-            return []  # the job has ended already
+        if not member.present:
+            return []
         del job.members[member.rank]
         job.absent = None
         self.ranks -= 1
-        self._void(member)
+        self.tickets.void(member)
         job.left += clean and job.running
         if not clean:
             job.lose(member.rank, now, why)
@@ -243,11 +243,6 @@ class Registry:
         message = {"t": "gone", "rank": member.rank, "clean": clean, "why": why}
         job.gone[member.rank] = message
         return [(each, message) for each in job.members.values()]
-
-    def _void(self, member: Member) -> None:
-        for ticket in member.tickets:
-            self._tickets.pop(ticket, None)
-        member.tickets.clear()
 
     def _forget(self, job: Job, now: float) -> None:
         self.jobs.pop(job, None)
@@ -265,19 +260,23 @@ class Registry:
         (self.ended_well if job.well else self.ended_badly).append(job)
 
     def _end(self, job: Job, kind: str, reason: str, now: float) -> Outbox:
-        """End a job for all its ranks; their connections are the caller's to close."""
-        job.aborted = job.aborted or JobAborted(SERVER, kind, reason)
-        message = abort_message("aborted", JobAborted(SERVER, kind, reason))
-        outbox = [(member, message) for member in job.members.values()]
-        self.ranks -= len(job.members)
-        for member in job.members.values():
-            self._void(member)
-        if not job.running:
-            for rank in job.members:
-                job.note(rank)
+        """End a job for all its ranks."""
+        said = JobAborted(SERVER, kind, reason)
+        job.aborted = job.aborted or said
+        message = abort_message("aborted", said)
+        return [(member, message) for member in self._empty(job, now)]
+
+    def _empty(self, job: Job, now: float) -> list[Member]:
+        """Forget a job; returns who was in it."""
+        members = list(job.members.values())
+        self.ranks -= len(members)
+        for member in members:
+            self.tickets.void(member)
+            if not job.running:
+                job.note(member.rank)
         job.members.clear()
         self._forget(job, now)
-        return outbox
+        return members
 
     def hand_over(self, name: str, now: float) -> list[Hashable]:
         """Jobs of that name go on at another server: forget them.
@@ -286,19 +285,11 @@ class Registry:
             Their ranks' connections, which are the caller's to cut: the ranks come again there.
         """
         moved = [job for job in self.jobs if job.name == name]
-        members = [member for job in moved for member in job.members.values()]
-        self.ranks -= len(members)
-        for member in members:
-            self._void(member)
-        for job in moved:
-            job.members.clear()
-            self._forget(job, now)
-        return [member.connection for member in members]
+        return [member.connection for job in moved for member in self._empty(job, now)]
 
     def expire(self, now: float) -> Outbox:
         """End the jobs, and forget the tickets, whose time is over."""
-        for ticket in [t for t, pair in self._tickets.items() if pair.expires <= now]:
-            del self._tickets[ticket]
+        self.tickets.expire(now)
         late = [job for job in self.jobs if job.expires <= now]
         return [
             pair
@@ -323,16 +314,16 @@ class Registry:
             self._awaiting.discard(job)
         return outbox
 
-    def drain(self) -> Outbox:
-        """Take nobody new. Ranks of incomplete jobs are told to come back elsewhere."""
+    def drain(self, now: float) -> Outbox:
+        """Take nobody new. Ranks of incomplete jobs are sent away, to come back elsewhere."""
         self.draining = True
         outbox: Outbox = []
-        for job in self.jobs:
+        for job in list(self.jobs):
             if job.running:
-                outbox += [(member, {"t": "draining"}) for member in job.members.values()]
+                outbox += [(member, DRAINING) for member in job.members.values()]
             else:
                 refusal = error_message(draining())
-                outbox += [(member, refusal) for member in job.members.values()]
+                outbox += [(member, refusal) for member in self._empty(job, now)]
         return outbox
 
     # ------------------------------------------------------------------- requests
@@ -388,45 +379,11 @@ class Registry:
             if peer.certificate:
                 message["cert"] = peer.certificate
             if self._relay:
-                ticket = self._tag + os.urandom(auth.COOKIE_BYTES - len(self._tag))
-                self._tickets[ticket] = pair
-                member.tickets.append(ticket)
-                message["ticket"] = ticket
+                message["ticket"] = self.tickets.issue(member, pair)
             outbox.append((member, message))
         return outbox
 
     # ---------------------------------------------------------------------- relay
-    def claim(self, ticket: bytes, now: float) -> RelayPair:
-        """Use up a ticket: one leg of its pair is here. `release` must follow.
-
-        Raises:
-            AuthenticationFailed: there is no such ticket, or its job is over.
-            RelayFull: the job has as many pairs here as it may.
-        """
-        pair = self._tickets.pop(ticket, None)
-        if pair is None or pair.expires <= now or pair.job not in self.jobs:
-            raise AuthenticationFailed("authentication failed")
-        if pair.legs == 0:
-            pair.refused |= pair.job.relay_pairs >= self._relay_pairs
-            if pair.refused:
-                raise RelayFull(
-                    f"job {pair.job.name!r} relays {self._relay_pairs} pairs already "
-                    "(--relay-pairs)"
-                )
-            pair.job.relay_pairs += 1
-        pair.legs += 1
-        return pair
-
-    def met(self, pair: RelayPair) -> None:
-        """Both legs are here."""
-        pair.job.relayed += 1
-
-    def release(self, pair: RelayPair) -> None:
-        """A leg ended."""
-        pair.legs -= 1
-        if pair.legs == 0:
-            pair.job.relay_pairs -= 1
-
     def may_relay(self, job: Job, size: int) -> bool:
         """Count bytes that are to be passed on; whether they may be."""
         job.relay_bytes += size
@@ -447,16 +404,18 @@ class Registry:
         return job.absent
 
 
-def _another(job: Job, hello: Hello) -> bool:
-    """Whether a rank that is not of this run, for all we know, begins another of that name.
-
-    So it is if it said goodbye to this one, which the others may still be leaving, and if it
-    came from a run that has begun elsewhere. A rank that has not come back to a run from
-    elsewhere has left that one, or is a second process in its place: the run takes no harm.
-    """
-    if hello.began or hello.rank in job.gone:
-        return hello.began or job.gone[hello.rank]["clean"] is True
-    return job.back_until is not None and hello.rank not in job.members
+def _check(job: Job, hello: Hello) -> None:
+    """Refuse who is none of the ranks that the job waits for."""
+    if job.size != hello.size:
+        raise JobFull(f"job {job.name!r} has {job.size} ranks, not {hello.size}")
+    if job.tls != bool(hello.certificate):
+        how = "with" if job.tls else "without"
+        raise RendezvousError(f"all ranks of job {job.name!r} must come {how} tls://, as the first")
+    if job.run == hello.run:
+        if hello.rank in job.gone:
+            raise RendezvousError(f"job {job.name!r} goes on without rank {hello.rank}")
+    elif job.running and hello.rank not in job.members:
+        raise JobFull(f"job {job.name!r} runs already; a new attempt needs a higher epoch")
 
 
 def _welcome_back(member: Member) -> Outbox:

@@ -50,7 +50,7 @@ class Server:
             relay_pairs=config.relay_pairs,
             tag=tag,
         )
-        self.relayed = Traffic(self._may_relay, self.registry.met, self.registry.release)
+        self.relayed = Traffic(self._may_relay)
         self.refusals = Refusals()
         self.legacy = Legacy(
             config.legacy,
@@ -144,43 +144,54 @@ class Server:
             if more := self.lately.others():
                 log.info("refused strangers", more=more)
             self.deliver(self.registry.overdue(time.time()))
-            self._end(self.registry.expire(time.time()))
+            self.deliver(self.registry.expire(time.time()))
             self.legacy.expire(asyncio.get_running_loop().time())
-
-    def _end(self, outbox: Outbox) -> None:
-        """Tell ranks that their job is over, and let go of them."""
-        self.deliver(outbox)
-        for member, _ in outbox:
-            connection_of(member).close_soon()
 
     def _may_relay(self, job: Job, size: int) -> bool:
         if self.registry.may_relay(job, size):
             return True
         self.counters.relay_limits += 1
         log.warning("relay limit", job=job.name, bytes=self.config.relay_bytes)
-        self._end(self.registry.end_relayed(job, time.time()))
+        self.deliver(self.registry.end_relayed(job, time.time()))
         self.relayed.cut(job)
         return False
 
     def deliver(self, outbox: Outbox) -> None:
-        """Write each message to its member."""
+        """Write each message to its member; to who is not in its job any more, as the last."""
         frames: dict[int, bytes] = {}  # a broadcast is one dict object: encode it once
         for member, message in outbox:
             frame = frames.get(id(message))
             if frame is None:
                 frame = frames[id(message)] = encode(message)
             connection_of(member).write(frame)
+            if not member.present:
+                connection_of(member).close_soon()
+        for job in {member.job for member, _ in outbox if not member.job.members}:
+            self.ended(job)
+
+    def ended(self, job: Job) -> None:
+        """Nobody is in the job any more."""
+        self.relayed.forget(job)
+        log.info(
+            "ended",
+            job=job.name,
+            epoch=job.epoch,
+            well=job.well,
+            seconds=round(job.ended - job.began, 3),
+            **({"why": job.aborted.reason} if job.aborted is not None else {}),
+        )
+        if not self.registry.ranks:
+            self.emptied.set()
 
     async def drain(self, seconds: float = DRAIN_SECONDS) -> None:
         """Stop in order: nobody new, waiters sent away, running jobs given time to end."""
         for listener in self._listeners:
             listener.close()
-        waiting = {m for job in self.registry.jobs if not job.running for m in job.members.values()}
-        self.deliver(self.registry.drain())
+        ranks = self.registry.ranks
+        self.deliver(self.registry.drain(time.time()))
         self.legacy.expire(math.inf)
-        for member in waiting:
-            connection_of(member).close_soon()
-        log.info("draining", waiting=len(waiting), running=self.registry.ranks - len(waiting))
+        running = self.registry.ranks
+        log.info("draining", waiting=ranks - running, running=running)
         if self.registry.ranks:
             self.emptied.clear()
             with contextlib.suppress(TimeoutError):

@@ -167,5 +167,4 @@ class SharingConnection(Connection):
         asyncio.get_running_loop().call_later(REJOIN_SECONDS, self._not_back, member)
 
     def _not_back(self, member: Member) -> None:
-        if member.job.members.get(member.rank) is member:
-            super()._gone(member, "it did not come back when the server died that it had reached")
+        super()._gone(member, "it did not come back when the server died that it had reached")

@@ -78,7 +78,7 @@ class Line:
         if isinstance(event, Authenticated):
             self.join(event)
         elif isinstance(event, RelayLeg):
-            self.become_leg(self.registry.claim(event.ticket, self.world.now))
+            self.become_leg(self.registry.tickets.claim(event.ticket, self.world.now))
         elif event.message["t"] == "leave":
             self.clean = True
             self.close()
@@ -126,7 +126,7 @@ class Line:
 
     def lost(self) -> None:
         if self.pair is not None:
-            self.registry.release(self.pair)
+            self.pair.release()
         if self.partner is not None:
             self.partner.close()
         if self.member is None:

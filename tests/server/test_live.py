@@ -352,7 +352,7 @@ async def test_viewers_see_that_the_server_drains(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(live, "PERIOD", 0.02)
     async with watched() as there, there.get("/events") as answer:
         await message(answer)
-        there.server.registry.drain()
+        there.server.registry.drain(time.time())
         assert "DRAINING" in words((await message(answer))["page"])
 
 

@@ -322,6 +322,31 @@ async def test_jobs_are_ended_after_their_time(monkeypatch: pytest.MonkeyPatch) 
             await join(address, 0, 2)
 
 
+async def test_ranks_that_the_server_sends_away_are_not_lost() -> None:
+    async def waits(epoch: int = 0) -> asyncio.Task[Any]:
+        task = asyncio.create_task(join(address, 0, 2, epoch=epoch))
+        await until(lambda: server.counters.joined > epoch)
+        return task
+
+    with logged() as logs:
+        async with serving() as (server, address):
+            first, second = await waits(), await waits(epoch=1)
+            with pytest.raises(RendezvousError, match="started again with epoch 1"):
+                await first
+            server.deliver(server.registry.expire(time.time() + 10_000))
+            with pytest.raises(RendezvousError, match="ended by the server after 600 s"):
+                await second
+            await until(lambda: not server.open)
+            assert (server.registry.ranks, server.counters.lost) == (0, 0)
+    events = [(entry["event"], entry["epoch"], entry.get("why")) for entry in logs]
+    assert events == [
+        ("joined", 0, None),
+        ("ended", 0, "job 'job' was started again with epoch 1"),
+        ("joined", 1, None),
+        ("ended", 1, "job 'job' was ended by the server after 600 s"),
+    ]
+
+
 async def test_a_new_epoch_takes_over_from_a_job_that_hangs() -> None:
     async with serving() as (_, address):
         old = asyncio.ensure_future(join(address, 0, 2, epoch=0))
