@@ -241,7 +241,7 @@ class Connection(asyncio.Protocol):
         job = member.job
         self._member = member
         self._settle()
-        server.counters.joined += 1
+        server.counters.joins += 1
         self.write(encode(event.welcome | {"run": job.run}))
         server.deliver(outbox)
         log.info(
@@ -259,10 +259,7 @@ class Connection(asyncio.Protocol):
     def _refuse(self, error: FmiError) -> None:
         """Answer once, and close. A stranger who speaks no version 3 gets no answer."""
         assert self._side is not None
-        self._server.counters.refused += 1
-        self._server.refusals.add(
-            time.time(), self._side.observed, type(error).__name__, error.message
-        )
+        self._server.refused(self._side.observed, type(error).__name__, error.message)
         level = logging.INFO if self._side.proven else self._server.lately.level()
         log.log(level, "refused", address=format_address(self._side.observed), why=error.message)
         self._flush()
@@ -341,7 +338,7 @@ class Connection(asyncio.Protocol):
         server, clean = self._server, self._clean
         server.deliver(server.registry.leave(member, clean=clean, why=why, now=time.time()))
         if not clean:
-            server.counters.lost += 1
+            server.counters.lost_ranks += 1
             log.info("lost", job=member.job.name, rank=member.rank, why=why)
         if not member.job.members:
             server.ended(member.job)

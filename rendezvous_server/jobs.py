@@ -117,17 +117,3 @@ class Job:
         if not self.came:
             self.came = bytearray((self.size + 7) // 8)
         self.came[rank // 8] |= 1 << rank % 8
-
-
-class Counters:
-    """What happened since the start; exported as metrics."""
-
-    def __init__(self) -> None:
-        self.connections = 0
-        self.joined = 0
-        self.refused = 0
-        self.lost = 0
-        self.jobs_started = 0
-        self.relay_limits = 0
-        self.late = 0
-        self.crowded_out = 0

@@ -10,16 +10,17 @@ from collections.abc import Iterable
 
 import structlog
 
+from fmi_client.protocol.addresses import Address
 from fmi_client.protocol.frames import encode
 from fmi_client.protocol.rendezvous import Admission
 from rendezvous_server.config import Config
 from rendezvous_server.connection import Connection, connection_of
-from rendezvous_server.jobs import Counters, Job
+from rendezvous_server.jobs import Job
 from rendezvous_server.legacy_connection import Legacy
 from rendezvous_server.listen import listen, room_for_ranks
 from rendezvous_server.registry import Outbox, Registry
 from rendezvous_server.relay import Traffic
-from rendezvous_server.status import Refusals
+from rendezvous_server.status import Counters, Refusals
 from rendezvous_server.strangers import MAX_STRANGERS, MAX_TLS_STRANGERS, Lately, Strangers, source
 
 log = structlog.get_logger()
@@ -52,11 +53,7 @@ class Server:
         )
         self.relayed = Traffic(self._may_relay)
         self.refusals = Refusals()
-        self.legacy = Legacy(
-            config.legacy,
-            config.job_ttl,
-            lambda address, why: self.refusals.add(time.time(), address, "Legacy", why),
-        )
+        self.legacy = Legacy(config.legacy, config.job_ttl, self.refused)
         # Where only this machine can reach the port, no secret means no need for one.
         anonymous = config.allow_anonymous or config.secret is None
         self.admission = Admission(config.secret, anonymous)
@@ -129,9 +126,14 @@ class Server:
 
     def _cut_late(self) -> None:
         for stranger in self.strangers.late(asyncio.get_running_loop().time()):
-            self.counters.late += 1
+            self.counters.handshake_timeouts += 1
             stranger.cut()
         self._await_next()
+
+    def refused(self, address: Address, kind: str, why: str) -> None:
+        """Somebody was turned away."""
+        self.counters.refusals += 1
+        self.refusals.add(time.time(), address, kind, why)
 
     async def _tick(self) -> None:
         crowded_out = 0

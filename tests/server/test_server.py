@@ -211,7 +211,7 @@ async def test_wrong_and_missing_tokens_are_refused_alike() -> None:
         ):
             with pytest.raises(AuthenticationFailed, match=f"authentication failed: .*{guess}"):
                 await join(address, token=bad)
-        assert server.counters.refused == 4
+        assert server.counters.refusals == 4
 
 
 async def test_a_rank_that_came_again_was_not_lost() -> None:
@@ -233,10 +233,10 @@ async def test_a_rank_that_came_again_was_not_lost() -> None:
             await old.read()
             first.close()
             await until(lambda: len(server.open) == 1)
-            assert (server.registry.ranks, server.counters.lost) == (1, 0)
+            assert (server.registry.ranks, server.counters.lost_ranks) == (1, 0)
             writer.close()
             await until(lambda: not server.open)
-            assert (server.registry.ranks, server.counters.lost) == (0, 1)
+            assert (server.registry.ranks, server.counters.lost_ranks) == (0, 1)
     assert [entry["event"] for entry in logs][:3] == ["joined", "joined", "lost"]
 
 
@@ -311,7 +311,7 @@ async def test_a_rank_that_asks_for_nonsense_is_thrown_out() -> None:
         control.side.outgoing += frames.encode({"t": "nonsense"})
         control.flush()
         await asyncio.wait_for(server.emptied.wait(), 5)
-        assert server.counters.lost == 1
+        assert server.counters.lost_ranks == 1
         await comm.close()
 
 
@@ -325,7 +325,7 @@ async def test_jobs_are_ended_after_their_time(monkeypatch: pytest.MonkeyPatch) 
 async def test_ranks_that_the_server_sends_away_are_not_lost() -> None:
     async def waits(epoch: int = 0) -> asyncio.Task[Any]:
         task = asyncio.create_task(join(address, 0, 2, epoch=epoch))
-        await until(lambda: server.counters.joined > epoch)
+        await until(lambda: server.counters.joins > epoch)
         return task
 
     with logged() as logs:
@@ -337,7 +337,7 @@ async def test_ranks_that_the_server_sends_away_are_not_lost() -> None:
             with pytest.raises(RendezvousError, match="ended by the server after 600 s"):
                 await second
             await until(lambda: not server.open)
-            assert (server.registry.ranks, server.counters.lost) == (0, 0)
+            assert (server.registry.ranks, server.counters.lost_ranks) == (0, 0)
     events = [(entry["event"], entry["epoch"], entry.get("why")) for entry in logs]
     assert events == [
         ("joined", 0, None),
@@ -370,4 +370,4 @@ async def test_a_goodbye_counts_though_a_write_fails_before_it_is_read(says_good
         for _ in range(2):  # the first is answered with a reset
             connection.write(frames.encode({"t": "gone", "rank": 1, "clean": True}))
         await until(lambda: not server.open)
-        assert server.counters.lost == (0 if says_goodbye else 1)
+        assert server.counters.lost_ranks == (0 if says_goodbye else 1)

@@ -203,7 +203,7 @@ async def test_a_rank_cannot_speak_like_a_server(
     control = comms[rank]._endpoint._control  # type: ignore[attr-defined]
     control.side.outgoing += encode({"t": kind, "why": "so"})
     control.flush()
-    await until(lambda: two[rank][0].counters.refused == 1)
+    await until(lambda: two[rank][0].counters.refusals == 1)
     await until(lambda: rank in job.lost)  # it was shown the door, and the job is where it was
     assert job.lost[rank][1] != "so"
     assert 1 - rank in job.members
