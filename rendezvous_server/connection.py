@@ -110,10 +110,7 @@ class Connection(asyncio.Protocol):
         if side is None or self._transport is None or self._transport.is_closing():
             return
         try:
-            if self._header is not None:
-                data = self._take_header(side, data)
-            if data:
-                self._take(side, self._decrypted(side, data))
+            self._take(side, self._decrypted(side, self._without_header(side, data)))
         except FmiError as error:
             self._refuse(error)
         self._flush()
@@ -162,9 +159,10 @@ class Connection(asyncio.Protocol):
                 if hello.seen is None:
                     raise RendezvousError(WANTS_TLS)
 
-    def _take_header(self, side: ServerSide, data: bytes) -> bytes:
+    def _without_header(self, side: ServerSide, data: bytes) -> bytes:
         """Learn whom the balancer connects to us; returns the rank's own bytes."""
-        assert self._header is not None
+        if self._header is None:
+            return data
         self._header += data
         header = split_header(self._header)
         if header is None:
@@ -198,40 +196,33 @@ class Connection(asyncio.Protocol):
             server.counters.relay_limits += 1
             self.write(RELAY_FULL)
             raise
-        self._release(user_timeout_ms=0)
+        self._settle(user_timeout_ms=0)
         leg = Leg(transport, pair, server.relayed)
-        transport.set_protocol(leg)
-        self._transport = self._side = None
-        if isinstance(pair.first, Leg) and pair.first.waiting:
-            leg.meet(pair.first)
-        else:
-            pair.first = leg
-
-    def _release(self, user_timeout_ms: int = USER_TIMEOUT_MS) -> float | None:
-        """Let another protocol take the connection over; returns its deadline."""
-        assert self._transport is not None
-        deadline = self._server.strangers.discard(self)
-        keep_alive(self._transport, user_timeout_ms)
-        self._server.open.discard(self)
-        return deadline
+        self._become(leg)
+        leg.begin()
 
     def _become_legacy(self, data: bytes) -> None:
         """Hand the connection over to TCPunch's protocol; its deadline stays."""
-        server, transport = self._server, self._transport
-        assert transport is not None
+        assert self._transport is not None
         assert self._side is not None
-        deadline = self._release()
+        address, deadline = self._side.observed, self._settle()
         assert deadline is not None
-        client = LegacyConnection(transport, server.legacy, self._side.observed, deadline)
-        transport.set_protocol(client)
-        self._transport = self._side = None
+        client = LegacyConnection(self._transport, self._server.legacy, address, deadline)
+        self._become(client)
         client.data_received(data)
 
-    def _settle(self) -> None:
-        """It is no stranger any more."""
-        self._server.strangers.discard(self)
-        if self._transport is not None:
-            keep_alive(self._transport)
+    def _become(self, protocol: asyncio.BaseProtocol) -> None:
+        """Let another protocol have the transport."""
+        assert self._transport is not None
+        self._transport.set_protocol(protocol)
+        self._transport = self._side = None
+        self._server.open.discard(self)
+
+    def _settle(self, user_timeout_ms: int = USER_TIMEOUT_MS) -> float | None:
+        """It is no stranger any more; returns the deadline that it had as one."""
+        assert self._transport is not None
+        keep_alive(self._transport, user_timeout_ms)
+        return self._server.strangers.discard(self)
 
     def _join(self, event: Authenticated) -> None:
         assert self._side is not None

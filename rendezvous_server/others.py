@@ -54,7 +54,7 @@ class Others:
         self._key = auth.carrier_key(config.secret)
         self._header = LOCAL_HEADER if config.proxy_protocol else b""
         self._jobs = jobs
-        self.hand_over = hand_over
+        self._hand_over = hand_over
         self._shared = Shared(config.redis_url, config.job_ttl)
         self.tag = self._shared.tag
         self.lines: set[Line] = set()
@@ -126,7 +126,7 @@ class Others:
         for job in list(self._jobs()):
             if await self._shared.claim(job) != self._shared.me:
                 log.warning("handed over", job=job)
-                self.hand_over(job)
+                self._hand_over(job)
 
     # ----------------------------------------------------------------------- ranks
     async def place(self, hello: Hello, observed: Address) -> Line | None:

@@ -30,6 +30,7 @@ from fmi_client.errors import (
     ProtocolError,
     RankTaken,
     RendezvousError,
+    ServerDraining,
 )
 from fmi_client.protocol import auth, frames
 from fmi_client.protocol.abort import SERVER, JobAborted, abort_message, read_abort
@@ -40,7 +41,6 @@ from fmi_client.protocol.rendezvous import REJOIN_SECONDS, error_message
 from fmi_client.protocol.roll import HERE, MISSING, TIMEOUT
 from rendezvous_server.awaited import Awaited
 from rendezvous_server.jobs import Job, Member, RelayPair
-from rendezvous_server.messages import DRAINING, READY, draining, not_back, want
 from rendezvous_server.reach import can_punch, sort_addresses
 from rendezvous_server.tickets import RELAY_PAIRS, SPARE_LINKS, TICKET_SECONDS, Tickets
 
@@ -58,6 +58,8 @@ OVERDUE_SLICE = 5000
 ENDED_KEPT = 50
 """Jobs that are kept for looking at after their end; as many of those that ended well."""
 
+READY: Message = {"t": "ready"}
+DRAINING: Message = {"t": "draining"}
 
 Outbox = list[tuple[Member, Message]]
 
@@ -118,7 +120,7 @@ class Registry:
             ServerDraining, JobFull, RankTaken, RendezvousError: it cannot join.
         """
         if self.draining:
-            raise draining()
+            raise _draining()
         if self.ranks >= self._max_ranks:
             raise RendezvousError(f"the server holds {self._max_ranks} ranks already")
         job, outbox = self._find_job(hello, now)
@@ -307,7 +309,7 @@ class Registry:
         outbox: Outbox = []
         for job in [job for job in self._awaiting if (job.back_until or 0) <= now]:
             for peer, askers in self._awaited.drain(job):
-                said = not_back(peer)
+                said = _not_back(peer)
                 outbox += [(job.members[each], said) for each in askers if each in job.members]
                 if len(outbox) >= OVERDUE_SLICE:
                     return outbox
@@ -322,7 +324,7 @@ class Registry:
             if job.running:
                 outbox += [(member, DRAINING) for member in job.members.values()]
             else:
-                refusal = error_message(draining())
+                refusal = error_message(_draining())
                 outbox += [(member, refusal) for member in self._empty(job, now)]
         return outbox
 
@@ -349,14 +351,14 @@ class Registry:
             raise ProtocolError(f"link: there is no peer {peer}")
         other = job.members.get(peer)
         if other is None and (peer in job.gone or now >= (job.back_until or 0)):
-            return [(member, job.gone.get(peer) or not_back(peer))]
+            return [(member, job.gone.get(peer) or _not_back(peer))]
         if other is None:
             self._awaited.add(job, peer, member.rank, got)
             return []
         asked = job.wanted.get(member.rank, {})
         if peer not in asked:
             job.wanted.setdefault(peer, {})[member.rank] = got
-            return [(other, want(member.rank))]
+            return [(other, _want(member.rank))]
         self.punches += 1
         job.links += 1
         outbox = self._introduce(member, other, now)
@@ -418,11 +420,28 @@ def _check(job: Job, hello: Hello) -> None:
         raise JobFull(f"job {job.name!r} runs already; a new attempt needs a higher epoch")
 
 
+def _draining() -> ServerDraining:
+    return ServerDraining("the server is shutting down; try again in a few seconds")
+
+
+def _want(asker: int) -> Message:
+    return {"t": "want", "peer": asker}
+
+
+def _not_back(rank: int) -> Message:
+    """Say that a rank of a job from another server is not here.
+
+    It is said as of one that left: it may have finished, and links with it that exist need not end.
+    """
+    why = "did not come back after the server's restart"
+    return {"t": "gone", "rank": rank, "clean": True, "why": why}
+
+
 def _welcome_back(member: Member) -> Outbox:
     """Tell a rank of a running job what it may have missed."""
     job = member.job
     askers = job.wanted.get(member.rank, {}).keys()
-    messages = [READY, *job.gone.values(), *map(want, askers & job.members.keys())]
+    messages = [READY, *job.gone.values(), *map(_want, askers & job.members.keys())]
     if job.aborted is not None:
         messages.append(abort_message("aborted", job.aborted))
     return [(member, message) for message in messages]

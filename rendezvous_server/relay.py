@@ -75,8 +75,15 @@ class Leg(asyncio.BufferedProtocol):
         transport.set_write_buffer_limits(high=0)
         transport.pause_reading()
 
-    def meet(self, first: Leg) -> None:
-        """Both legs are there: let the bytes flow."""
+    def begin(self) -> None:
+        """Meet the other leg of the pair, or wait for it."""
+        first = self.pair.first
+        if isinstance(first, Leg) and first.waiting:
+            self._meet(first)
+        else:
+            self.pair.first = self
+
+    def _meet(self, first: Leg) -> None:
         for leg, peer in ((self, first), (first, self)):
             leg._peer = peer
             if leg._patience is not None:
