@@ -92,15 +92,14 @@ class Line:
         self.world.seen["rejoined"] += event.hello.began
         self.end.send(encode(event.welcome | {"run": self.member.job.run}))
         self.deliver(outbox)
-        for other, message in outbox:
-            if other.job is not self.member.job or message["t"] == "error":
-                line(other).close()
 
     def deliver(self, outbox: Outbox) -> None:
         for member, message in outbox:
             if message["t"] == "missing":
                 line(member).check_missing(unpack_ranks(message["ranks"]))
             line(member).end.send(encode(message))
+            if not member.present:
+                line(member).close()
 
     def check_missing(self, missing: list[int]) -> None:
         lines = [each for each in self.world.lines if each.member and not each.end.closed]
