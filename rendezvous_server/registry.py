@@ -16,6 +16,15 @@ A run of a job has a name of its own, random, that its ranks are told. They brin
 server died and they come to us: a run that we do not know is made anew, RUNNING if one of them
 heard "ready". Who has not come back to it some time later may have finished meanwhile: whoever
 wants a link with it is told so, and links that exist show whether it lives.
+
+A rank that comes under a job's name is for ::
+
+    the run whose name it brings      if that is here
+    a new run                         if it brings one that began elsewhere;
+                                      if it said goodbye to the latest, which others may be leaving;
+                                      if it has not come back to the latest, which began elsewhere:
+                                      it left that one, or is a second process in its own place
+    the latest run                    otherwise, if there is one
 """
 
 from __future__ import annotations
@@ -181,22 +190,7 @@ class Registry:
         return [pair for job in old for pair in self._end(job, "superseded", reason, now)]
 
     def _find_run(self, hello: Hello) -> Job | None:
-        """Return the run of its job that a rank is for; None: it begins one.
-
-        ================================================  =============
-        The rank...                                       Is for...
-        ================================================  =============
-        names a run that is here                          that one
-        names one that began elsewhere                    a new one
-        said goodbye to the latest here, where others     a new one
-        may still be leaving
-        has not come back to the latest, which began      a new one: it
-        elsewhere                                         has left that
-                                                          one, or takes
-                                                          its place
-        else                                              the latest
-        ================================================  =============
-        """
+        """Return the run that a rank is for; None: it begins one."""
         known = self._by_run.get((hello.job, hello.run))
         latest = self._by_name.get(hello.job)
         if known is not None or latest is None:
