@@ -394,6 +394,12 @@ def test_a_registry_that_does_not_answer_is_said_at_once() -> None:
     assert "word" not in done.stderr
 
 
+@pytest.mark.parametrize("wrong", ["max_connections=many", "no_such_argument=1"])
+def test_a_url_that_redis_cannot_take_is_an_error_of_the_setting(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=f"--registry: .*{wrong.partition('=')[0]}"):
+        Shared(f"redis://127.0.0.1/0?{wrong}", 60)
+
+
 def test_servers_need_a_secret_and_a_url_of_redis() -> None:
     with pytest.raises(ConfigError, match="--secret-file"):
         check_redis_url("redis://127.0.0.1/0", None)
