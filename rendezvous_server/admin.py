@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import fields
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
@@ -30,18 +31,10 @@ class _Metrics:
 
     def collect(self) -> Iterator[Metric]:
         server, counters = self._server, self._server.counters
-        crowded_out = counters.crowded_out
         for name, text, value in (
-            ("connections", "Connections accepted", counters.connections),
-            ("joins", "Ranks that joined", counters.joined),
-            ("refusals", "Connections refused", counters.refused + server.legacy.refused),
-            ("handshake_timeouts", "Connections that proved nothing in time", counters.late),
-            ("crowded_out", "Connections cut before their time for want of room", crowded_out),
-            ("lost_ranks", "Ranks whose connection ended without goodbye", counters.lost),
-            ("jobs_started", "Jobs whose ranks were all present", counters.jobs_started),
+            *((f.name, f.metadata["text"], getattr(counters, f.name)) for f in fields(counters)),
             ("punches", "Pairs told to punch", server.registry.punches),
             ("relays", "Pairs that met here because they could not punch", server.relayed.pairs),
-            ("relay_limits", "Jobs ended, and legs refused, by a limit", counters.relay_limits),
             ("relayed_bytes", "Bytes passed on between ranks", server.relayed.bytes),
             ("legacy_pairs", "Pairs of TCPunch clients brought together", server.legacy.pool.pairs),
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from rendezvous_server.listen import EVERYWHERE
-from rendezvous_server.registry import RELAY_BYTES, RELAY_PAIRS
+from rendezvous_server.registry import RELAY_BYTES
+from rendezvous_server.tickets import RELAY_PAIRS
 
 MIN_SECRET_BYTES = 16
 
@@ -36,6 +38,7 @@ class Config:
         redis_url: of the Redis through which servers share jobs (`--registry`); None: this one
             is alone.
         tls: the server's certificate; with one, ranks must come encrypted.
+        log_level: as in `logging`.
     """
 
     host: str
@@ -53,6 +56,7 @@ class Config:
     legacy: tuple[IPv4Network, ...] = ()
     redis_url: str | None = None
     tls: ssl.SSLContext | None = None
+    log_level: int = logging.INFO
 
 
 class ConfigError(ValueError):
@@ -152,7 +156,7 @@ def read_networks(texts: Iterable[str]) -> tuple[IPv4Network, ...]:
     try:
         return tuple(IPv4Network(text) for text in texts)
     except ValueError as error:
-        raise ConfigError(f"not an IPv4 network: {error}") from None
+        raise ConfigError(f"--legacy takes IPv4 networks, such as 10.20.0.0/16: {error}") from None
 
 
 def check_redis_url(url: str | None, secret: bytes | None) -> str | None:
@@ -168,9 +172,12 @@ def check_redis_url(url: str | None, secret: bytes | None) -> str | None:
     except ValueError:
         known = False
     if not known:
-        raise ConfigError("the registry must be of the form redis://host:port/db")
+        raise ConfigError("--registry must be of the form redis://host:port/db")
     if secret is None:
-        raise ConfigError("servers with a --registry know each other by their --secret-file")
+        raise ConfigError(
+            "servers with a --registry know each other by their secret: give all the same "
+            "--secret-file"
+        )
     return url
 
 

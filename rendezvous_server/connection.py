@@ -29,8 +29,8 @@ from fmi_client.protocol.tls import FIRST_BYTE, WANTS_TLS, TlsStream
 from rendezvous_server.jobs import Member
 from rendezvous_server.legacy_connection import LegacyConnection
 from rendezvous_server.proxy import split_header
-from rendezvous_server.registry import RelayFull
 from rendezvous_server.relay import Leg
+from rendezvous_server.tickets import RelayFull
 
 if TYPE_CHECKING:
     from rendezvous_server.server import Server
@@ -112,10 +112,7 @@ class Connection(asyncio.Protocol):
         if side is None or self._transport is None or self._transport.is_closing():
             return
         try:
-            if self._header is not None:
-                data = self._take_header(side, data)
-            if data:
-                self._take(side, self._decrypted(side, data))
+            self._take(side, self._decrypted(side, self._without_header(side, data)))
         except FmiError as error:
             self._refuse(error)
         self._flush()
@@ -164,9 +161,10 @@ class Connection(asyncio.Protocol):
                 if hello.seen is None:
                     raise RendezvousError(WANTS_TLS)
 
-    def _take_header(self, side: ServerSide, data: bytes) -> bytes:
+    def _without_header(self, side: ServerSide, data: bytes) -> bytes:
         """Learn whom the balancer connects to us; returns the rank's own bytes."""
-        assert self._header is not None
+        if self._header is None:
+            return data
         self._header += data
         header = split_header(self._header)
         if header is None:
@@ -184,7 +182,7 @@ class Connection(asyncio.Protocol):
         elif event.message["t"] == "leave":
             self._clean = True
             self.close_soon()
-        elif self._member is not None:
+        elif self._member is not None and self._member.present:
             self._request(self._member, event.message)
 
     def _request(self, member: Member, message: Message) -> None:
@@ -195,45 +193,38 @@ class Connection(asyncio.Protocol):
         server, transport = self._server, self._transport
         assert transport is not None
         try:
-            pair = server.registry.claim(ticket, time.time())
+            pair = server.registry.tickets.claim(ticket, time.time())
         except RelayFull:
             server.counters.relay_limits += 1
             self.write(RELAY_FULL)
             raise
-        self._release(user_timeout_ms=0)
+        self._settle(user_timeout_ms=0)
         leg = Leg(transport, pair, server.relayed)
-        transport.set_protocol(leg)
-        self._transport = self._side = None
-        if isinstance(pair.first, Leg) and pair.first.waiting:
-            leg.meet(pair.first)
-        else:
-            pair.first = leg
-
-    def _release(self, user_timeout_ms: int = USER_TIMEOUT_MS) -> float | None:
-        """Let another protocol take the connection over; returns its deadline."""
-        assert self._transport is not None
-        deadline = self._server.strangers.discard(self)
-        keep_alive(self._transport, user_timeout_ms)
-        self._server.open.discard(self)
-        return deadline
+        self._become(leg)
+        leg.begin()
 
     def _become_legacy(self, data: bytes) -> None:
         """Hand the connection over to TCPunch's protocol; its deadline stays."""
-        server, transport = self._server, self._transport
-        assert transport is not None
+        assert self._transport is not None
         assert self._side is not None
-        deadline = self._release()
+        address, deadline = self._side.observed, self._settle()
         assert deadline is not None
-        client = LegacyConnection(transport, server.legacy, self._side.observed, deadline)
-        transport.set_protocol(client)
-        self._transport = self._side = None
+        client = LegacyConnection(self._transport, self._server.legacy, address, deadline)
+        self._become(client)
         client.data_received(data)
 
-    def _settle(self) -> None:
-        """It is no stranger any more."""
-        self._server.strangers.discard(self)
-        if self._transport is not None:
-            keep_alive(self._transport)
+    def _become(self, protocol: asyncio.BaseProtocol) -> None:
+        """Let another protocol have the transport."""
+        assert self._transport is not None
+        self._transport.set_protocol(protocol)
+        self._transport = self._side = None
+        self._server.open.discard(self)
+
+    def _settle(self, user_timeout_ms: int = USER_TIMEOUT_MS) -> float | None:
+        """It is no stranger any more; returns the deadline that it had as one."""
+        assert self._transport is not None
+        keep_alive(self._transport, user_timeout_ms)
+        return self._server.strangers.discard(self)
 
     def _join(self, event: Authenticated) -> None:
         assert self._side is not None
@@ -243,15 +234,9 @@ class Connection(asyncio.Protocol):
         job = member.job
         self._member = member
         self._settle()
-        server.counters.joined += 1
+        server.counters.joins += 1
         self.write(encode(event.welcome | {"run": job.run}))
         server.deliver(outbox)
-        for other, message in outbox:
-            # An older epoch's rank, or this one's dead connection: it goes on in ours, unharmed.
-            if message["t"] == "error":
-                connection_of(other)._member = None
-            if other.job is not job or message["t"] == "error":
-                connection_of(other).close_soon()
         log.info(
             "rejoined" if hello.began else "joined",
             job=hello.job,
@@ -267,10 +252,7 @@ class Connection(asyncio.Protocol):
     def _refuse(self, error: FmiError) -> None:
         """Answer once, and close. A stranger who speaks no version 3 gets no answer."""
         assert self._side is not None
-        self._server.counters.refused += 1
-        self._server.refusals.add(
-            time.time(), self._side.observed, type(error).__name__, error.message
-        )
+        self._server.refused(self._side.observed, type(error).__name__, error.message)
         level = logging.INFO if self._side.proven else self._server.lately.level()
         log.log(level, "refused", address=format_address(self._side.observed), why=error.message)
         self._flush()
@@ -344,20 +326,15 @@ class Connection(asyncio.Protocol):
 
     def _gone(self, member: Member, why: str) -> None:
         """A rank is gone. Of each a line is logged only if it was lost: that of its job will do."""
-        job, now = member.job, time.time()
-        here = job.members.get(member.rank) is member  # or its job has been ended
-        outbox = self._server.registry.leave(member, clean=self._clean, why=why, now=now)
-        self._server.deliver(outbox)
-        if not self._clean:
-            self._server.counters.lost += 1
-            log.info("lost", job=job.name, rank=member.rank, why=why)
-        if not job.members:
-            self._server.relayed.forget(job)
-            if here:
-                seconds = round(now - job.began, 3)
-                log.info("ended", job=job.name, epoch=job.epoch, well=job.well, seconds=seconds)
-        if not self._server.registry.ranks:
-            self._server.emptied.set()
+        if not member.present:
+            return  # we sent it away
+        server, clean = self._server, self._clean
+        server.deliver(server.registry.leave(member, clean=clean, why=why, now=time.time()))
+        if not clean:
+            server.counters.lost_ranks += 1
+            log.info("lost", job=member.job.name, rank=member.rank, why=why)
+        if not member.job.members:
+            server.ended(member.job)
 
 
 def connection_of(member: Member) -> Connection:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from fmi_client.errors import FmiError
 from fmi_client.protocol.frames import Message, encode
 from fmi_client.protocol.rendezvous import ClientSide, Welcome
-from rendezvous_server.connection import keep_alive
+from rendezvous_server.connection import Connection, keep_alive
 from rendezvous_server.proxy import LOCAL, SIGNATURE
 
 LOCAL_HEADER = SIGNATURE + struct.pack("!BBH", LOCAL, 0, 0)
@@ -19,14 +19,6 @@ LINE_LIMIT = 1024 * 1024
 """Bytes that may wait for the other server to read them."""
 
 PIPE_LIMIT = 128 * 1024
-
-
-class Carried(Protocol):
-    """A rank's connection, as a line sees it."""
-
-    def write(self, frame: bytes) -> None: ...
-
-    def close_soon(self) -> None: ...
 
 
 class LineSide(ClientSide):
@@ -48,7 +40,7 @@ class Line(asyncio.Protocol):
         self._side = side
         self._first = first
         self._lines = lines
-        self._rank: Carried | None = None
+        self._rank: Connection | None = None
         self._early = bytearray()
         self._transport: asyncio.Transport | None = None
         self.run: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -95,7 +87,7 @@ class Line(asyncio.Protocol):
         else:
             self._rank.write(frame)
 
-    def carry(self, rank: Carried) -> None:
+    def carry(self, rank: Connection) -> None:
         """The rank has had its welcome: the rest is for it."""
         self._rank = rank
         rank.write(bytes(self._early))

@@ -33,6 +33,11 @@ class Member:
     tickets: list[bytes] = field(default_factory=list)
     """For its legs on the server: what it has not used goes with it."""
 
+    @property
+    def present(self) -> bool:
+        """Whether it is in its job, which may be over, or have it back on another connection."""
+        return self.job.members.get(self.rank) is self
+
 
 @dataclass(slots=True, eq=False)
 class RelayPair:
@@ -45,6 +50,12 @@ class RelayPair:
     legs: int = 0
     refused: bool = False
     """One leg came when there was no room: the other must not wait for it in vain."""
+
+    def release(self) -> None:
+        """A leg ended."""
+        self.legs -= 1
+        if self.legs == 0:
+            self.job.relay_pairs -= 1
 
 
 @dataclass(slots=True, eq=False)
@@ -106,17 +117,3 @@ class Job:
         if not self.came:
             self.came = bytearray((self.size + 7) // 8)
         self.came[rank // 8] |= 1 << rank % 8
-
-
-class Counters:
-    """What happened since the start; exported as metrics."""
-
-    def __init__(self) -> None:
-        self.connections = 0
-        self.joined = 0
-        self.refused = 0
-        self.lost = 0
-        self.jobs_started = 0
-        self.relay_limits = 0
-        self.late = 0
-        self.crowded_out = 0

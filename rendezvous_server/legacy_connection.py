@@ -31,19 +31,18 @@ class Legacy:
     Args:
         networks: whom to serve at all.
         ttl: seconds that a client may wait for its peer.
-        on_refusal: told whom we refuse, and why.
+        on_refusal: told whom we refuse, as what, and why.
     """
 
     def __init__(
         self,
         networks: Iterable[IPv4Network],
         ttl: float,
-        on_refusal: Callable[[Address, str], None] = lambda address, why: None,
+        on_refusal: Callable[[Address, str, str], None] = lambda address, kind, why: None,
     ) -> None:
         self._networks = tuple(networks)
         self.pool = Pool(ttl)
         self.open: set[LegacyConnection] = set()
-        self.refused = 0
         self.on_refusal = on_refusal
 
     def serves(self, host: str) -> bool:
@@ -127,8 +126,7 @@ class LegacyConnection(asyncio.Protocol):
             self._transport.close()
 
     def _refuse(self, why: str) -> None:
-        self._legacy.refused += 1
-        self._legacy.on_refusal(self._address, why)
+        self._legacy.on_refusal(self._address, "Legacy", why)
         log.info("refused", address=format_address(self._address), why=why)
         self._leave()
         self.write(refusal(self._reader.version), last=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import resource
 import socket
 from contextlib import ExitStack, suppress
+
+from fmi_client.protocol.addresses import format_address
 
 EVERYWHERE = "::"
 """The host that stands for all interfaces and both versions of IP, or the one there is."""
@@ -19,6 +22,14 @@ MAX_HTTP = 64
 RESERVED = MAX_HTTP + 32
 """Descriptors that are none of ranks': also listeners, the loop's own, and those of a burst, which
 the loop accepts before we can close any."""
+
+
+class CannotListen(OSError):
+    """The text says where, why, and what to do."""
+
+    def __init__(self, where: str, why: str) -> None:
+        advice = "choose another --host, --port or --admin-port"
+        super().__init__(f"cannot listen at {where}: {why}; {advice}")
 
 
 def raise_limit() -> None:
@@ -44,7 +55,7 @@ def listen(host: str, port: int, backlog: int = 128) -> list[socket.socket]:
     """Listen at every address of `host` and at the same port; 0 takes a free one.
 
     Raises:
-        OSError: it cannot be; the text names the address.
+        CannotListen: at one of them, or there is no such host.
     """
     with ExitStack() as stack:
         sockets: list[socket.socket] = []
@@ -58,7 +69,8 @@ def listen(host: str, port: int, backlog: int = 128) -> list[socket.socket]:
                     continue
                 if sockets and error.errno == errno.EADDRINUSE and port == 0:
                     return listen(host, port, backlog)  # we hold this port: another is drawn
-                raise
+                why = os.strerror(error.errno or 0)
+                raise CannotListen(format_address((address, at)), why) from None
             # Made anew, it knows that it speaks TCP: asyncio switches Nagle off only then.
             sockets.append(stack.enter_context(socket.socket(fileno=sock.detach())))
         stack.pop_all()
@@ -69,5 +81,8 @@ def _addresses(host: str) -> list[str]:
     """Return those of IPv4 first, without which no machine is."""
     if host == EVERYWHERE:
         return ["0.0.0.0", "::"]
-    found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise CannotListen(host, error.strerror or str(error)) from None
     return sorted({str(name[0]) for *_, name in found}, key=lambda text: (":" in text, text))

@@ -21,7 +21,6 @@ from aiohttp import web
 from fmi_client.protocol.hello import MAX_JOB_NAME
 from rendezvous_server import page
 from rendezvous_server.access import COOKIE, SESSION_SECONDS, Access, TooManyTries
-from rendezvous_server.assets import SCRIPT, STYLE
 from rendezvous_server.server import Server
 from rendezvous_server.status import Query, Snapshot, take
 
@@ -57,7 +56,7 @@ def _hash(text: str) -> str:
 
 HEADERS = {
     "Content-Security-Policy": (
-        f"default-src 'none'; script-src {_hash(SCRIPT)}; style-src {_hash(STYLE)}; "
+        f"default-src 'none'; script-src {_hash(page.SCRIPT)}; style-src {_hash(page.STYLE)}; "
         "connect-src 'self'; img-src data:; form-action 'self'; base-uri 'none'; "
         "frame-ancestors 'none'"
     ),
@@ -210,10 +209,10 @@ def _facts(server: Server) -> dict[str, Any]:
         "started": round(server.started, 1),
         "connections_now": server.held,
         "connections": counters.connections,
-        "joins": counters.joined,
-        "lost": counters.lost,
+        "joins": counters.joins,
+        "lost": counters.lost_ranks,
         "jobs_started": counters.jobs_started,
-        "refused": counters.refused + server.legacy.refused,
+        "refused": counters.refusals,
         "links": server.registry.punches,
         "relay": config.relay,
         "relay_pairs_now": sum(leg.meets for leg in relayed.legs) // 2,

@@ -15,7 +15,7 @@ import structlog
 
 from fmi_client.errors import AuthenticationFailed, FmiError, ProtocolError, ServerDraining
 from fmi_client.protocol import auth
-from fmi_client.protocol.addresses import Address
+from fmi_client.protocol.addresses import Address, format_address
 from fmi_client.protocol.hello import Hello
 from fmi_client.protocol.relay import relay_request
 from rendezvous_server.config import Config, ConfigError
@@ -54,7 +54,7 @@ class Others:
         self._key = auth.carrier_key(config.secret)
         self._header = LOCAL_HEADER if config.proxy_protocol else b""
         self._jobs = jobs
-        self.hand_over = hand_over
+        self._hand_over = hand_over
         self._shared = Shared(config.redis_url, config.job_ttl)
         self.tag = self._shared.tag
         self.lines: set[Line] = set()
@@ -79,7 +79,9 @@ class Others:
             await self._shared.beat()
             await self._shared.bury(*self._shared.earlier())
         except (OSError, ServerDraining) as error:
-            raise ConfigError(f"the registry does not answer: {error.__cause__ or error}") from None
+            why = error.__cause__ or error
+            at = format_address(_redis_address(self._config))
+            raise ConfigError(f"--registry: cannot use the Redis at {at}: {why}") from None
         self._beating = asyncio.create_task(self._beat())
 
     @property
@@ -124,7 +126,7 @@ class Others:
         for job in list(self._jobs()):
             if await self._shared.claim(job) != self._shared.me:
                 log.warning("handed over", job=job)
-                self.hand_over(job)
+                self._hand_over(job)
 
     # ----------------------------------------------------------------------- ranks
     async def place(self, hello: Hello, observed: Address) -> Line | None:
@@ -222,11 +224,15 @@ async def _own_host(config: Config) -> str:
     """Return the address by which other servers reach us: that by which we reach Redis."""
     if config.host not in (EVERYWHERE, "0.0.0.0"):
         return config.host
-    url = urlsplit(config.redis_url)
-    found = await asyncio.get_running_loop().getaddrinfo(
-        url.hostname or "localhost", url.port or 6379, type=socket.SOCK_DGRAM
-    )
+    host, port = _redis_address(config)
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
     family, kind, _, _, address = found[0]
     with socket.socket(family, kind) as sock:
         sock.connect(address)  # which sends nothing
         return str(sock.getsockname()[0])
+
+
+def _redis_address(config: Config) -> Address:
+    url = urlsplit(config.redis_url or "")
+    return url.hostname or "localhost", url.port or 6379

@@ -11,11 +11,13 @@ A tree is a string, or [tag, attributes, child, ...]. An element with `data-sinc
 from __future__ import annotations
 
 import html
+from importlib.resources import files
 from typing import Any
 from urllib.parse import urlencode
 
-from rendezvous_server.assets import SCRIPT, STYLE
 from rendezvous_server.status import JOBS_SHOWN, LATELY_SECONDS, RANKS_SHOWN, Snapshot
+
+STYLE, SCRIPT = ((files(__package__) / name).read_text() for name in ("page.css", "page.js"))
 
 Tree = str | list[Any]
 Rows = list[list[Tree]]

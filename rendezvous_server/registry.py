@@ -1,7 +1,8 @@
 """Jobs and their ranks: who waits, who is there, who wants to meet whom. No I/O.
 
-Every method returns what is to be sent, as pairs of a member and a message; the caller
-owns the connections. Times are Unix seconds, given by the caller.
+Every method returns what is to be sent, as pairs of a member and a message; the caller owns the
+connections. Who is told something and is not in its job any more has no place there: that was the
+last word, and its connection is to be closed. Times are Unix seconds, given by the caller.
 
 A job lives through two states::
 
@@ -15,6 +16,15 @@ A run of a job has a name of its own, random, that its ranks are told. They brin
 server died and they come to us: a run that we do not know is made anew, RUNNING if one of them
 heard "ready". Who has not come back to it some time later may have finished meanwhile: whoever
 wants a link with it is told so, and links that exist show whether it lives.
+
+A rank that comes under a job's name is for ::
+
+    the run whose name it brings      if that is here
+    a new run                         if it brings one that began elsewhere;
+                                      if it said goodbye to the latest, which others may be leaving;
+                                      if it has not come back to the latest, which began elsewhere:
+                                      it left that one, or is a second process in its own place
+    the latest run                    otherwise, if there is one
 """
 
 from __future__ import annotations
@@ -25,11 +35,11 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 from fmi_client.errors import (
-    AuthenticationFailed,
     JobFull,
     ProtocolError,
     RankTaken,
     RendezvousError,
+    ServerDraining,
 )
 from fmi_client.protocol import auth, frames
 from fmi_client.protocol.addresses import Address
@@ -39,21 +49,12 @@ from fmi_client.protocol.notice import SERVER, Kind, Notice
 from fmi_client.protocol.rendezvous import REJOIN_SECONDS, error_message
 from rendezvous_server.awaited import Awaited
 from rendezvous_server.jobs import Job, Member, RelayPair
-from rendezvous_server.messages import READY, draining, not_back, want
 from rendezvous_server.reach import can_punch, sort_addresses
+from rendezvous_server.tickets import RELAY_PAIRS, SPARE_LINKS, TICKET_SECONDS, Tickets
 
 RELAY_BYTES = 2**40
 """What one job may have passed on: no job of a few hours needs 1 TiB, and at AWS's list price
 of traffic to the Internet ($0.09 a GB, November 2026) that much costs about a hundred dollars."""
-
-RELAY_PAIRS = 1024
-"""Relayed pairs of one job at once: each costs two descriptors, and up to 256 KiB of memory."""
-
-TICKET_SECONDS = 120.0
-"""A rank may compute for a while between the server's word and its next call."""
-
-SPARE_LINKS = 16
-"""A rank may ask twice for a link with each of the others, and so many times more."""
 
 MAX_RUNS = 8
 """Of one job at once: two overlap where ranks that are done begin the next one, and a server that
@@ -65,10 +66,8 @@ OVERDUE_SLICE = 5000
 ENDED_KEPT = 50
 """Jobs that are kept for looking at after their end; as many of those that ended well."""
 
-
-class RelayFull(RendezvousError):
-    """A job has as many pairs on the server as it may."""
-
+READY: Message = {"t": "ready"}
+DRAINING: Message = {"t": "draining"}
 
 Outbox = list[tuple[Member, Message]]
 
@@ -81,9 +80,8 @@ class Registry:
         max_jobs, max_ranks: bounds of what the server holds at once.
         relay: whether ranks that cannot be linked directly may meet here.
         relay_bytes: what may be passed on for one job, all in all.
-        relay_pairs: how many pairs of one job may be here at once.
+        relay_pairs, tag: see `Tickets`.
         make_cookie: source of the pairs' random cookies.
-        tag: what tickets begin with, by which other servers know them for ours.
     """
 
     def __init__(
@@ -102,10 +100,8 @@ class Registry:
         self._max_ranks = max_ranks
         self._relay = relay
         self._relay_bytes = relay_bytes
-        self._relay_pairs = relay_pairs
         self._make_cookie = make_cookie
-        self._tag = tag
-        self._tickets: dict[bytes, RelayPair] = {}
+        self.tickets = Tickets(relay_pairs, tag)
         self.jobs: dict[Job, None] = {}  # a set, in the order of their beginning
         self._by_name: dict[str, Job] = {}
         self._by_run: dict[tuple[str, bytes], Job] = {}
@@ -128,14 +124,11 @@ class Registry:
     ) -> tuple[Member, Outbox]:
         """Take a rank in.
 
-        Who is told "error" or "aborted" is not in the job any more; its connection is the
-        caller's to close.
-
         Raises:
             ServerDraining, JobFull, RankTaken, RendezvousError: it cannot join.
         """
         if self.draining:
-            raise draining()
+            raise _draining()
         if self.ranks >= self._max_ranks:
             raise RendezvousError(f"the server holds {self._max_ranks} ranks already")
         job, outbox = self._find_job(hello, now)
@@ -166,7 +159,7 @@ class Registry:
         if not hello.identity or not auth.same(hello.identity, old.identity):
             raise RankTaken(f"rank {old.rank} of job {old.job.name!r} is here already")
         del old.job.members[old.rank]
-        self._void(old)
+        self.tickets.void(old)
         self.ranks -= 1
         for askers in old.job.wanted.values():
             askers.pop(old.rank, None)  # what it still wants it asks for again
@@ -174,31 +167,39 @@ class Registry:
         return [(old, {"t": "error", "code": "taken", "why": "you have joined again"})]
 
     def _find_job(self, hello: Hello, now: float) -> tuple[Job, Outbox]:
-        latest = self._by_name.get(hello.job)
+        """Return the job that a rank becomes a member of, and whom that sends away."""
+        outbox = self._compare_epochs(hello, now)
+        job = self._find_run(hello)
+        if job is None:
+            return self._open(hello, now), outbox
+        _check(job, hello)
+        return job, outbox
+
+    def _compare_epochs(self, hello: Hello, now: float) -> Outbox:
+        """End all runs of the job that are of an older epoch than a rank that comes."""
         epoch = next((job.epoch for job in self._runs.get(hello.job, ())), hello.epoch)
         if hello.epoch < epoch:
             raise RendezvousError(
                 f"job {hello.job!r} is at epoch {epoch}; a rank of epoch {hello.epoch} is late"
             )
-        if hello.epoch > epoch:
-            outbox = self._supersede(hello, now)
-            return self._open(hello, now), outbox
+        if hello.epoch == epoch:
+            return []
+        reason = f"job {hello.job!r} was started again with epoch {hello.epoch}"
+        old = list(self._runs[hello.job])
+        return [pair for job in old for pair in self._end(job, "superseded", reason, now)]
+
+    def _find_run(self, hello: Hello) -> Job | None:
+        """Return the run that a rank is for; None: it begins one."""
         known = self._by_run.get((hello.job, hello.run))
-        job = known or latest
-        if job is None or (known is None and _another(job, hello)):
-            return self._open(hello, now), []
-        if job.size != hello.size:
-            raise JobFull(f"job {job.name!r} has {job.size} ranks, not {hello.size}")
-        if job.tls != bool(hello.certificate):
-            raise RendezvousError(
-                f"job {job.name!r} was begun {'with' if job.tls else 'without'} tls://; "
-                "its ranks must all come alike"
-            )
-        if known is not None and hello.rank in known.gone:
-            raise RendezvousError(f"job {job.name!r} goes on without rank {hello.rank}")
-        if known is None and job.running and hello.rank not in job.members:
-            raise JobFull(f"job {job.name!r} runs already; a new attempt needs a higher epoch")
-        return job, []
+        latest = self._by_name.get(hello.job)
+        if known is not None or latest is None:
+            return known
+        if hello.began:
+            return None
+        if hello.rank in latest.gone:
+            return None if latest.gone[hello.rank]["clean"] else latest
+        back = latest.back_until is None or hello.rank in latest.members
+        return latest if back else None
 
     def _open(self, hello: Hello, now: float) -> Job:
         if len(self.jobs) >= self._max_jobs:
@@ -215,21 +216,16 @@ class Registry:
         self._by_name[job.name] = self._by_name.get(job.name, job) if hello.began else job
         return job
 
-    def _supersede(self, hello: Hello, now: float) -> Outbox:
-        reason = f"job {hello.job!r} was started again with epoch {hello.epoch}"
-        old = list(self._runs[hello.job])
-        return [pair for job in old for pair in self._end(job, "superseded", reason, now)]
-
     # -------------------------------------------------------------------- leaving
     def leave(self, member: Member, *, clean: bool, why: str, now: float) -> Outbox:
         """A rank's connection ended, after "leave" (`clean`) or without."""
         job = member.job
-        if job.members.get(member.rank) is not member:
-            return []  # the job has ended already
+        if not member.present:
+            return []
         del job.members[member.rank]
         job.absent = None
         self.ranks -= 1
-        self._void(member)
+        self.tickets.void(member)
         job.left += clean and job.running
         if not clean:
             job.lose(member.rank, now, why)
@@ -242,11 +238,6 @@ class Registry:
         message = {"t": "gone", "rank": member.rank, "clean": clean, "why": why}
         job.gone[member.rank] = message
         return [(each, message) for each in job.members.values()]
-
-    def _void(self, member: Member) -> None:
-        for ticket in member.tickets:
-            self._tickets.pop(ticket, None)
-        member.tickets.clear()
 
     def _forget(self, job: Job, now: float) -> None:
         self.jobs.pop(job, None)
@@ -264,20 +255,23 @@ class Registry:
         (self.ended_well if job.well else self.ended_badly).append(job)
 
     def _end(self, job: Job, kind: str, reason: str, now: float) -> Outbox:
-        """End a job for all its ranks; their connections are the caller's to close."""
+        """End a job for all its ranks."""
         notice = Notice(SERVER, kind, reason)
         job.aborted = job.aborted or notice
         message = notice.encode("aborted")
-        outbox = [(member, message) for member in job.members.values()]
-        self.ranks -= len(job.members)
-        for member in job.members.values():
-            self._void(member)
-        if not job.running:
-            for rank in job.members:
-                job.note(rank)
+        return [(member, message) for member in self._empty(job, now)]
+
+    def _empty(self, job: Job, now: float) -> list[Member]:
+        """Forget a job; returns who was in it."""
+        members = list(job.members.values())
+        self.ranks -= len(members)
+        for member in members:
+            self.tickets.void(member)
+            if not job.running:
+                job.note(member.rank)
         job.members.clear()
         self._forget(job, now)
-        return outbox
+        return members
 
     def hand_over(self, name: str, now: float) -> list[Hashable]:
         """Jobs of that name go on at another server: forget them.
@@ -286,19 +280,11 @@ class Registry:
             Their ranks' connections, which are the caller's to cut: the ranks come again there.
         """
         moved = [job for job in self.jobs if job.name == name]
-        members = [member for job in moved for member in job.members.values()]
-        self.ranks -= len(members)
-        for member in members:
-            self._void(member)
-        for job in moved:
-            job.members.clear()
-            self._forget(job, now)
-        return [member.connection for member in members]
+        return [member.connection for job in moved for member in self._empty(job, now)]
 
     def expire(self, now: float) -> Outbox:
         """End the jobs, and forget the tickets, whose time is over."""
-        for ticket in [t for t, pair in self._tickets.items() if pair.expires <= now]:
-            del self._tickets[ticket]
+        self.tickets.expire(now)
         late = [job for job in self.jobs if job.expires <= now]
         return [
             pair
@@ -316,23 +302,23 @@ class Registry:
         outbox: Outbox = []
         for job in [job for job in self._awaiting if (job.back_until or 0) <= now]:
             for peer, askers in self._awaited.drain(job):
-                said = not_back(peer)
+                said = _not_back(peer)
                 outbox += [(job.members[each], said) for each in askers if each in job.members]
                 if len(outbox) >= OVERDUE_SLICE:
                     return outbox
             self._awaiting.discard(job)
         return outbox
 
-    def drain(self) -> Outbox:
-        """Take nobody new. Ranks of incomplete jobs are told to come back elsewhere."""
+    def drain(self, now: float) -> Outbox:
+        """Take nobody new. Ranks of incomplete jobs are sent away, to come back elsewhere."""
         self.draining = True
         outbox: Outbox = []
-        for job in self.jobs:
+        for job in list(self.jobs):
             if job.running:
-                outbox += [(member, {"t": "draining"}) for member in job.members.values()]
+                outbox += [(member, DRAINING) for member in job.members.values()]
             else:
-                refusal = error_message(draining())
-                outbox += [(member, refusal) for member in job.members.values()]
+                refusal = error_message(_draining())
+                outbox += [(member, refusal) for member in self._empty(job, now)]
         return outbox
 
     # ------------------------------------------------------------------- requests
@@ -358,14 +344,14 @@ class Registry:
             raise ProtocolError(f"link: there is no peer {peer}")
         other = job.members.get(peer)
         if other is None and (peer in job.gone or now >= (job.back_until or 0)):
-            return [(member, job.gone.get(peer) or not_back(peer))]
+            return [(member, job.gone.get(peer) or _not_back(peer))]
         if other is None:
             self._awaited.add(job, peer, member.rank, got)
             return []
         asked = job.wanted.get(member.rank, {})
         if peer not in asked:
             job.wanted.setdefault(peer, {})[member.rank] = got
-            return [(other, want(member.rank))]
+            return [(other, _want(member.rank))]
         self.punches += 1
         job.links += 1
         outbox = self._introduce(member, other, now)
@@ -388,45 +374,11 @@ class Registry:
             if peer.certificate:
                 message["cert"] = peer.certificate
             if self._relay:
-                ticket = self._tag + os.urandom(auth.COOKIE_BYTES - len(self._tag))
-                self._tickets[ticket] = pair
-                member.tickets.append(ticket)
-                message["ticket"] = ticket
+                message["ticket"] = self.tickets.issue(member, pair)
             outbox.append((member, message))
         return outbox
 
     # ---------------------------------------------------------------------- relay
-    def claim(self, ticket: bytes, now: float) -> RelayPair:
-        """Use up a ticket: one leg of its pair is here. `release` must follow.
-
-        Raises:
-            AuthenticationFailed: there is no such ticket, or its job is over.
-            RelayFull: the job has as many pairs here as it may.
-        """
-        pair = self._tickets.pop(ticket, None)
-        if pair is None or pair.expires <= now or pair.job not in self.jobs:
-            raise AuthenticationFailed("authentication failed")
-        if pair.legs == 0:
-            pair.refused |= pair.job.relay_pairs >= self._relay_pairs
-            if pair.refused:
-                raise RelayFull(
-                    f"job {pair.job.name!r} relays {self._relay_pairs} pairs already "
-                    "(--relay-pairs)"
-                )
-            pair.job.relay_pairs += 1
-        pair.legs += 1
-        return pair
-
-    def met(self, pair: RelayPair) -> None:
-        """Both legs are here."""
-        pair.job.relayed += 1
-
-    def release(self, pair: RelayPair) -> None:
-        """A leg ended."""
-        pair.legs -= 1
-        if pair.legs == 0:
-            pair.job.relay_pairs -= 1
-
     def may_relay(self, job: Job, size: int) -> bool:
         """Count bytes that are to be passed on; whether they may be."""
         job.relay_bytes += size
@@ -447,23 +399,42 @@ class Registry:
         return job.absent
 
 
-def _another(job: Job, hello: Hello) -> bool:
-    """Whether a rank that is not of this run, for all we know, begins another of that name.
+def _check(job: Job, hello: Hello) -> None:
+    """Refuse who is none of the ranks that the job waits for."""
+    if job.size != hello.size:
+        raise JobFull(f"job {job.name!r} has {job.size} ranks, not {hello.size}")
+    if job.tls != bool(hello.certificate):
+        how = "with" if job.tls else "without"
+        raise RendezvousError(f"all ranks of job {job.name!r} must come {how} tls://, as the first")
+    if job.run == hello.run:
+        if hello.rank in job.gone:
+            raise RendezvousError(f"job {job.name!r} goes on without rank {hello.rank}")
+    elif job.running and hello.rank not in job.members:
+        raise JobFull(f"job {job.name!r} runs already; a new attempt needs a higher epoch")
 
-    So it is if it said goodbye to this one, which the others may still be leaving, and if it
-    came from a run that has begun elsewhere. A rank that has not come back to a run from
-    elsewhere has left that one, or is a second process in its place: the run takes no harm.
+
+def _draining() -> ServerDraining:
+    return ServerDraining("the server is shutting down; try again in a few seconds")
+
+
+def _want(asker: int) -> Message:
+    return {"t": "want", "peer": asker}
+
+
+def _not_back(rank: int) -> Message:
+    """Say that a rank of a job from another server is not here.
+
+    It is said as of one that left: it may have finished, and links with it that exist need not end.
     """
-    if hello.began or hello.rank in job.gone:
-        return hello.began or job.gone[hello.rank]["clean"] is True
-    return job.back_until is not None and hello.rank not in job.members
+    why = "did not come back after the server's restart"
+    return {"t": "gone", "rank": rank, "clean": True, "why": why}
 
 
 def _welcome_back(member: Member) -> Outbox:
     """Tell a rank of a running job what it may have missed."""
     job = member.job
     askers = job.wanted.get(member.rank, {}).keys()
-    messages = [READY, *job.gone.values(), *map(want, askers & job.members.keys())]
+    messages = [READY, *job.gone.values(), *map(_want, askers & job.members.keys())]
     if job.aborted is not None:
         messages.append(job.aborted.encode("aborted"))
     return [(member, message) for message in messages]

@@ -9,7 +9,7 @@ import structlog
 
 from fmi_client.protocol.relay import RELAY_GO
 from rendezvous_server.jobs import Job, RelayPair
-from rendezvous_server.registry import TICKET_SECONDS
+from rendezvous_server.tickets import TICKET_SECONDS
 
 log = structlog.get_logger()
 
@@ -22,19 +22,10 @@ class Traffic:
 
     Args:
         may_pass: told how many bytes of a job are to be passed on; whether they may be.
-        met: told of each pair whose legs are both here.
-        release: told of each leg that ends.
     """
 
-    def __init__(
-        self,
-        may_pass: Callable[[Job, int], bool],
-        met: Callable[[RelayPair], None],
-        release: Callable[[RelayPair], None],
-    ) -> None:
+    def __init__(self, may_pass: Callable[[Job, int], bool]) -> None:
         self.may_pass = may_pass
-        self.met = met
-        self.release = release
         self.legs: set[Leg] = set()
         self.pairs = 0
         self.bytes = 0
@@ -84,8 +75,15 @@ class Leg(asyncio.BufferedProtocol):
         transport.set_write_buffer_limits(high=0)
         transport.pause_reading()
 
-    def meet(self, first: Leg) -> None:
-        """Both legs are there: let the bytes flow."""
+    def begin(self) -> None:
+        """Meet the other leg of the pair, or wait for it."""
+        first = self.pair.first
+        if isinstance(first, Leg) and first.waiting:
+            self._meet(first)
+        else:
+            self.pair.first = self
+
+    def _meet(self, first: Leg) -> None:
         for leg, peer in ((self, first), (first, self)):
             leg._peer = peer
             if leg._patience is not None:
@@ -93,7 +91,7 @@ class Leg(asyncio.BufferedProtocol):
             leg._transport.write(RELAY_GO)
             leg._transport.resume_reading()
         self._traffic.pairs += 1
-        self._traffic.met(self.pair)
+        self.pair.job.relayed += 1
         log.info("relaying", job=self.pair.job.name, ranks=self.pair.ranks)
 
     @property
@@ -134,7 +132,7 @@ class Leg(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._traffic.legs.discard(self)
-        self._traffic.release(self.pair)
+        self.pair.release()
         # Two legs refer to each other: what they hold would wait for the garbage collector, which
         # counts objects and not their bytes. What is still to be written has its own reference.
         self._buffer = memoryview(b"")

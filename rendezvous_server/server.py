@@ -10,16 +10,17 @@ from collections.abc import Iterable
 
 import structlog
 
+from fmi_client.protocol.addresses import Address
 from fmi_client.protocol.frames import encode
 from fmi_client.protocol.rendezvous import Admission
 from rendezvous_server.config import Config
 from rendezvous_server.connection import Connection, connection_of
-from rendezvous_server.jobs import Counters, Job
+from rendezvous_server.jobs import Job
 from rendezvous_server.legacy_connection import Legacy
 from rendezvous_server.listen import listen, room_for_ranks
 from rendezvous_server.registry import Outbox, Registry
 from rendezvous_server.relay import Traffic
-from rendezvous_server.status import Refusals
+from rendezvous_server.status import Counters, Refusals
 from rendezvous_server.strangers import MAX_STRANGERS, MAX_TLS_STRANGERS, Lately, Strangers, source
 
 log = structlog.get_logger()
@@ -50,13 +51,9 @@ class Server:
             relay_pairs=config.relay_pairs,
             tag=tag,
         )
-        self.relayed = Traffic(self._may_relay, self.registry.met, self.registry.release)
+        self.relayed = Traffic(self._may_relay)
         self.refusals = Refusals()
-        self.legacy = Legacy(
-            config.legacy,
-            config.job_ttl,
-            lambda address, why: self.refusals.add(time.time(), address, "Legacy", why),
-        )
+        self.legacy = Legacy(config.legacy, config.job_ttl, self.refused)
         # Where only this machine can reach the port, no secret means no need for one.
         anonymous = config.allow_anonymous or config.secret is None
         self.admission = Admission(config.secret, anonymous)
@@ -129,9 +126,14 @@ class Server:
 
     def _cut_late(self) -> None:
         for stranger in self.strangers.late(asyncio.get_running_loop().time()):
-            self.counters.late += 1
+            self.counters.handshake_timeouts += 1
             stranger.cut()
         self._await_next()
+
+    def refused(self, address: Address, kind: str, why: str) -> None:
+        """Somebody was turned away."""
+        self.counters.refusals += 1
+        self.refusals.add(time.time(), address, kind, why)
 
     async def _tick(self) -> None:
         crowded_out = 0
@@ -144,43 +146,54 @@ class Server:
             if more := self.lately.others():
                 log.info("refused strangers", more=more)
             self.deliver(self.registry.overdue(time.time()))
-            self._end(self.registry.expire(time.time()))
+            self.deliver(self.registry.expire(time.time()))
             self.legacy.expire(asyncio.get_running_loop().time())
-
-    def _end(self, outbox: Outbox) -> None:
-        """Tell ranks that their job is over, and let go of them."""
-        self.deliver(outbox)
-        for member, _ in outbox:
-            connection_of(member).close_soon()
 
     def _may_relay(self, job: Job, size: int) -> bool:
         if self.registry.may_relay(job, size):
             return True
         self.counters.relay_limits += 1
         log.warning("relay limit", job=job.name, bytes=self.config.relay_bytes)
-        self._end(self.registry.end_relayed(job, time.time()))
+        self.deliver(self.registry.end_relayed(job, time.time()))
         self.relayed.cut(job)
         return False
 
     def deliver(self, outbox: Outbox) -> None:
-        """Write each message to its member."""
+        """Write each message to its member; to who is not in its job any more, as the last."""
         frames: dict[int, bytes] = {}  # a broadcast is one dict object: encode it once
         for member, message in outbox:
             frame = frames.get(id(message))
             if frame is None:
                 frame = frames[id(message)] = encode(message)
             connection_of(member).write(frame)
+            if not member.present:
+                connection_of(member).close_soon()
+        for job in {member.job for member, _ in outbox if not member.job.members}:
+            self.ended(job)
+
+    def ended(self, job: Job) -> None:
+        """Nobody is in the job any more."""
+        self.relayed.forget(job)
+        log.info(
+            "ended",
+            job=job.name,
+            epoch=job.epoch,
+            well=job.well,
+            seconds=round(job.ended - job.began, 3),
+            **({"why": job.aborted.reason} if job.aborted is not None else {}),
+        )
+        if not self.registry.ranks:
+            self.emptied.set()
 
     async def drain(self, seconds: float = DRAIN_SECONDS) -> None:
         """Stop in order: nobody new, waiters sent away, running jobs given time to end."""
         for listener in self._listeners:
             listener.close()
-        waiting = {m for job in self.registry.jobs if not job.running for m in job.members.values()}
-        self.deliver(self.registry.drain())
+        ranks = self.registry.ranks
+        self.deliver(self.registry.drain(time.time()))
         self.legacy.expire(math.inf)
-        for member in waiting:
-            connection_of(member).close_soon()
-        log.info("draining", waiting=len(waiting), running=self.registry.ranks - len(waiting))
+        running = self.registry.ranks
+        log.info("draining", waiting=ranks - running, running=running)
         if self.registry.ranks:
             self.emptied.clear()
             with contextlib.suppress(TimeoutError):

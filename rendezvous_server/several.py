@@ -88,11 +88,12 @@ class SharingServer(Server):
 class SharingConnection(Connection):
     """A rank's connection, or another server's that carries one."""
 
-    __slots__ = ("_carried", "_line", "_others", "_placing", "_why")
+    __slots__ = ("_carried", "_line", "_placing", "_why")
+
+    _server: SharingServer
 
     def __init__(self, server: SharingServer) -> None:
         super().__init__(server)
-        self._others = server.others
         self._placing: asyncio.Task[None] | None = None
         self._line: Line | None = None
         """Whereby the rank is carried to its job's server."""
@@ -104,7 +105,9 @@ class SharingConnection(Connection):
     def _handle(self, event: Authenticated | RelayLeg | Request) -> None:
         if isinstance(event, Authenticated):
             self._placing = asyncio.create_task(self._place(event))
-        elif isinstance(event, RelayLeg) and not (event.on or self._others.issued(event.ticket)):
+        elif isinstance(event, RelayLeg) and not (
+            event.on or self._server.others.issued(event.ticket)
+        ):
             self._become_pipe(event.ticket)
         elif isinstance(event, Request) and self._line and event.message["t"] != "leave":
             if event.message["t"] in CARRIERS_WORDS:
@@ -117,7 +120,7 @@ class SharingConnection(Connection):
         """Take a rank in, here or at the server that has its job."""
         assert self._side is not None
         try:
-            line = await self._others.place(event.hello, self._side.observed)
+            line = await self._server.others.place(event.hello, self._side.observed)
             if self._transport is None or self._transport.is_closing():
                 if line is not None:
                     line.end({"t": "lost", "why": CLOSED})
@@ -135,21 +138,20 @@ class SharingConnection(Connection):
 
     def _become_pipe(self, ticket: bytes) -> None:
         """Pass the connection on to the server that knows the ticket."""
-        transport = self._transport
+        transport, others = self._transport, self._server.others
         assert transport is not None
-        self._release(user_timeout_ms=0)
-        leg = Pipe(self._others.pipes)
-        transport.set_protocol(leg)
+        self._settle(user_timeout_ms=0)
+        leg = Pipe(others.pipes)
+        self._become(leg)
         leg.connection_made(transport)
-        self._transport = self._side = None
-        self._others.pass_on(leg, ticket)
+        others.pass_on(leg, ticket)
 
     def _request(self, member: Member, message: Message) -> None:
         if self._carried and message["t"] == "lost":
             self._why = field(message, "why", str)
             self.close_soon()
         elif self._carried and message["t"] == "moved":
-            self._others.hand_over(member.job.name)
+            self._server.hand_over(member.job.name)
         else:
             super()._request(member, message)
 
@@ -167,5 +169,4 @@ class SharingConnection(Connection):
         asyncio.get_running_loop().call_later(REJOIN_SECONDS, self._not_back, member)
 
     def _not_back(self, member: Member) -> None:
-        if member.job.members.get(member.rank) is member:
-            super()._gone(member, "it did not come back when the server died that it had reached")
+        super()._gone(member, "it did not come back when the server died that it had reached")

@@ -23,6 +23,7 @@ from redis.exceptions import RedisError
 
 from fmi_client.errors import ServerDraining
 from fmi_client.protocol.addresses import format_address
+from rendezvous_server.config import ConfigError
 
 log = structlog.get_logger()
 
@@ -87,17 +88,13 @@ class Shared:
     Args:
         url: of Redis.
         job_ttl: seconds for which no job lives longer.
+
+    Raises:
+        ConfigError: the URL asks for what Redis's client does not know.
     """
 
     def __init__(self, url: str, job_ttl: float) -> None:
-        self._redis = redis.asyncio.Redis.from_url(
-            url,
-            decode_responses=True,
-            encoding_errors="replace",  # somebody else's entry must not stop us
-            socket_timeout=ANSWER_SECONDS,
-            socket_connect_timeout=ANSWER_SECONDS,
-            retry=Retry(NoBackoff(), 1),  # a connection may be from before its restart
-        )
+        self._redis = _client(url)
         self._beat = self._redis.register_script(_BEAT)
         self._claim = self._redis.register_script(_CLAIM)
         self._release = self._redis.register_script(_RELEASE)
@@ -111,7 +108,7 @@ class Shared:
         """All that are there, by the last beat; this one is among them."""
         self._looked = 0.0
         self._looking = asyncio.Lock()
-        self.up = True
+        self.up = False
         """Whether Redis answered when it was last asked."""
 
     def name(self, host: str, port: int) -> None:
@@ -187,9 +184,26 @@ class Shared:
             self.up = False
             raise come_back("the servers' registry does not answer") from error
         if not self.up:
-            log.info("registry back")
+            log.info("registry answers")
         self.up = True
         return answer
+
+
+def _client(url: str) -> redis.asyncio.Redis:
+    try:
+        client = redis.asyncio.Redis.from_url(
+            url,
+            decode_responses=True,
+            encoding_errors="replace",  # somebody else's entry must not stop us
+            socket_timeout=ANSWER_SECONDS,
+            socket_connect_timeout=ANSWER_SECONDS,
+            retry=Retry(NoBackoff(), 1),  # a connection may be from before its restart
+        )
+        pool: Any = client.connection_pool
+        pool.make_connection()  # only now are the URL's arguments looked at
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--registry: correct the URL: {error}") from None
+    return client
 
 
 def _ms(seconds: float) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -31,6 +31,24 @@ TEXT_SHOWN = 300
 
 REFUSALS_KEPT = 200
 LATELY_SECONDS = 600.0
+
+
+def _counter(text: str) -> Any:
+    return field(default=0, metadata={"text": text})
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the start. The names and texts are those of /metrics."""
+
+    connections: int = _counter("Connections accepted")
+    joins: int = _counter("Ranks that joined")
+    refusals: int = _counter("Connections refused")
+    handshake_timeouts: int = _counter("Connections that proved nothing in time")
+    crowded_out: int = _counter("Connections cut before their time for want of room")
+    lost_ranks: int = _counter("Ranks whose connection ended without goodbye")
+    jobs_started: int = _counter("Jobs whose ranks were all present")
+    relay_limits: int = _counter("Jobs ended, and legs refused, by a limit")
 
 
 @dataclass(frozen=True, slots=True)

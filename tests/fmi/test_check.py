@@ -46,8 +46,8 @@ async def test_all_is_well_and_running_jobs_notice_nothing() -> None:
         assert await asyncio.gather(*(comm.allreduce(1) for comm in comms)) == [2, 2]
         for comm in comms:
             await comm.close()
-        assert server.counters.joined == 3
-        assert not server.counters.refused
+        assert server.counters.joins == 3
+        assert not server.counters.refusals
     assert statuses(report) == ALONE
     assert report.ok
     assert report.nat == "none"

@@ -78,7 +78,7 @@ class Line:
         if isinstance(event, Authenticated):
             self.join(event)
         elif isinstance(event, RelayLeg):
-            self.become_leg(self.registry.claim(event.ticket, self.world.now))
+            self.become_leg(self.registry.tickets.claim(event.ticket, self.world.now))
         elif event.message["t"] == "leave":
             self.clean = True
             self.close()
@@ -92,15 +92,14 @@ class Line:
         self.world.seen["rejoined"] += event.hello.began
         self.end.send(encode(event.welcome | {"run": self.member.job.run}))
         self.deliver(outbox)
-        for other, message in outbox:
-            if other.job is not self.member.job or message["t"] == "error":
-                line(other).close()
 
     def deliver(self, outbox: Outbox) -> None:
         for member, message in outbox:
             if message["t"] == "missing":
                 line(member).check_missing(unpack_ranks(message["ranks"]))
             line(member).end.send(encode(message))
+            if not member.present:
+                line(member).close()
 
     def check_missing(self, missing: list[int]) -> None:
         lines = [each for each in self.world.lines if each.member and not each.end.closed]
@@ -126,7 +125,7 @@ class Line:
 
     def lost(self) -> None:
         if self.pair is not None:
-            self.registry.release(self.pair)
+            self.pair.release()
         if self.partner is not None:
             self.partner.close()
         if self.member is None:

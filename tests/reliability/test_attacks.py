@@ -134,8 +134,8 @@ async def test_a_ticket_that_is_made_up_or_used_gets_no_word() -> None:
         assert await said(address, relay_request(b"t" * 16)) == b""
         ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
         await asyncio.gather(*(comm.barrier() for comm in ranks))
-        ticket, other = server.registry._tickets
-        pair = server.registry._tickets[ticket]
+        ticket, other = server.registry.tickets._pairs
+        pair = server.registry.tickets._pairs[ticket]
         both = relay_request(ticket) + relay_request(other)[1:]
         assert await said(address, both) == b""  # more than a leg may say
         host, port = address.split(":")

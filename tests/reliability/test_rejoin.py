@@ -219,7 +219,7 @@ async def test_a_wrong_server_is_not_the_last_word(wrong: str) -> None:
         await first.stop()
         if wrong == "another secret":
             other = await serve_here(port, b"t" * 32)
-            await until(lambda: other.counters.refused > 0)
+            await until(lambda: other.counters.refusals > 0)
             await other.stop()
         else:
             async with await asyncio.start_server(answer, "127.0.0.1", port):

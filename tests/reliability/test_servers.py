@@ -182,7 +182,7 @@ async def test_without_redis_jobs_live_on_and_ranks_that_join_are_told_to_come_b
     await here.redis.start()  # it knows nothing
     await leave([await later])
     for place in here.servers:
-        await place.event("registry back")
+        await place.event("registry answers")
         assert await asyncio.to_thread(ready, place) == "ok\n"
     # Its server has claimed the job again: no second one comes of ranks that have to rejoin.
     await until_claimed(here)

@@ -218,5 +218,5 @@ def test_networks() -> None:
     for host in ("10.2.0.1", "::ffff:10.2.0.1", "2001:db8::1", "fe80::1%2"):
         assert not served.serves(host)
     for bad in ("::/0", "10.0.0.0/33", "10.1.2.3/8", "anywhere"):
-        with pytest.raises(ConfigError, match="not an IPv4 network"):
+        with pytest.raises(ConfigError, match="takes IPv4 networks"):
             read_networks([bad])

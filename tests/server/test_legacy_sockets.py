@@ -138,7 +138,7 @@ async def test_a_bad_request_of_version_2_is_told_so() -> None:
     async with serving() as lobby:
         bad = await lobby.knock(request_2(b"n", "no token"))
         assert await bad.end() == legacy.refusal(2)
-        assert lobby.server.legacy.refused == 1
+        assert lobby.server.counters.refusals == 1
 
 
 async def test_the_server_does_not_speak_first_and_keeps_watch() -> None:
@@ -173,7 +173,7 @@ async def test_a_name_that_goes_on_after_a_pause_is_no_name() -> None:
         connection.data_received(b"ments")
         assert len(lobby.server.legacy.pool) == 0  # from this moment on, not only once it is closed
         assert await halting.end() == halting.own
-        assert lobby.server.legacy.refused == 1
+        assert lobby.server.counters.refusals == 1
 
 
 async def test_names_that_share_their_first_100_bytes() -> None:
@@ -234,7 +234,7 @@ async def test_who_gives_no_name_is_cut_off_and_who_waits_is_not(
             slow.say(b"x")
             await asyncio.wait([cut], timeout=0.01)
         assert [cut.result(), await silent.end(), await half.end()] == [b""] * 3
-        assert lobby.server.legacy.refused == 0
+        assert lobby.server.counters.refusals == 0
         second = await lobby.knock(request_2(b"n"))
         assert (await second.end())[7:13] == first.own[:6]
         await until(lambda: not lobby.server.legacy.open and not lobby.server.open)
@@ -245,7 +245,7 @@ async def test_others_get_nothing(networks: tuple[str, ...]) -> None:
     async with serving(networks) as lobby:
         for data in (b"n", request_2(b"n")):
             assert await (await lobby.knock(data)).end() == b""
-        assert lobby.server.counters.refused == 2
+        assert lobby.server.counters.refusals == 2
         assert not lobby.server.legacy.open
 
 
@@ -264,7 +264,7 @@ async def test_only_the_first_byte_decides() -> None:
         await until(lambda: any(each._heard for each in lobby.server.open))
         caller.say(request[6:])
         assert await caller.end() == b""
-        assert lobby.server.counters.refused == 1
+        assert lobby.server.counters.refusals == 1
 
 
 async def test_a_dual_stack_socket_shows_ipv4_in_disguise() -> None:

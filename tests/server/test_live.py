@@ -112,7 +112,7 @@ async def test_lost_ranks_are_shown_with_why_and_the_job_after_its_end() -> None
         await asyncio.gather(*(comm.barrier() for comm in ranks))
         member = next(iter(there.server.registry.jobs)).members[1]
         member.connection._transport.abort()  # type: ignore[attr-defined]
-        await until(lambda: there.server.counters.lost == 1)
+        await until(lambda: there.server.counters.lost_ranks == 1)
         snapshot = await there.status()
         (job,) = snapshot["jobs"]
         assert (job["state"], job["here"], job["lost_count"], job["links"]) == ("RUNNING", 2, 1, 3)
@@ -352,7 +352,7 @@ async def test_viewers_see_that_the_server_drains(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(live, "PERIOD", 0.02)
     async with watched() as there, there.get("/events") as answer:
         await message(answer)
-        there.server.registry.drain()
+        there.server.registry.drain(time.time())
         assert "DRAINING" in words((await message(answer))["page"])
 
 
@@ -393,7 +393,7 @@ async def test_refusals_of_tcpunch_clients_are_told_too() -> None:
         writer.write(b"a name")
         await until(lambda: len(there.server.legacy.pool) == 1)
         writer.write(b"and more")
-        await until(lambda: there.server.legacy.refused == 1)
+        await until(lambda: there.server.counters.refusals == 1)
         writer.close()
         (refusal,) = (await there.status())["refusals"]
         assert (refusal["kind"], refusal["why"]) == ("Legacy", "bytes after the name")

@@ -195,7 +195,7 @@ async def test_without_a_header_nobody_comes_in() -> None:
         none, text = await refusals(address, hello, b"PROXY UNKNOWN\r\n")
         assert "--proxy-protocol" in none
         assert "version 1" in text
-        assert server.counters.refused == 2
+        assert server.counters.refusals == 2
 
 
 async def test_a_header_that_nobody_asked_for_is_none_of_ours() -> None:

@@ -18,7 +18,8 @@ from fmi_client.errors import (
 from fmi_client.protocol.frames import unpack_ranks
 from fmi_client.protocol.hello import Hello
 from rendezvous_server.jobs import Member
-from rendezvous_server.registry import Outbox, Registry, RelayFull
+from rendezvous_server.registry import Outbox, Registry
+from rendezvous_server.tickets import RelayFull
 
 HELLO = Hello("job", 3, 0, 0, 0, (("10.0.0.1", 1000),), b"n" * 16)
 NOW = 1000.0
@@ -223,11 +224,11 @@ def test_ranks_are_told_what_both_have(
 def test_tickets_are_good_once_and_not_for_ever(registry: Registry, members: list[Member]) -> None:
     registry.request(members[0], {"t": "link", "peer": 1}, NOW)
     tickets = [m["ticket"] for _, m in registry.request(members[1], {"t": "link", "peer": 0}, NOW)]
-    pair = registry.claim(tickets[0], NOW)
+    pair = registry.tickets.claim(tickets[0], NOW)
     assert pair.ranks == (1, 0)
     for ticket, now in ((tickets[0], NOW), (tickets[1], NOW + 1000), (b"x" * 16, NOW)):
         with pytest.raises(AuthenticationFailed):
-            registry.claim(ticket, now)
+            registry.tickets.claim(ticket, now)
     silent = Registry(ttl=60, relay=False)
     one, two = (join(silent, rank, size=2)[0] for rank in range(2))
     silent.request(one, {"t": "link", "peer": 1}, NOW)
@@ -315,8 +316,8 @@ def test_a_draining_server_sends_waiters_away_and_lets_jobs_run(
     registry: Registry, members: list[Member]
 ) -> None:
     join(registry, 0, job="waiting")
-    assert said(registry.drain())[-1] == ("waiting/0", "error")
-    assert said(registry.drain())[:3] == [(f"job/{rank}", "draining") for rank in range(3)]
+    assert said(registry.drain(NOW))[-1] == ("waiting/0", "error")
+    assert said(registry.drain(NOW))[:3] == [(f"job/{rank}", "draining") for rank in range(3)]
     with pytest.raises(ServerDraining):
         join(registry, 1, job="waiting")
 
@@ -341,20 +342,20 @@ def tickets(registry: Registry, one: Member, other: Member) -> list[bytes]:
 def test_a_job_relays_so_many_pairs_at_once() -> None:
     registry = Registry(ttl=60, relay_pairs=1)
     zero, one, two = (join(registry, rank)[0] for rank in range(3))
-    here = [registry.claim(ticket, NOW) for ticket in tickets(registry, zero, one)]
+    here = [registry.tickets.claim(ticket, NOW) for ticket in tickets(registry, zero, one)]
     refused, too_late = tickets(registry, zero, two)
     with pytest.raises(RelayFull, match=r"'job' relays 1 pairs already \(--relay-pairs\)"):
-        registry.claim(refused, NOW)
-    registry.release(here[0])
+        registry.tickets.claim(refused, NOW)
+    here[0].release()
     waiting, _ = tickets(registry, one, two)
     with pytest.raises(RelayFull):  # the other leg still holds the place
-        registry.claim(waiting, NOW)
-    registry.release(here[1])
+        registry.tickets.claim(waiting, NOW)
+    here[1].release()
     with pytest.raises(RelayFull):  # its peer was sent away: nobody would come
-        registry.claim(too_late, NOW)
-    registry.claim(tickets(registry, zero, one)[0], NOW)
+        registry.tickets.claim(too_late, NOW)
+    registry.tickets.claim(tickets(registry, zero, one)[0], NOW)
     others = [join(registry, rank, job="another", size=2)[0] for rank in range(2)]
-    registry.claim(tickets(registry, *others)[0], NOW)
+    registry.tickets.claim(tickets(registry, *others)[0], NOW)
 
 
 def test_a_job_relays_so_many_bytes() -> None:
@@ -369,4 +370,4 @@ def test_a_job_relays_so_many_bytes() -> None:
     assert "limit of 1000 bytes" in outbox[0][1]["reason"]
     assert not registry.jobs
     with pytest.raises(AuthenticationFailed):
-        registry.claim(ticket, NOW)
+        registry.tickets.claim(ticket, NOW)

@@ -272,7 +272,7 @@ def test_nothing_is_left_of_a_job_that_came_back_and_ended(registry: Registry) -
 
 def test_who_is_sent_away_is_told_for_how_long(registry: Registry) -> None:
     join(registry, 0)
-    ((_, message),) = registry.drain()
+    ((_, message),) = registry.drain(NOW)
     with pytest.raises(ServerDraining) as caught:
         join(registry, 1)
     for told in (message, error_message(caught.value)):

@@ -198,7 +198,7 @@ async def test_a_leg_that_waits_alone_ends_with_its_job() -> None:
         ranks = await asyncio.gather(*(join(address, r) for r in range(2)))
         member = next(iter(server.registry.jobs)).members[0]
         server.registry._introduce(member, member.job.members[1], time.time())
-        ticket = next(iter(server.registry._tickets))
+        ticket = next(iter(server.registry.tickets._pairs))
         host, port = address.split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(relay_request(ticket))

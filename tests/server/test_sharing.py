@@ -203,7 +203,7 @@ async def test_a_rank_cannot_speak_like_a_server(
     control = comms[rank]._endpoint._control  # type: ignore[attr-defined]
     control.side.outgoing += encode({"t": kind, "why": "so"})
     control.flush()
-    await until(lambda: two[rank][0].counters.refused == 1)
+    await until(lambda: two[rank][0].counters.refusals == 1)
     await until(lambda: rank in job.lost)  # it was shown the door, and the job is where it was
     assert job.lost[rank][1] != "so"
     assert 1 - rank in job.members
@@ -388,9 +388,16 @@ def test_a_registry_that_does_not_answer_is_said_at_once() -> None:
     env = os.environ | {"RENDEZVOUS_SECRET": SECRET.decode()}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
     assert done.returncode == 2
-    assert "the registry does not answer" in done.stderr
+    assert "cannot use the Redis at 127.0.0.1" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
     assert "word" not in done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["max_connections=many", "no_such_argument=1"])
+def test_a_url_that_redis_cannot_take_is_an_error_of_the_setting(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=f"--registry: .*{wrong.partition('=')[0]}"):
+        Shared(f"redis://127.0.0.1/0?{wrong}", 60)
 
 
 def test_servers_need_a_secret_and_a_url_of_redis() -> None:

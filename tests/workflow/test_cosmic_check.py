@@ -102,7 +102,7 @@ async def test_ctrl_c_leaves_in_order() -> None:
         process.send_signal(signal.SIGINT)
         _, err = await process.communicate()
         await until(lambda: server.registry.ranks == 0)
-        assert server.counters.lost == 0
+        assert server.counters.lost_ranks == 0
     assert process.returncode == 130
     assert (
         err.decode().splitlines()[-1]

@@ -76,7 +76,7 @@ def ticket() -> bytes:
         one, two = scene.join(1), scene.join(0)
         scene.say(one, {"t": "link", "peer": 0})
         scene.say(two, {"t": "link", "peer": 1})
-        found = next(iter(scene.server.registry._tickets))
+        found = next(iter(scene.server.registry.tickets._pairs))
         scene.end()
         return found
 

@@ -138,7 +138,7 @@ class Scene:
         told = [(each.written, each.ended) for each in self.wires]
         # The words are for the log; a relay's are of whichever fault is seen first.
         refused = [each.why for each in self.server.refusals._kept if each.kind == "Legacy"]
-        refused.append(str(self.server.counters.refused))
+        refused.append(str(self.server.counters.refusals))
         return type(wire.protocol).__name__, told, jobs, registry.ranks, refused
 
     def end(self) -> None:
