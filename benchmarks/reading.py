@@ -97,9 +97,9 @@ def measure(way: str, url: str) -> None:
     if way in ("reference", "torch"):
         import_module("torch.utils.data")
     if url.startswith("s3:"):
-        from lambda_worker.s3 import client
+        from lambda_worker.storage import s3
 
-        client()
+        s3.client()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins now
     before, start = _peak(), time.perf_counter()
     fetched = read(url)

@@ -13,8 +13,7 @@ import pytest
 
 from lambda_worker import dataset, handlers, storage
 from lambda_worker.model import DEMO_MODEL
-from lambda_worker.s3 import READERS, TRIES
-from lambda_worker.storage import StorageError
+from lambda_worker.storage import READERS, TRIES, StorageError
 from lambda_worker.summary import SummaryError
 from tests.s3 import DENIED, SLOW_DOWN, S3Server, Trouble, s3_client, serve_s3
 from tests.worker.worker_data import MakePt
