@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lambda_worker.inert import Allowed, Archive, InertError, Made, Storage, printable
+from lambda_worker.archive import Archive, FormatError, Unusual, printable
+from lambda_worker.inert import Allowed, Made, Storage, content
 from lambda_worker.model import (
     NORM_EPS,
     TWIN,
@@ -36,6 +37,7 @@ from lambda_worker.model import (
 )
 
 MAX_BYTES = 1 << 30  # of a checkpoint; the published one has 64 MB
+MAX_PICKLE = 4 << 20  # bytes; the published model's has 0.2 MB, and each may cost 200 in memory
 MAX_NAMES = 10_000  # of modules, and of tensors; the published model has some 400 and 508
 MAX_NAME = 200  # characters of a module's or tensor's dotted name
 HEADS = 6  # the published number, where a file cannot say it
@@ -56,6 +58,7 @@ NN = {
     *("pooling.AvgPool2d", "pooling.MaxPool2d"),
 }
 ALLOWED = Allowed(
+    kind="a model",
     classes=frozenset(
         {PARALLEL, REGRESSOR, "collections.OrderedDict"}
         | {f"blocks.photoz.{name}" for name in ("Input_Mix_Model", "InceptionBlock", "ConvBlock")}
@@ -128,15 +131,15 @@ def convert(source: str | Path, target: str | Path, *, heads: int | None = None)
         data = _read(path)
         if Path(target).exists() and os.path.samefile(path, target):
             raise ModelError("would be overwritten by the result: name another file for that")
-        archive = Archive(data)
-        found = _find(archive.content(ALLOWED))
+        archive = Archive(len(data), lambda offset, length: data[offset : offset + length])
+        found = _find(content(archive.read("data.pkl", MAX_PICKLE), ALLOWED))
         tensors = _Tensors(archive, len(data)).load(found.tensors)
         heads, heads_from = _heads(found, heads)
         config = _infer(found, tensors, heads)
         _check_twin(tensors)
         model = assemble(config, {k: torch.from_numpy(v) for k, v in tensors.items()})
         _compare(model, found.modules)
-    except (InertError, ModelError) as error:
+    except (FormatError, Unusual, ModelError) as error:
         raise ModelError(f"{path}: {printable(str(error), 300)}") from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
     done = Converted(config, parameters, hashlib.sha256(data).hexdigest(), found.form, heads_from)

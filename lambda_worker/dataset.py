@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lambda_worker import aside, ptfile, storage
+from lambda_worker.archive import Damaged, FormatError, Refused, Unusual
 from lambda_worker.shard import Piece, cut
 
 log = logging.getLogger("lambda_worker")
@@ -188,7 +189,7 @@ def count(url: str) -> int:
             for tensor in tensors:
                 archive.check(tensor)
         return tensors[0].shape[0]
-    except ptfile.Unusual:
+    except Unusual:
         with storage.scratch() as folder:
             return _Whole(url, folder).rows
 
@@ -206,9 +207,9 @@ class _ByRange:
         tensors = _tensors(archive.content, url)
         for name, tensor in zip(SHAPES, tensors, strict=True):
             if tensor.dtype == "bfloat16":
-                raise ptfile.Unusual(f"its {name} are bfloat16: save them again as float32")
+                raise Unusual(f"its {name} are bfloat16: save them again as float32")
             if not tensor.contiguous:
-                raise ptfile.Unusual(f"its {name} are strided: save them again as contiguous()")
+                raise Unusual(f"its {name} are strided: save them again as contiguous()")
         with _format_errors(url):
             self._starts = [archive.start(tensor) for tensor in tensors]
         self.rows = tensors[0].shape[0]
@@ -276,7 +277,7 @@ class _Whole:
 def _open(url: str, folder: Path) -> File:
     try:
         return _ByRange(url)
-    except ptfile.Unusual as reason:
+    except Unusual as reason:
         whole = _Whole(url, folder)
         size = whole.bytes_read / 1e6
         log.warning("%s: read whole, %.0f MB, because %s", url, size, reason)
@@ -292,16 +293,16 @@ def _ranged(url: str) -> storage.Ranged:
     return storage.open_ranged(url)
 
 
-def _archive(ranged: storage.Ranged, url: str) -> ptfile.Archive:
+def _archive(ranged: storage.Ranged, url: str) -> ptfile.TensorFile:
     with _format_errors(url):
-        return ptfile.Archive(ranged.size, ranged.read)
+        return ptfile.TensorFile(ranged.size, ranged.read)
 
 
 @contextmanager
 def _format_errors(url: str) -> Iterator[None]:
     try:
         yield
-    except ptfile.FormatError as error:
+    except FormatError as error:
         raise DatasetError(f"{url}: {error}") from error
 
 
@@ -346,26 +347,30 @@ def _ahead(items: Iterator[Item], look: aside.Look) -> Generator[Item]:
 
 
 def _tensors(content: object, name: str) -> list[ptfile.Tensor]:
-    tensors = content.state.get("tensors") if isinstance(content, ptfile.TensorDataset) else content
-    if not isinstance(tensors, tuple | list) or len(tensors) != len(SHAPES):
+    if not isinstance(content, list) or len(content) != len(SHAPES):
+        many = f"{len(content)} tensors" if isinstance(content, list) else _kind(content)
         raise DatasetError(
-            f"{name}: holds a {type(content).__name__}, expected a TensorDataset of "
-            "images, magnitudes and redshift"
+            f"{name}: holds {many}, expected a TensorDataset of images, magnitudes and redshift"
         )
-    for (what, shape), tensor in zip(SHAPES.items(), tensors, strict=True):
+    for (what, shape), tensor in zip(SHAPES.items(), content, strict=True):
         _check(name, what, shape, tensor)
-    lengths = [tensor.shape[0] for tensor in tensors]
+    lengths = [tensor.shape[0] for tensor in content]
     if len(set(lengths)) > 1:
         raise DatasetError(
             f"{name}: images, magnitudes and redshift have {lengths} rows, expected equal numbers"
         )
-    return list(tensors)
+    return content
+
+
+def _kind(value: object) -> str:
+    """What stands in a tensor's place, for a message."""
+    a_tensor = isinstance(value, ptfile.Tensor | ptfile.Other)
+    return f"a {'Tensor' if a_tensor else type(value).__name__}"
 
 
 def _check(name: str, what: str, shape: tuple[int, ...], tensor: object) -> None:
     if not isinstance(tensor, ptfile.Tensor):
-        kind = "Tensor" if isinstance(tensor, ptfile.Other) else type(tensor).__name__
-        raise DatasetError(f"{name}: {what} is a {kind}, expected a dense tensor")
+        raise DatasetError(f"{name}: {what} is {_kind(tensor)}, expected a dense tensor")
     if not tensor.shape or tensor.shape[1:] != shape:
         wanted = ", ".join(["N", *map(str, shape)])
         raise DatasetError(f"{name}: {what} has shape {tensor.shape}, expected ({wanted})")
@@ -403,9 +408,9 @@ def _load(path: Path, name: str) -> Any:
             warnings.simplefilter("ignore")  # advice for whoever saved the file, not for its reader
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise DatasetError(f"{name}: {ptfile.Refused(_reason(error))}") from error
+        raise DatasetError(f"{name}: {Refused(_reason(error), ptfile.ALLOWED.kind)}") from error
     except DAMAGE as error:
-        raise DatasetError(f"{name}: {ptfile.Damaged(_reason(error))}") from error
+        raise DatasetError(f"{name}: {Damaged(_reason(error))}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -423,9 +428,7 @@ def _described(content: object) -> object:
     from torch.utils.data import TensorDataset
 
     if type(content) is TensorDataset:
-        described = ptfile.TensorDataset()
-        described.state = {"tensors": _described(getattr(content, "tensors", None))}
-        return described
+        content = getattr(content, "tensors", None)
     if isinstance(content, tuple | list):
         return [_described(item) for item in content[: len(SHAPES) + 1]]
     if not isinstance(content, torch.Tensor):

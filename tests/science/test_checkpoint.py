@@ -217,7 +217,7 @@ def state_dict(folder: Path) -> dict[str, torch.Tensor]:
         ({"extra\x1b[31m": torch.zeros(1)}, r"Unexpected key.*extra\?\[31m"),
         ({"head.bias": torch.zeros(47)}, r"head\.bias.*48"),
         ({"head.bias": torch.zeros(48, dtype=torch.int64)}, r"head\.bias is torch\.int64"),
-        ({"head.bias": torch.zeros(48).half()}, r"names torch\.HalfStorage"),
+        ({"head.bias": torch.zeros(48).half()}, r"needs torch\.HalfStorage"),
         ({"head.bias": torch.full((48,), torch.inf)}, r"head\.bias holds NaN or infinity"),
         ({"head.bias": 5}, r"head\.bias is no tensor"),
         ({"head.bias": torch.zeros(1).expand(48)}, "reaches beyond its storage"),

@@ -90,7 +90,7 @@ def bad(index: int, tensor: Tensor) -> TensorDataset:
         (bad(2, torch.arange(4)), "redshift is torch.int64, expected float32 or float64"),
         (bad(1, torch.zeros(4, 5).to_sparse()), "magnitudes is a Tensor, expected a dense tensor"),
         (bad(1, torch.zeros(4, 5, device="meta")), "magnitudes is a Tensor, expected a dense"),
-        (TensorDataset(torch.zeros(4)), "holds a TensorDataset, expected .* images, magnitudes"),
+        (TensorDataset(torch.zeros(4)), "holds 1 tensors, expected a TensorDataset of images, mag"),
         ({"images": torch.zeros(4)}, "holds a dict, expected a TensorDataset"),
         ([1, 2, 3], "images is a int, expected a dense tensor"),
         (torch.nn.Linear(2, 2), r"refused, .* it needs torch\.nn\.modules\.linear\.Linear"),
