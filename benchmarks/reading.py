@@ -129,7 +129,7 @@ def _torch(url: str) -> int:
 
 
 def _ours(way: str) -> Callable[[str], int]:
-    from lambda_worker.dataset import Shard
+    from lambda_worker.reading import Shard
     from lambda_worker.shard import Piece
 
     start, stop = (0, ROWS) if way == "ours" else (ROWS // 4, ROWS // 2)

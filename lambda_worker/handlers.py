@@ -34,9 +34,9 @@ from lambda_worker.timing import Stopwatch, init_seconds, ready
 
 if TYPE_CHECKING:
     from fmi_client.sync import Communicator
-    from lambda_worker.dataset import Shard
     from lambda_worker.engine import Array, Predict
     from lambda_worker.names import Engine
+    from lambda_worker.reading import Shard
 
 __all__ = ["blame", "check", "infer", "init", "summarize"]
 
@@ -369,12 +369,13 @@ def _work(
 
 
 def _load(task: RankTask, scratch: Path, watch: Watch) -> tuple[Path, Predict, Shard]:
-    from lambda_worker import dataset, warm
+    from lambda_worker import warm
     from lambda_worker.engine import DEMO_MODEL
     from lambda_worker.exported import export_of
+    from lambda_worker.reading import Shard
 
     def opened() -> Shard:
-        return dataset.Shard(pieces, scratch)
+        return Shard(pieces, scratch)
 
     pieces = _pieces(task, watch)
     of = sum(piece.stop - piece.start for piece in pieces)

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lambda_worker import aside, metrics
-from lambda_worker.dataset import DatasetError, Rows, Shard
+from lambda_worker.dataset import DatasetError
 from lambda_worker.engine import Predict, open_engine
 from lambda_worker.names import Engine, Precision
+from lambda_worker.reading import Rows, Shard
 from lambda_worker.shard import Piece, place
 
 # What of a row may not be usable, in the order in which it is looked at.

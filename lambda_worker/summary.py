@@ -25,8 +25,8 @@ from lambda_worker.shard import Piece
 from lambda_worker.versions import versions
 
 if TYPE_CHECKING:
-    from lambda_worker.dataset import Shard
     from lambda_worker.inference import Deviation, Inferred
+    from lambda_worker.reading import Shard
     from lambda_worker.timing import Stopwatch
 
 MB = 1e6

@@ -29,6 +29,7 @@ from lambda_worker import (
 from lambda_worker.engine import DEMO_MODEL, Predict, open_engine
 from lambda_worker.events import Payload
 from lambda_worker.names import LIBRARIES, Engine, Precision
+from lambda_worker.reading import Shard
 from lambda_worker.shard import Piece
 from workflow import environment, predictions, profiling
 from workflow.plot import redshift_png
@@ -69,7 +70,7 @@ class _Loaded:
     engine: Engine  # that of the plan, or what its "auto" has become
     model: Path
     predict: Predict
-    shard: dataset.Shard
+    shard: Shard
     seconds: float
     imported: float  # MB in memory when all was imported, and nothing loaded
 
@@ -131,7 +132,7 @@ def _load(plan: InferPlan, folder: Path) -> _Loaded:
     pieces = [Piece(file, 0, dataset.count(file)) for file in files]
     model = storage.fetch(place, folder)
     predict = open_engine(model, engine=engine, precision=plan.precision, threads=plan.threads)
-    shard = dataset.Shard(pieces, folder)
+    shard = Shard(pieces, folder)
     return _Loaded(engine, model, predict, shard, time.perf_counter() - began, imported)
 
 

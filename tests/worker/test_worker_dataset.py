@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lambda_worker import dataset
-from lambda_worker.dataset import DatasetError, Shard
+from lambda_worker.dataset import DatasetError
+from lambda_worker.reading import Shard
 from lambda_worker.shard import Piece, place
 from tests.worker.worker_data import MakePt, tensors
 

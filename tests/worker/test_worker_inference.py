@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lambda_worker import inference, summary
-from lambda_worker.dataset import DatasetError, Rows, Shard
+from lambda_worker.dataset import DatasetError
 from lambda_worker.engine import Array
+from lambda_worker.reading import Rows, Shard
 from lambda_worker.shard import Piece
 from tests.worker.worker_data import MakePt, tensors
 

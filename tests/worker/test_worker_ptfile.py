@@ -25,8 +25,9 @@ from torch.utils.data import TensorDataset
 
 from lambda_worker import archive, dataset, ptfile
 from lambda_worker.archive import Damaged, FormatError, Refused, Unusual
-from lambda_worker.dataset import DatasetError, Shard
+from lambda_worker.dataset import DatasetError
 from lambda_worker.ptfile import TensorFile
+from lambda_worker.reading import Shard
 from lambda_worker.shard import Piece
 from tests.worker.sparse import Described, pickled
 from tests.worker.worker_data import MakePt, tensors
@@ -348,7 +349,8 @@ def test_parameters_are_tensors(tmp_path: Path) -> None:
 def test_reading_by_range_needs_no_torch(make_pt: MakePt, tmp_path: Path) -> None:
     path = str(make_pt("a.pt", 5))
     code = (
-        "import sys; from pathlib import Path; from lambda_worker.dataset import *\n"
+        "import sys; from pathlib import Path; from lambda_worker.reading import *\n"
+        "from lambda_worker.dataset import count\n"
         f"shard = Shard([Piece({path!r}, 0, count({path!r}))], Path('/'))\n"
         "print(sum(len(rows.images) for _, _, rows in shard.batches(2)), 'torch' in sys.modules)"
     )
