@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fmi_client.transport.sockets import parse_endpoint
-from lambda_worker.names import Engine, Precision
+from lambda_worker.engine import Engine, Precision
 
 DATA_SIZES: dict[str, int] = {"small": 1253, "medium": 25_000, "large": 100_000}
 """Rows of the demo datasets by name (`data_size`)."""

@@ -18,8 +18,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lambda_worker import storage
-from lambda_worker.engine import Array, EngineError, ModelError, Predict
-from lambda_worker.names import LIBRARIES, Engine, Precision
+from lambda_worker.engine import (
+    LIBRARIES,
+    Array,
+    Engine,
+    EngineError,
+    ModelError,
+    Precision,
+    Predict,
+)
 from lambda_worker.slices import SLICE, in_slices
 
 FORMAT = "cosmic-astromae-onnx-1"

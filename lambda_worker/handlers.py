@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lambda_worker import aside, failures, shard, storage
 from lambda_worker.deadline import Deadline, Progress, Watch
+from lambda_worker.engine import DEMO_MODEL
 from lambda_worker.events import (
     CheckTask,
     EventError,
@@ -34,8 +35,7 @@ from lambda_worker.timing import Stopwatch, init_seconds, ready
 
 if TYPE_CHECKING:
     from fmi_client.sync import Communicator
-    from lambda_worker.engine import Array, Predict
-    from lambda_worker.names import Engine
+    from lambda_worker.engine import Array, Engine, Predict
     from lambda_worker.reading import Shard
 
 __all__ = ["blame", "check", "infer", "init", "summarize"]
@@ -240,7 +240,6 @@ def _handed_on(payload: Payload, results: str, ranks: list[dict[str, Any]]) -> d
 
 def _engine(payload: Payload) -> tuple[Engine, str]:
     """The engine of all ranks, and the URL of the model file that it reads."""
-    from lambda_worker.engine import DEMO_MODEL
     from lambda_worker.exported import choose
 
     model = storage.absolute(payload.model or str(DEMO_MODEL))
@@ -370,7 +369,6 @@ def _work(
 
 def _load(task: RankTask, scratch: Path, watch: Watch) -> tuple[Path, Predict, Shard]:
     from lambda_worker import warm
-    from lambda_worker.engine import DEMO_MODEL
     from lambda_worker.exported import export_of
     from lambda_worker.reading import Shard
 

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from lambda_worker import aside, metrics
 from lambda_worker.dataset import DatasetError
-from lambda_worker.engine import Predict, open_engine
-from lambda_worker.names import Engine, Precision
+from lambda_worker.engine import Engine, Precision, Predict, open_engine
 from lambda_worker.reading import Rows, Shard
 from lambda_worker.shard import Piece, place
 

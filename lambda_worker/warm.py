@@ -11,13 +11,10 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from lambda_worker import aside, storage
-from lambda_worker.engine import Predict, open_engine
-
-if TYPE_CHECKING:
-    from lambda_worker.names import Engine, Precision
+from lambda_worker.engine import Engine, Precision, Predict, open_engine
 
 log = logging.getLogger("lambda_worker")
 

@@ -26,9 +26,8 @@ from lambda_worker import (
     storage,
     summary,
 )
-from lambda_worker.engine import DEMO_MODEL, Predict, open_engine
+from lambda_worker.engine import DEMO_MODEL, LIBRARIES, Engine, Precision, Predict, open_engine
 from lambda_worker.events import Payload
-from lambda_worker.names import LIBRARIES, Engine, Precision
 from lambda_worker.reading import Shard
 from lambda_worker.shard import Piece
 from workflow import environment, predictions, profiling
