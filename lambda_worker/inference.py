@@ -23,7 +23,6 @@ from lambda_worker.shard import Piece, place
 PARTS = ("images", "magnitudes", "redshift", "z_phot")
 
 Item = TypeVar("Item")
-Progress = Callable[[int, int], None]
 
 # Rows that a lower precision is judged by: some runs of them, evenly spread over the shard.
 SAMPLE_RUNS, SAMPLE_RUN = 8, 32
@@ -91,7 +90,7 @@ def run(
     predict: Predict,
     shard: Shard,
     batch_size: int,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     look: aside.Look = aside.nothing,
 ) -> Inferred:
     """Predict every row of the shard, in order.

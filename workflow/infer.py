@@ -20,9 +20,9 @@ from lambda_worker import (
     batching,
     dataset,
     exported,
-    handlers,
     inference,
     metrics,
+    planning,
     storage,
     summary,
 )
@@ -127,7 +127,7 @@ def _load(plan: InferPlan, folder: Path) -> _Loaded:
         importlib.import_module(LIBRARIES[engine])
     imported = summary.memory("VmRSS")
     began = time.perf_counter()
-    files = handlers.dataset_files(Payload(data=plan.data))
+    files = planning.dataset_files(Payload(data=plan.data))
     pieces = [Piece(file, 0, dataset.count(file)) for file in files]
     model = storage.fetch(place, folder)
     predict = open_engine(model, engine=engine, precision=plan.precision, threads=plan.threads)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from lambda_worker import dataset, storage
 from lambda_worker.atomic import replacing
 from lambda_worker.events import Payload
-from lambda_worker.handlers import dataset_files
+from lambda_worker.planning import dataset_files
 from lambda_worker.reading import BLOCK, Shard
 from lambda_worker.shard import Piece
 from workflow.ptwriter import OVERHEAD, write_pt

@@ -448,7 +448,7 @@ def test_run_on_s3(bucket: Path, make_pt: MakePt, monkeypatch: pytest.MonkeyPatc
         "s3://bucket/100MB/2.pt",
     ]
     assert (bucket / "out/1/r1/combined_data.json").is_file()
-    monkeypatch.setattr(handlers, "_joined", None)  # summarizing again needs no rank
+    monkeypatch.setattr("lambda_worker.rank._joined", None)  # summarizing again needs no rank
     # Records are megabytes where ranks are thousands; a state machine could not take them.
     file = {"bucket": "bucket", "key": "out/1/r1/ranks.json"}
     again = handlers.summarize({**plan, "ranks_file": file})
