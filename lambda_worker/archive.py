@@ -31,7 +31,7 @@ class Damaged(FormatError):
     """The file is truncated or damaged, or was forged."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"truncated or damaged: {what}")
+        super().__init__(f"truncated or damaged: {what}; copy it or save it again")
 
 
 class Refused(FormatError):
@@ -73,6 +73,8 @@ class Archive:
     """
 
     def __init__(self, size: int, read: Read) -> None:
+        if not size:
+            raise Damaged("it is empty")
         self._size, self._read = size, read
         self._head = read(0, min(size, EDGE))
         if self._head.startswith(OLD):

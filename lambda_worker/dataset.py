@@ -197,9 +197,9 @@ def _format_errors(url: str) -> Iterator[None]:
 
 def _tensors(content: object, name: str) -> list[ptfile.Tensor]:
     if not isinstance(content, list) or len(content) != len(SHAPES):
-        many = f"{len(content)} tensors" if isinstance(content, list) else _kind(content)
+        what = f"a list of {len(content)}" if isinstance(content, list) else _kind(content)
         raise DatasetError(
-            f"{name}: holds {many}, expected a TensorDataset of images, magnitudes and redshift"
+            f"{name}: holds {what}, expected a TensorDataset of images, magnitudes and redshift"
         )
     for (what, shape), tensor in zip(SHAPES.items(), content, strict=True):
         _check(name, what, shape, tensor)
@@ -224,7 +224,8 @@ def _check(name: str, what: str, shape: tuple[int, ...], tensor: object) -> None
         wanted = ", ".join(["N", *map(str, shape)])
         raise DatasetError(f"{name}: {what} has shape {tensor.shape}, expected ({wanted})")
     if tensor.dtype not in ("float32", "float64", "bfloat16"):
-        raise DatasetError(f"{name}: {what} is torch.{tensor.dtype}, expected float32 or float64")
+        found = f"{name}: {what} is torch.{tensor.dtype}"
+        raise DatasetError(f"{found}, expected float32 or float64: save it again as that")
 
 
 # What torch.load raises, besides refusing a global, when a file is damaged or was forged.

@@ -114,7 +114,7 @@ class Payload(_Job):
             return self
         size = self.world_size or len(self.data_map)
         if set(self.data_map) != {str(rank) for rank in range(size)}:
-            keys = ", ".join(list(self.data_map)[:10])
+            keys = ", ".join(list(self.data_map)[:10]) or "none"
             raise ValueError(f"data_map: got keys {keys}, expected one per rank: 0 to {size - 1}")
         for rank, files in self.data_map.items():
             if isinstance(files, list) and len(set(files)) < len(files):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lambda_worker.archive import ZIP
 from lambda_worker.atomic import replacing
 from lambda_worker.engine import DEMO_MODEL as DEMO_MODEL
 from lambda_worker.engine import ModelError as ModelError
@@ -335,14 +337,27 @@ def load_model(path: str | Path, *, mapped: bool = False) -> AstroMAE:
     except FileNotFoundError as error:
         raise ModelError(f"no model file at {path}") from error
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} is no whole safetensors file: {error}") from error
+        hint = _hint(Path(path), error)
+        raise ModelError(f"{path} is no whole safetensors file{hint}") from error
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
 
 
+def _hint(path: Path, error: Exception) -> str:
+    if path.is_dir():
+        return ": it is a folder, name a file in it"
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(4) == ZIP:
+            return f", but one of PyTorch: make one of it by cosmic model convert {path}"
+    return f": copy it again, or make it again ({error})"
+
+
 def _parse_config(metadata: Mapping[str, str]) -> ModelConfig:
     if metadata.get("format") != FORMAT:
-        raise ModelError(f"not an AstroMAE model of ours (format {metadata.get('format')!r})")
+        raise ModelError(
+            f"not an AstroMAE model of ours (format {metadata.get('format')!r}): "
+            "expected what cosmic model train or convert has written"
+        )
     try:
         values = json.loads(metadata["config"])
         return ModelConfig(**{name: _as_tuple(value) for name, value in values.items()})

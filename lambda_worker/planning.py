@@ -67,6 +67,8 @@ def dataset_files(payload: Payload) -> list[str]:
     url = storage.absolute(str(payload.data_url))
     if url.endswith(".pt"):
         return [url]
+    if (path := storage.local_path(url)) and path.is_file():
+        raise DatasetError(f"{url}: expected a .pt file, or a folder of them")
     names = storage.names(url)
     size = payload.data_size
     if size and f"{size}.pt" in names:
@@ -80,9 +82,8 @@ def dataset_files(payload: Payload) -> list[str]:
     files = sorted((name for name in names if name.endswith(".pt")), key=_natural)
     if not files:
         folders = ", ".join(name for name in names if name.endswith("/"))
-        raise DatasetError(
-            f"{url}: no .pt file there" + (f", only folders: {folders}" if folders else "")
-        )
+        more = f", only folders: {folders}" if folders else ": check the name"
+        raise DatasetError(f"{url}: no .pt file there{more}")
     return [f"{url}/{file}" for file in files[: payload.file_limit]]
 
 

@@ -50,7 +50,7 @@ def test_an_old_format_says_what_to_do(small_original: Path, tmp_path: Path) -> 
     torch.save(state, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
     refused(tmp_path / "m.pt", "old format: save it again with torch.save")
     (tmp_path / "m.pt").write_bytes(b"")
-    refused(tmp_path / "m.pt", r"not a \.pt file")
+    refused(tmp_path / "m.pt", "it is empty")
 
 
 def test_an_endless_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

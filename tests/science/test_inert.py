@@ -59,7 +59,6 @@ def poison(canary: Path) -> dict[str, bytes]:
         "torch.storage._load_from_bytes": call("torch.storage._load_from_bytes", touch),
         "torch._utils._rebuild_wrapper_subclass": call("torch._utils._rebuild_wrapper_subclass"),
         "torch._utils._rebuild_sparse_tensor": call("torch._utils._rebuild_sparse_tensor"),
-        "torch.HalfStorage": named("torch.HalfStorage"),
         "torch.nn.modules.linear.Bilinear": named("torch.nn.modules.linear.Bilinear") + b")\x81",
         "torch.nn.modules.linear.init": named("torch.nn.modules.linear.init"),
         "torch.nn.modules.container.ModuleDict": named("torch.nn.modules.container.ModuleDict"),

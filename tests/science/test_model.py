@@ -188,8 +188,14 @@ def test_a_truncated_file_is_refused(tmp_path: Path, size: int) -> None:
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no whole safetensors file"):
+    with pytest.raises(ModelError, match="no whole safetensors file: it is a folder"):
         load_model(tmp_path)
+
+
+def test_a_checkpoint_of_torch_says_what_to_do(tmp_path: Path) -> None:
+    torch.save(small_model().state_dict(), tmp_path / "m.pt")
+    with pytest.raises(ModelError, match=r"but one of PyTorch: .* cosmic model convert .*m\.pt"):
+        load_model(tmp_path / "m.pt")
 
 
 def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:

@@ -326,7 +326,7 @@ def test_dataset_by_size(make_pt: MakePt, tmp_path: Path, name: str) -> None:
     ("event", "message"),
     [
         ({}, r"data: no \.pt file there, only folders: small/$"),
-        ({"data_size": "large"}, r"data/large: no \.pt file there$"),
+        ({"data_size": "large"}, r"data/large: no \.pt file there: check the name$"),
         ({"data_map": {"0": "gone.pt"}}, r"data/gone\.pt: no such file"),
     ],
 )
@@ -334,6 +334,12 @@ def test_no_data(make_pt: MakePt, tmp_path: Path, event: dict[str, Any], message
     make_pt("data/small/1.pt", 3)
     with pytest.raises(DatasetError, match=message):
         handlers.init({"data": str(tmp_path / "data"), **event})
+
+
+def test_data_that_are_another_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(DatasetError, match=r"a\.csv: expected a \.pt file, or a folder of them"):
+        handlers.init({"data": str(tmp_path / "a.csv")})
 
 
 def test_a_size_is_found_as_the_demo_data_are_named(make_pt: MakePt, tmp_path: Path) -> None:
