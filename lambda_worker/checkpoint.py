@@ -23,18 +23,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lambda_worker.archive import Archive, FormatError, Unusual, printable
+from lambda_worker.engine import ModelError
 from lambda_worker.inert import Allowed, Made, Storage, content
-from lambda_worker.model import (
-    NORM_EPS,
-    TWIN,
-    TWIN_OF,
-    AstroMAE,
-    InceptionBlock,
-    ModelConfig,
-    ModelError,
-    assemble,
-    save_model,
-)
+from lambda_worker.model import NORM_EPS, AstroMAE, InceptionBlock, ModelConfig
+from lambda_worker.model_file import TWIN, TWIN_OF, assemble, save_model
 from lambda_worker.ptfile import DTYPES
 
 MAX_BYTES = 1 << 30  # of a checkpoint; the published one has 64 MB

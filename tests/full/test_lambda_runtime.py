@@ -26,7 +26,7 @@ import fmi_client
 from fmi_client.protocol import frames
 from lambda_worker import handlers, storage
 from lambda_worker.engine import DEMO_MODEL
-from lambda_worker.model import save_model
+from lambda_worker.model_file import save_model
 from lambda_worker.storage import s3
 from tests.full.rie import Instance, emulator, instance
 from tests.processes import serve_rendezvous

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lambda_worker import handlers
-from lambda_worker.model import DEMO_MODEL
+from lambda_worker.engine import DEMO_MODEL
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lambda_worker.checkpoint import convert
-from lambda_worker.model import ModelError
+from lambda_worker.engine import ModelError
 
 PROTO, STOP = b"\x80\x02", b"."
 HIDDEN = rb"X\x0f\0\0\0hidden_features(?:q.|r....)"  # an attribute that nobody looks at

@@ -18,8 +18,9 @@ from pickles import edited, pack, text, unpack
 from safetensors import safe_open
 
 from lambda_worker.checkpoint import convert
-from lambda_worker.engine import DEMO_MODEL
-from lambda_worker.model import AstroMAE, ModelConfig, ModelError, load_model
+from lambda_worker.engine import DEMO_MODEL, ModelError
+from lambda_worker.model import AstroMAE, ModelConfig
+from lambda_worker.model_file import load_model
 from workflow.cli_model import commands
 
 FORMS = ["parallel", "protocol_4", "module", "state_dict", "parallel_state_dict"]

@@ -16,8 +16,9 @@ from pickles import PROTO, STOP, call, edited, hidden, named, pack, refused, tex
 
 from lambda_worker.archive import FormatError
 from lambda_worker.checkpoint import ALLOWED, convert
+from lambda_worker.engine import ModelError
 from lambda_worker.inert import content
-from lambda_worker.model import ModelError, load_model
+from lambda_worker.model_file import load_model
 
 ONE = b"K\x01"
 

@@ -12,14 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lambda_worker.model import (
-    DEMO_MODEL,
-    AstroMAE,
-    ModelConfig,
-    ModelError,
-    load_model,
-    save_model,
-)
+from lambda_worker.engine import DEMO_MODEL, ModelError
+from lambda_worker.model import AstroMAE, ModelConfig
+from lambda_worker.model_file import load_model, save_model
 
 PUBLISHED = Path(__file__).parent.parent / "fixtures" / "astromae_state_dict.txt"
 

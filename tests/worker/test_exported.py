@@ -26,7 +26,8 @@ from lambda_worker.engine import (
     Precision,
     open_engine,
 )
-from lambda_worker.model import AstroMAE, ModelConfig, load_model, save_model
+from lambda_worker.model import AstroMAE, ModelConfig
+from lambda_worker.model_file import load_model, save_model
 from tests.worker.worker_data import SMALL, tensors, trained
 from workflow import export as export_module
 from workflow.export import export

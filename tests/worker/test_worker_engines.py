@@ -16,7 +16,7 @@ import pytest
 from lambda_worker import handlers
 from lambda_worker.engine import DEMO_MODEL, EngineError, ModelError
 from lambda_worker.events import EventError
-from lambda_worker.model import save_model
+from lambda_worker.model_file import save_model
 from tests.worker.worker_data import SMALL, MakePt, trained
 
 Event = dict[str, Any]

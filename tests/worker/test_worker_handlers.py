@@ -18,8 +18,8 @@ from fmi_client import sync
 from fmi_client.errors import Aborted
 from lambda_worker import engine, handlers, inference, storage, torch_engine
 from lambda_worker.dataset import DatasetError
-from lambda_worker.engine import Predict
-from lambda_worker.model import DEMO_MODEL, ModelError, load_model
+from lambda_worker.engine import DEMO_MODEL, ModelError, Predict
+from lambda_worker.model_file import load_model
 from lambda_worker.storage import StorageError
 from lambda_worker.summary import SummaryError
 from tests.worker.worker_data import RECORD, MakePt, tensors

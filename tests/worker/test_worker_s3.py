@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lambda_worker import handlers, storage
-from lambda_worker.model import DEMO_MODEL
+from lambda_worker.engine import DEMO_MODEL
 from lambda_worker.reading import Rows, Shard
 from lambda_worker.shard import Piece
 from lambda_worker.storage import READERS, TRIES, StorageError

@@ -14,7 +14,7 @@ from lambda_worker import dataset, events, inert, ptfile
 from lambda_worker.archive import FormatError, Unusual
 from lambda_worker.checkpoint import ALLOWED, convert
 from lambda_worker.dataset import DatasetError
-from lambda_worker.model import ModelError
+from lambda_worker.engine import ModelError
 from tests.reliability.fuzz.target import MB, Target, add
 from workflow.configurations import row, summarise
 from workflow.published import published
