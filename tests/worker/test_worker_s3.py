@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lambda_worker import handlers, storage
-from lambda_worker.engine import DEMO_MODEL
+from lambda_worker.engine import DEMO_MODEL, ModelError
 from lambda_worker.reading import Rows, Shard
 from lambda_worker.shard import Piece
 from lambda_worker.storage import READERS, TRIES, StorageError
@@ -163,6 +163,13 @@ def test_missing_bucket_is_said_by_init(s3: S3Server) -> None:
 def test_missing_model_is_said_by_init(s3: S3Server) -> None:
     with pytest.raises(StorageError, match=r"cannot read s3://bucket/x\.safetensors: no such obj"):
         handlers.init({**EVENT, "model": "s3://bucket/x.safetensors"})
+
+
+def test_model_that_is_none_is_named_by_its_url(s3: S3Server, tmp_path: Path) -> None:
+    (tmp_path / "s3/bucket/m.safetensors").write_bytes(b"PK\3\4 and more")
+    (task,) = handlers.init(EVENT)["ranks"]
+    with pytest.raises(ModelError, match=r"^s3://bucket/m\.safetensors is no .*, but one of PyTo"):
+        handlers.infer(task)
 
 
 @pytest.mark.parametrize("what", ["data", "model", "results"])
