@@ -304,6 +304,16 @@ def parse_rank(event: object) -> RankTask:
     return parse(RankTask, {**{name: start.task[name] for name in names}, "epoch": start.epoch})
 
 
+def flat(event: object) -> dict[str, Any]:
+    """The fields of an event, right or wrong, by lower-case names, those of its task among them."""
+    outer = _lowered(event)
+    return {**_lowered(outer.pop("task", None)), **outer}  # the epoch beside a task is what counts
+
+
+def _lowered(event: object) -> dict[str, Any]:
+    return {_lower(k): value for k, value in event.items()} if isinstance(event, dict) else {}
+
+
 class Whereabouts(NamedTuple):
     """Where a rank writes, and who it is."""
 
@@ -318,11 +328,7 @@ def whereabouts(event: object) -> Whereabouts | None:
     with suppress(EventError):
         task = parse_rank(event)
         return Whereabouts(task.results_url, task.rank, task.epoch, task.init_id)
-    outer = {_lower(key): value for key, value in event.items()} if isinstance(event, dict) else {}
-    task_event = outer.get("task")
-    inner = task_event if isinstance(task_event, dict) else outer
-    known = {**outer, **{_lower(key): value for key, value in inner.items()}}
-    known["epoch"] = outer.get("epoch", known.get("epoch", 0))
+    known = {"epoch": 0, **flat(event)}
     with suppress(ValidationError):
         least = {name: known.get(name) for name in _LeastTask.model_fields}
         return Whereabouts(**_LeastTask.model_validate(least).model_dump())
