@@ -16,6 +16,7 @@ ANSWER_SECONDS = 10.0  # S3 answers within 0.2 s: asked again, it may be another
 SLOWEST = 10_000  # bytes per second: what comes slower than that for so long does not come
 PIECE = 1 << 18  # bytes of a body that are taken at once, if so many are there
 CONNECTIONS = 16  # kept open; those above are closed after each request
+NOT_INSTALLED = "cannot use S3 without boto3: pip install 'cosmic-fmi[s3]'"
 CHANGED = "it was changed while it was read: leave data alone during a run, and run again"
 DENIED = "access denied: check the credentials and the role's policy"
 # What S3 answers about an object that is not there to those who may not list the bucket.
@@ -89,7 +90,7 @@ class S3:
             from botocore.config import Config
             from botocore.exceptions import BotoCoreError
         except ModuleNotFoundError:
-            raise self._error("cannot use S3 without boto3: pip install 'cosmic-fmi[s3]'") from None
+            raise self._error(NOT_INSTALLED) from None
         retries: Any = {"mode": "standard", "total_max_attempts": self._tries}
         # Checksums only where S3 demands them: servers other than AWS often know no trailers.
         config = Config(
@@ -179,9 +180,10 @@ class S3:
     @contextmanager
     def errors(self, doing: str, url: str) -> Iterator[None]:
         """The one place where boto3's errors become ours: "cannot <doing> <url>: ..."."""
-        self.client()  # if there is none, that is to be said
-        from botocore import exceptions
-
+        try:
+            from botocore import exceptions
+        except ModuleNotFoundError:
+            raise self._error(NOT_INSTALLED) from None
         try:
             yield
         except exceptions.ClientError as error:

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 ROWS = 24_350  # half a GB: more than a rank may take
 IMPORTS = """
 import boto3.session, numpy, torch.utils.data
-from lambda_worker import dataset, engine, handlers, inference, metrics, model, summary
+from lambda_worker import dataset, engine, handlers, inference, metrics, model_file, summary
 input()
 """
 
