@@ -99,7 +99,7 @@ def content(pickled: bytes, allowed: Allowed) -> Any:
     except FormatError:
         raise
     # An empty stack, an unknown memo, a list where a dict is wanted, text that is no UTF-8 …
-    except (LookupError, TypeError, AttributeError, ValueError, Warning) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, Warning) as error:
         brief = printable(str(error) or type(error).__name__)
         raise Damaged(f"its pickle cannot be read: {brief}") from error
 

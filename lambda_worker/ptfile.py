@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from lambda_worker.archive import Archive, Damaged, Entry, Read
+from lambda_worker.archive import Archive, Damaged, Entry, Read, printable
 from lambda_worker.inert import Allowed, Made, Storage, content
 
 LIMIT = 1 << 20  # bytes of pickle; a dataset's has 1,500
@@ -95,7 +95,7 @@ class TensorFile:
         """
         entry = self._archive.entry(f"data/{tensor.storage}")
         if entry.size != tensor.stored * SIZES[tensor.dtype]:
-            raise Damaged(f"{entry.name} has {entry.size} bytes, expected others")
+            raise Damaged(f"{printable(entry.name)} has {entry.size} bytes, expected others")
         reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride, strict=True))
         empty = 0 in tensor.shape
         if not empty and tensor.offset + reach >= tensor.stored:
