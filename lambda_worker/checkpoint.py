@@ -27,7 +27,7 @@ from lambda_worker.engine import ModelError
 from lambda_worker.inert import Allowed, Made, Storage, content
 from lambda_worker.model import NORM_EPS, AstroMAE, InceptionBlock, ModelConfig
 from lambda_worker.model_file import TWIN, TWIN_OF, assemble, save_model
-from lambda_worker.ptfile import DTYPES
+from lambda_worker.ptfile import DTYPES, PARAMETER, TENSOR
 
 MAX_BYTES = 1 << 30  # of a checkpoint; the published one has 64 MB
 MAX_PICKLE = 4 << 20  # bytes; the published model's has 0.2 MB, and each may cost 200 in memory
@@ -37,8 +37,7 @@ HEADS = 6  # the published number, where a file cannot say it
 
 # What AstroMAE's tensors are of.
 NUMBERS: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
-TENSOR = "torch._utils._rebuild_tensor_v2"
-PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+PARAMETERS = (PARAMETER, f"{PARAMETER}_with_state")
 PARALLEL = "torch.nn.parallel.data_parallel.DataParallel"
 REGRESSOR = "blocks.model_vit_inception.ViT_Astro"
 ATTENTION = "NormalCell.Attention"
