@@ -149,7 +149,7 @@ def _look(columns: Any) -> None:
 
 
 def _peak() -> float:
-    from lambda_worker.summary import memory
+    from lambda_worker.records import memory
 
     return memory("VmHWM")
 

@@ -63,9 +63,9 @@ def _work(
     task: RankTask, comm: Communicator | None, scratch: Path, watch: Watch, clock: Stopwatch
 ) -> dict[str, Any]:
     watch("load", 0, 0)  # torch first of all, which takes a second or more
-    from lambda_worker import inference, metrics, summary
+    from lambda_worker import inference, metrics, records
 
-    baseline = summary.memory("VmRSS")
+    baseline = records.memory("VmRSS")
     model, predict, rows = _load(task, scratch, watch)
     clock.lap("load")
     batch_size, calibration = _batch_size(task, comm, predict, len(rows), watch)
@@ -90,8 +90,8 @@ def _work(
         clock.lap("allreduce")
     batch = {"batch_size": batch_size, "calibration": calibration}
     stats = comm.stats() if comm else None
-    record = summary.record(task, rows, inferred, deviation, batch, clock, baseline, stats)
-    _deliver(task, comm, record, summary.table(rows.pieces, inferred), total)
+    record = records.record(task, rows, inferred, deviation, batch, clock, baseline, stats)
+    _deliver(task, comm, record, records.table(rows.pieces, inferred), total)
     watch("done", len(rows), len(rows))
     return record
 
@@ -160,13 +160,13 @@ def _deliver(
     task: RankTask, comm: Communicator | None, record: dict[str, Any], table: Any, total: Any
 ) -> None:
     """Write what this rank has to; its record comes last and says that the rest is there."""
-    from lambda_worker import summary
+    from lambda_worker import records, summary
 
     folder = task.results_url
     if comm is None:
-        storage.write(f"{folder}/{task.rank}.npz", summary.pack(table))
+        storage.write(f"{folder}/{task.rank}.npz", records.pack(table))
     else:
         parts = comm.gather({"record": record, "table": table}, root=0)
         if parts is not None:
             summary.write_merged(folder, task.init_id, parts, total)
-    storage.write(f"{folder}/{task.rank}.json", summary.to_json(record))
+    storage.write(f"{folder}/{task.rank}.json", records.to_json(record))

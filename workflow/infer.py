@@ -23,8 +23,8 @@ from lambda_worker import (
     inference,
     metrics,
     planning,
+    records,
     storage,
-    summary,
 )
 from lambda_worker.engine import DEMO_MODEL, LIBRARIES, Engine, Precision, Predict, open_engine
 from lambda_worker.events import Payload
@@ -87,7 +87,7 @@ def infer(plan: InferPlan, view: View) -> Json:
         loaded = _load(plan, Path(folder))
         batch_size, calibration = _batch_size(plan, loaded, view)
         inferred = _infer(loaded, batch_size, view)
-        peak = summary.memory("VmHWM")
+        peak = records.memory("VmHWM")
         inference.judge(inferred, loaded.shard.pieces, plan.strict)
         deviation = inference.deviation(
             loaded.model,
@@ -125,7 +125,7 @@ def _load(plan: InferPlan, folder: Path) -> _Loaded:
     engine, place = exported.choose(plan.engine, plan.precision, plan.model or str(DEMO_MODEL))
     with suppress(ModuleNotFoundError):  # `open_engine` says what to install
         importlib.import_module(LIBRARIES[engine])
-    imported = summary.memory("VmRSS")
+    imported = records.memory("VmRSS")
     began = time.perf_counter()
     files = planning.dataset_files(Payload(data=plan.data))
     pieces = [Piece(file, 0, dataset.count(file)) for file in files]
@@ -188,7 +188,7 @@ def _write(
     written: Json = {"predictions": None, "plot": None}
     if plan.predictions:
         view.step(f"predictions: {plan.predictions}")
-        predictions.save(plan.predictions, summary.table(pieces, inferred), inferred.flaws)
+        predictions.save(plan.predictions, records.table(pieces, inferred), inferred.flaws)
         written["predictions"] = plan.predictions
     used = metrics.used(inferred.z_phot)
     if plan.plot and not used.any():
