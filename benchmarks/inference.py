@@ -80,7 +80,7 @@ def _prepare(folder: Path) -> None:
     from torch.utils.data import TensorDataset
 
     from lambda_worker.engine import EngineError
-    from lambda_worker.model import save_model
+    from lambda_worker.model_file import save_model
     from workflow.export import export
 
     torch.manual_seed(0)

@@ -63,8 +63,8 @@ def ours(name: str, threads: int, folder: Path) -> tuple[Loop, float]:
         import lambda_worker.torch_engine  # noqa: F401
     import numpy as np
 
-    from lambda_worker.dataset import Shard
     from lambda_worker.engine import open_engine
+    from lambda_worker.reading import Shard
     from lambda_worker.shard import Piece
 
     imported = private_mb()

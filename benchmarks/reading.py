@@ -97,9 +97,9 @@ def measure(way: str, url: str) -> None:
     if way in ("reference", "torch"):
         import_module("torch.utils.data")
     if url.startswith("s3:"):
-        from lambda_worker.s3 import client
+        from lambda_worker.storage import s3
 
-        client()
+        s3.client()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins now
     before, start = _peak(), time.perf_counter()
     fetched = read(url)
@@ -129,7 +129,7 @@ def _torch(url: str) -> int:
 
 
 def _ours(way: str) -> Callable[[str], int]:
-    from lambda_worker.dataset import Shard
+    from lambda_worker.reading import Shard
     from lambda_worker.shard import Piece
 
     start, stop = (0, ROWS) if way == "ours" else (ROWS // 4, ROWS // 2)
@@ -149,7 +149,7 @@ def _look(columns: Any) -> None:
 
 
 def _peak() -> float:
-    from lambda_worker.summary import memory
+    from lambda_worker.records import memory
 
     return memory("VmHWM")
 

@@ -19,7 +19,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn, TextIO
 
 from lambda_worker import handlers
-from lambda_worker.events import EventError
+from lambda_worker.events import EventError, flat
 from lambda_worker.failures import words
 
 PROGRESS_EVERY = 0.1  # seconds; more lines than that nobody can see
@@ -99,11 +99,9 @@ def _read_event() -> object:
 
 
 def _rank(event: object) -> int | None:
-    task = event.get("task", event) if isinstance(event, dict) else None
-    rank = task.get("rank", task.get("RANK")) if isinstance(task, dict) else None
     try:
-        return int(rank)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+        return int(flat(event)["rank"])
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lambda_worker.cgroups import groups, number
+from lambda_worker.records import memory as resident
 
 if TYPE_CHECKING:
     from lambda_worker.engine import Predict
@@ -94,12 +95,10 @@ def calibrate(
         predict: the model, as the run will call it.
         rows: rows of this rank: no batch need be larger.
         memory: bytes that a batch may take and what limits them; default: what is available.
-        used: resident memory in MB, as `summary.memory` tells it.
+        used: resident memory in MB, as `records.memory` tells it.
         clock: seconds.
     """
-    from lambda_worker import summary
-
-    used = used or summary.memory
+    used = used or resident
     memory = memory or allowance()
     _timed(predict, CANDIDATES[0], clock)  # the very first call makes what later ones use
     began, before = clock(), used("VmRSS")

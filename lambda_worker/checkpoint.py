@@ -22,30 +22,22 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lambda_worker.inert import Allowed, Archive, InertError, Made, Storage, printable
-from lambda_worker.model import (
-    NORM_EPS,
-    TWIN,
-    TWIN_OF,
-    AstroMAE,
-    InceptionBlock,
-    ModelConfig,
-    ModelError,
-    assemble,
-    save_model,
-)
+from lambda_worker.archive import Archive, FormatError, Unusual, printable
+from lambda_worker.engine import ModelError
+from lambda_worker.inert import Allowed, Made, Storage, content
+from lambda_worker.model import NORM_EPS, AstroMAE, InceptionBlock, ModelConfig
+from lambda_worker.model_file import TWIN, TWIN_OF, assemble, save_model
+from lambda_worker.ptfile import DTYPES, PARAMETER, TENSOR
 
 MAX_BYTES = 1 << 30  # of a checkpoint; the published one has 64 MB
+MAX_PICKLE = 4 << 20  # bytes; the published model's has 0.2 MB, and each may cost 200 in memory
 MAX_NAMES = 10_000  # of modules, and of tensors; the published model has some 400 and 508
 MAX_NAME = 200  # characters of a module's or tensor's dotted name
 HEADS = 6  # the published number, where a file cannot say it
 
-STORAGES: dict[str, np.dtype[Any]] = {
-    "torch.FloatStorage": np.dtype("<f4"),
-    "torch.LongStorage": np.dtype("<i8"),
-}
-TENSOR = "torch._utils._rebuild_tensor_v2"
-PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+# What AstroMAE's tensors are of.
+NUMBERS: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
+PARAMETERS = (PARAMETER, f"{PARAMETER}_with_state")
 PARALLEL = "torch.nn.parallel.data_parallel.DataParallel"
 REGRESSOR = "blocks.model_vit_inception.ViT_Astro"
 ATTENTION = "NormalCell.Attention"
@@ -56,6 +48,7 @@ NN = {
     *("pooling.AvgPool2d", "pooling.MaxPool2d"),
 }
 ALLOWED = Allowed(
+    kind="a model",
     classes=frozenset(
         {PARALLEL, REGRESSOR, "collections.OrderedDict"}
         | {f"blocks.photoz.{name}" for name in ("Input_Mix_Model", "InceptionBlock", "ConvBlock")}
@@ -65,7 +58,7 @@ ALLOWED = Allowed(
     ),
     # A DataParallel from a machine with GPUs carries a device.
     functions=frozenset({TENSOR, *PARAMETERS, "builtins.set", "torch.device"}),
-    types=frozenset(STORAGES),
+    types=frozenset(DTYPES),
 )
 # Our names of the published classes, where they differ.
 NAMES = {"AstroMAE": "ViT_Astro", "InceptionMagnitude": "Input_Mix_Model", "Block": "NormalCell"}
@@ -128,15 +121,15 @@ def convert(source: str | Path, target: str | Path, *, heads: int | None = None)
         data = _read(path)
         if Path(target).exists() and os.path.samefile(path, target):
             raise ModelError("would be overwritten by the result: name another file for that")
-        archive = Archive(data)
-        found = _find(archive.content(ALLOWED))
+        archive = Archive(len(data), lambda offset, length: data[offset : offset + length])
+        found = _find(content(archive.read("data.pkl", MAX_PICKLE), ALLOWED))
         tensors = _Tensors(archive, len(data)).load(found.tensors)
         heads, heads_from = _heads(found, heads)
         config = _infer(found, tensors, heads)
         _check_twin(tensors)
-        model = assemble(config, {k: torch.from_numpy(v) for k, v in tensors.items()})
+        model = _assembled(config, tensors, heads_from)
         _compare(model, found.modules)
-    except (InertError, ModelError) as error:
+    except (FormatError, Unusual, ModelError) as error:
         raise ModelError(f"{path}: {printable(str(error), 300)}") from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
     done = Converted(config, parameters, hashlib.sha256(data).hexdigest(), found.form, heads_from)
@@ -153,7 +146,7 @@ def convert(source: str | Path, target: str | Path, *, heads: int | None = None)
 
 def _read(path: Path) -> bytes:
     if not path.is_file():
-        raise ModelError("no such file")
+        raise ModelError("is a folder, expected a file" if path.is_dir() else "no such file")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_BYTES:
@@ -163,6 +156,12 @@ def _read(path: Path) -> bytes:
 
 def _find(root: Any) -> _Found:
     if isinstance(root, dict):
+        for name, value in root.items():
+            if isinstance(value, dict):
+                raise ModelError(
+                    f"holds a dict with {printable(str(name))!r} in it, expected a module or its "
+                    "state_dict: save that alone with torch.save"
+                )
         return _Found("a state_dict", _without_prefix(root))
     form = "the module"
     if isinstance(root, Made) and root.name == PARALLEL:
@@ -261,7 +260,10 @@ class _Tensors:
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         if last >= storage.numel or math.prod(shape) > storage.numel:
             raise ModelError(f"{name} reaches beyond its storage of {storage.numel} numbers")
-        dtype = STORAGES[storage.type]
+        dtype = NUMBERS.get(DTYPES[storage.type])
+        if dtype is None:
+            kind = DTYPES[storage.type]
+            raise ModelError(f"{name} is {kind}, expected float32: save the model's .float()")
         self._left -= math.prod(shape) * dtype.itemsize
         if self._left < 0:
             raise ModelError("its tensors claim more bytes than the file has")
@@ -333,6 +335,16 @@ def _norm_eps(found: _Found) -> float:
     if type(eps) is not float or not 0 < eps < 1:
         raise ModelError("damaged: the eps of blocks.0.norm1 is no small number")
     return eps
+
+
+def _assembled(config: ModelConfig, tensors: dict[str, Array], heads_from: str) -> AstroMAE:
+    try:
+        return assemble(config, {k: torch.from_numpy(v) for k, v in tensors.items()})
+    except ModelError as error:
+        if heads_from != "default":
+            raise
+        guess = f"a state_dict does not say how many heads; {HEADS} were taken: give --heads"
+        raise ModelError(f"{error} ({guess}, if there are others)") from error
 
 
 def _check_twin(tensors: dict[str, Array]) -> None:

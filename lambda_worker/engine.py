@@ -1,25 +1,34 @@
-"""What predicts: a model in an inference engine, as a function of numpy arrays."""
+"""What predicts: a model in an inference engine, as a function of numpy arrays.
+
+Nothing heavy is imported before an engine is opened: events name engines, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
-from lambda_worker.names import Engine, Precision
 from lambda_worker.threads import cores
 
-Array = NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-Predict = Callable[[Array, Array], Array]
+Engine = Literal["torch", "onnx", "openvino", "auto"]
+Precision = Literal["fp32", "bf16"]
+
+LIBRARIES: dict[Engine, str] = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino"}
+"""The package of each engine."""
+
+Array: TypeAlias = "NDArray[np.float32]"
+
+Predict: TypeAlias = "Callable[[Array, Array], Array]"
 """Images (B, 5, 32, 32) in nanomaggies and magnitudes (B, 5), ugriz, in; z_phot (B,) out."""
 
 # Instructions that multiply in bfloat16, as /proc/cpuinfo names them: of x86, and of ARM.
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 CPUINFO = Path("/proc/cpuinfo")
-
 
 DEMO_MODEL = Path(__file__).parent / "demo_model" / "model.safetensors"
 

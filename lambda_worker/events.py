@@ -7,26 +7,36 @@ and our own forms. Names are matched whatever their case. docs/payloads.md expla
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from contextlib import suppress
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from fmi_client.hosts import parse_endpoint
-from lambda_worker.names import Engine, Precision
+from lambda_worker.engine import Engine, Precision
+from lambda_worker.fields import (
+    BatchSize,
+    Bucket,
+    Count,
+    Endpoint,
+    Files,
+    FilesByRank,
+    Index,
+    Place,
+    RelativePath,
+    RunName,
+    Seconds,
+    SecretArn,
+    Threads,
+    UniqueId,
+    WorldSize,
+    bucket_url,
+    is_place,
+)
 
 DATA_SIZES: dict[str, int] = {"small": 1253, "medium": 25_000, "large": 100_000}
 """Rows of the demo datasets by name (`data_size`)."""
-
-MAX_WORLD_SIZE = 10_000  # AWS Step Functions' limit for the concurrency of a distributed Map
-ARN = (
-    r"arn:aws[a-z-]*:(secretsmanager:[a-z0-9-]+:\d{12}:secret:[A-Za-z0-9/_+=.@-]+"
-    r"|ssm:[a-z0-9-]+:\d{12}:parameter/[A-Za-z0-9/_.-]+)"
-)
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,%d}"
 
 
 class EventError(ValueError):
@@ -38,112 +48,6 @@ class EventError(ValueError):
     def __init__(self, text: str) -> None:
         # Names of fields are the event's own: line feeds, or halves of characters.
         super().__init__("".join(c if c.isprintable() else "?" for c in text))
-
-
-def _number(value: object) -> object:
-    # pydantic would read True as 1, and a flag in a number's place is always a mistake.
-    if isinstance(value, bool):
-        raise ValueError("expected a number")
-    return value
-
-
-def _endpoint(value: object) -> object:
-    try:
-        parse_endpoint(str(value), default_port=0)
-    except ValueError:
-        expected = "expected host:port, for example rendezvous.example.org:10000"
-        raise ValueError(expected) from None
-    return value
-
-
-def _bucket(value: object) -> object:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}|/.*|(file|s3)://.+", str(value)):
-        raise ValueError("expected the name of an S3 bucket")
-    return value
-
-
-def _relative(value: object) -> object:
-    if isinstance(value, str) and ".." in value.split("/"):
-        raise ValueError("expected a path below the results folder, without '..'")
-    return value
-
-
-def _files(value: object) -> object:
-    listed = isinstance(value, list) and all(isinstance(name, str) for name in value)
-    if not (value is None or isinstance(value, str) or listed):
-        raise ValueError("expected a file, a list of files, or null")
-    return value
-
-
-def _name(longest: int) -> BeforeValidator:
-    def check(value: object) -> object:
-        if not re.fullmatch(NAME % (longest - 1), str(value)):
-            raise ValueError(
-                f"expected letters, digits and . _ - (not first), {longest} characters at most"
-            )
-        return str(value)
-
-    return BeforeValidator(check)
-
-
-def _batch_size(value: object) -> object:
-    if isinstance(value, str) and value.lower() == "auto":
-        return "auto"
-    try:
-        if not isinstance(value, bool) and (rows := int(str(value))) >= 1:
-            return rows
-    except ValueError:
-        pass
-    raise ValueError('expected a number of rows, 1 or more, or "auto"')
-
-
-def check_arn(value: object) -> object:
-    """Give back the ARN of a secret (Secrets Manager) or parameter (SSM), or raise ValueError."""
-    if not re.fullmatch(ARN, str(value)):
-        raise ValueError(
-            "expected the ARN of a secret, arn:aws:secretsmanager:REGION:ACCOUNT:secret:NAME, "
-            "or of a parameter, arn:aws:ssm:REGION:ACCOUNT:parameter/NAME"
-        )
-    return value
-
-
-Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
-Index = Annotated[int, BeforeValidator(_number), Field(ge=0)]
-BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_batch_size)]
-Seconds = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-WorldSize = Annotated[int, BeforeValidator(_number), Field(ge=1, le=MAX_WORLD_SIZE)]
-Endpoint = Annotated[str, BeforeValidator(_endpoint)]
-RelativePath = Annotated[str, BeforeValidator(_relative)]
-RunName = Annotated[str, _name(100)]
-Files = Annotated[str | list[str] | None, BeforeValidator(_files)]
-
-
-def _is_place(name: str) -> bool:
-    """Whether a name is complete, and no key of a bucket."""
-    return "://" in name or name.startswith("/")
-
-
-def _bucket_url(bucket: str) -> str:
-    """A bucket's URL; a folder may stand in a bucket's place, to try a payload without S3."""
-    return bucket.rstrip("/") if _is_place(bucket) else f"s3://{bucket}"
-
-
-def _string_keys(value: object) -> object:
-    """Ranks as JSON's keys are, strings, also where a Python caller writes numbers."""
-    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _filled(value: object) -> object:
-    if isinstance(value, str) and not value.strip():
-        raise ValueError("expected a name, not an empty text")
-    if isinstance(value, str) and re.match("s3://(/|$)", value):
-        raise ValueError("expected s3://bucket/key")
-    return value
-
-
-Place = Annotated[str, BeforeValidator(_filled)]
-Bucket = Annotated[str, BeforeValidator(_bucket)]
-SecretArn = Annotated[str, BeforeValidator(check_arn)]
 
 
 class _Job(BaseModel):
@@ -161,7 +65,7 @@ class _Job(BaseModel):
     rendezvous_endpoint: Endpoint | None = None
     epoch: Index = 0
     timeout: Seconds = 300.0
-    threads: Annotated[int, BeforeValidator(_number), Field(ge=1, le=1024)] | None = None
+    threads: Threads | None = None
     engine: Engine = "torch"
     precision: Precision = "fp32"
     strict: bool = False
@@ -196,9 +100,9 @@ class Payload(_Job):
     bucket: Bucket | None = None
     data: Place | None = None
     data_size: Literal["small", "medium", "large"] | None = None
-    data_map: Annotated[dict[str, Files], BeforeValidator(_string_keys)] | None = None
+    data_map: FilesByRank | None = None
     file_limit: Count | None = None
-    unique_id: Annotated[str, _name(64)] | None = None
+    unique_id: UniqueId | None = None
     run: RunName | None = None
     attempts: Count = 2
     ranks_file: bool = False
@@ -210,7 +114,7 @@ class Payload(_Job):
             return self
         size = self.world_size or len(self.data_map)
         if set(self.data_map) != {str(rank) for rank in range(size)}:
-            keys = ", ".join(list(self.data_map)[:10])
+            keys = ", ".join(list(self.data_map)[:10]) or "none"
             raise ValueError(f"data_map: got keys {keys}, expected one per rank: 0 to {size - 1}")
         for rank, files in self.data_map.items():
             if isinstance(files, list) and len(set(files)) < len(files):
@@ -235,16 +139,16 @@ class Payload(_Job):
             return self.data
         if self.any_bucket is not None:
             prefix = self.data_prefix or ("datasets" if self.data_size else "")
-            return f"{_bucket_url(self.any_bucket)}/{prefix}".rstrip("/")
+            return f"{bucket_url(self.any_bucket)}/{prefix}".rstrip("/")
         # Without a bucket, this machine: where `cosmic data make` puts what it makes.
         return self.data_prefix or ("data" if self.data_size else None)
 
     def file_url(self, name: str) -> str:
         """Full URL of a file that `data_map` names."""
-        if _is_place(name):
+        if is_place(name):
             return name
         if self.data is None:  # a key of the bucket, as the reference's initializer writes it
-            return f"{_bucket_url(self.any_bucket)}/{name}" if self.any_bucket else name
+            return f"{bucket_url(self.any_bucket)}/{name}" if self.any_bucket else name
         return name if self.data.endswith(".pt") else f"{self.data.rstrip('/')}/{name}"
 
     def run_name(self) -> str:
@@ -261,7 +165,7 @@ class Payload(_Job):
         the original's "results/world_4" is ./results/world_4 here.
         """
         in_bucket = self.results is None and self.data is None and self.any_bucket
-        base = self.results or (_bucket_url(str(self.any_bucket)) if in_bucket else "results")
+        base = self.results or (bucket_url(str(self.any_bucket)) if in_bucket else "results")
         path = self.result_path or ("results" if in_bucket else "")
         if path.startswith("/") and not self.results and not in_bucket:
             return f"{path.rstrip('/')}/{run}"
@@ -305,7 +209,7 @@ class RankTask(_Job):
         """Folder that takes this rank's files; for the reference's item, the one it wrote to."""
         if self.results or self.data_bucket is None:
             return self.results or str(self.result_path)
-        return f"{_bucket_url(self.data_bucket)}/{str(self.result_path).strip('/')}"
+        return f"{bucket_url(self.data_bucket)}/{str(self.result_path).strip('/')}"
 
     @property
     def whole_files(self) -> list[str]:
@@ -313,8 +217,8 @@ class RankTask(_Job):
         names = [self.data_path] if isinstance(self.data_path, str) else self.data_path or []
         if self.data_bucket is None:
             return names
-        bucket = _bucket_url(self.data_bucket)
-        return [name if _is_place(name) else f"{bucket}/{name}" for name in names]
+        bucket = bucket_url(self.data_bucket)
+        return [name if is_place(name) else f"{bucket}/{name}" for name in names]
 
 
 class RankStart(BaseModel):
@@ -400,6 +304,16 @@ def parse_rank(event: object) -> RankTask:
     return parse(RankTask, {**{name: start.task[name] for name in names}, "epoch": start.epoch})
 
 
+def flat(event: object) -> dict[str, Any]:
+    """The fields of an event, right or wrong, by lower-case names, those of its task among them."""
+    outer = _lowered(event)
+    return {**_lowered(outer.pop("task", None)), **outer}  # the epoch beside a task is what counts
+
+
+def _lowered(event: object) -> dict[str, Any]:
+    return {_lower(k): value for k, value in event.items()} if isinstance(event, dict) else {}
+
+
 class Whereabouts(NamedTuple):
     """Where a rank writes, and who it is."""
 
@@ -414,11 +328,7 @@ def whereabouts(event: object) -> Whereabouts | None:
     with suppress(EventError):
         task = parse_rank(event)
         return Whereabouts(task.results_url, task.rank, task.epoch, task.init_id)
-    outer = {_lower(key): value for key, value in event.items()} if isinstance(event, dict) else {}
-    task_event = outer.get("task")
-    inner = task_event if isinstance(task_event, dict) else outer
-    known = {**outer, **{_lower(key): value for key, value in inner.items()}}
-    known["epoch"] = outer.get("epoch", known.get("epoch", 0))
+    known = {"epoch": 0, **flat(event)}
     with suppress(ValidationError):
         least = {name: known.get(name) for name in _LeastTask.model_fields}
         return Whereabouts(**_LeastTask.model_validate(least).model_dump())

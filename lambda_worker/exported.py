@@ -18,8 +18,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lambda_worker import storage
-from lambda_worker.engine import Array, EngineError, ModelError, Predict
-from lambda_worker.names import LIBRARIES, Engine, Precision
+from lambda_worker.engine import (
+    LIBRARIES,
+    Array,
+    Engine,
+    EngineError,
+    ModelError,
+    Precision,
+    Predict,
+)
 from lambda_worker.slices import SLICE, in_slices
 
 FORMAT = "cosmic-astromae-onnx-1"
@@ -57,7 +64,7 @@ def choose(engine: Engine, precision: Precision, model: str) -> tuple[Engine, st
         return engine, model
     _check_precision(engine, precision)
     if not _is_there(export):
-        raise _missing(export)
+        raise _missing(export, model)
     if path := storage.local_path(export):
         check(path)
     return engine, export
@@ -215,7 +222,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             ]
         return {entry[1].decode(): entry.get(2, b"").decode() for entry in entries}
     except FileNotFoundError:
-        raise _missing(str(path)) from None
+        raise _missing(str(path), str(path.with_suffix(".safetensors"))) from None
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: no whole ONNX file; export it again") from error
 
@@ -253,9 +260,10 @@ def _varint(file: BinaryIO) -> int:
     raise ValueError("a number of more than 64 bits")
 
 
-def _missing(export: str) -> ModelError:
-    source = export.removesuffix(".onnx") + ".safetensors"
-    return ModelError(f"no export at {export}; make it: cosmic model export {source}")
+def _missing(export: str, model: str) -> ModelError:
+    if model == export:
+        model = f"{export.removesuffix('.onnx')}.safetensors"
+    return ModelError(f"no export at {export}; make it: cosmic model export {model}")
 
 
 def _damaged(path: Path, error: Any) -> ModelError:

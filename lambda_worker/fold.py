@@ -14,14 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lambda_worker.model import (
-    AstroMAE,
-    Attention,
-    Block,
-    ConvBlock,
-    InceptionBlock,
-    ModelConfig,
-)
+from lambda_worker.model import AstroMAE, Attention, Block, ConvBlock, InceptionBlock, ModelConfig
 
 Affine = tuple[Tensor, Tensor]
 """Weight and bias of a linear layer or a convolution; float64 once anything is folded in."""

@@ -1,37 +1,30 @@
-"""What a torch.save file says, as plain data: nothing that it names is imported or called.
+"""What a pickle of `torch.save` says, as plain data: nothing that it names is imported or called.
 
-Such a file is a zip archive of one pickle and raw storages. A pickle is a program for a stack
-machine, and two of its instructions call what the file names. The machine here has no such thing:
-a global stays a name, a call the record of it. So a file can lie about its content, which whoever
-uses the records has to check, but it cannot act.
+A pickle is a program for a stack machine, and two of its instructions call what the file names. The
+machine here has no such thing: a global stays a name, a call the record of it. So a file can lie
+about its content, which whoever uses the records has to check, but it cannot act.
 """
 
 from __future__ import annotations
 
-import io
 import pickletools
-import struct
-import zipfile
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
+from lambda_worker.archive import Damaged, FormatError, Refused, printable
 
-MAX_PICKLE = 4 << 20  # bytes; the published model's has 0.2 MB, and each may cost 200 in memory
-MAX_ENTRIES = 100_000  # storages in a file
+MAX_NAME = 100  # characters of a name that fits a pattern: few bytes of pickle repeat it
 
 # What is read as it stands: the argument is the value.
 LITERALS = {
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES"),
 }
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+MARK = object()
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": MARK}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-
-
-class InertError(ValueError):
-    """A file is damaged, or names what it may not name; the text says what."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +32,28 @@ class Allowed:
     """Globals that a file may name, written `package.module.Name`.
 
     Attributes:
+        kind: what such a file holds, for messages.
         classes: may be made, without arguments, and given a state.
         functions: may be called with arguments.
         types: may be named, as the type of a storage.
+        others: may be named and called, too, by a pattern of names.
     """
 
+    kind: str
     classes: frozenset[str]
     functions: frozenset[str]
     types: frozenset[str]
+    others: re.Pattern[str] = re.compile("(?!)")  # none
+
+    def has(self, name: str) -> bool:
+        """Whether a file may name it."""
+        known = name in self.classes | self.functions | self.types
+        return known or (len(name) <= MAX_NAME and bool(self.others.fullmatch(name)))
+
+    def may_call(self, name: str, args: tuple[Any, ...]) -> bool:
+        """Whether a file may call it with these arguments."""
+        free = name in self.functions or self.others.fullmatch(name)
+        return bool(free) or (name in self.classes and not args)
 
 
 @dataclass(frozen=True)
@@ -67,74 +74,20 @@ class Made:
 
 @dataclass(frozen=True)
 class Storage:
-    """One of the file's raw arrays: its type's global, its entry's key, its claimed length."""
+    """One of the file's raw arrays: its type's global, its part's key, device, claimed length."""
 
     type: str
     key: str
+    place: str
     numel: int
 
 
-class Archive:
-    """A torch.save file in memory.
-
-    Args:
-        data: the whole file.
+def content(pickled: bytes, allowed: Allowed) -> Any:
+    """A pickle's value, of dicts, lists, tuples, numbers, strings, `Global`, `Made` and `Storage`.
 
     Raises:
-        InertError: not such a file, truncated, compressed or otherwise damaged.
+        Refused: it names another global. Damaged: it is no pickle as `torch.save` writes it.
     """
-
-    def __init__(self, data: bytes) -> None:
-        if not data.startswith(b"PK\x03\x04"):
-            raise InertError(
-                "not a .pt file as PyTorch writes it since 1.6 (a zip archive): "
-                "save it again with torch.save"
-            )
-        if data.count(b"PK\x01\x02") > MAX_ENTRIES:
-            raise InertError(f"more than {MAX_ENTRIES:,} entries")
-        self._zip = _guarded(lambda: zipfile.ZipFile(io.BytesIO(data)))
-        entries = self._zip.infolist()
-        pickles = [e.filename for e in entries if e.filename.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise InertError("not a .pt file: a zip archive without a single data.pkl")
-        if len({e.filename for e in entries}) != len(entries):
-            raise InertError("damaged: it has an entry twice")
-        if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
-            raise InertError("compressed, which torch.save never does: save it again with it")
-        if sum(e.file_size for e in entries) > len(data):
-            raise InertError("damaged: its entries claim more bytes than the file has")
-        self._folder = pickles[0].removesuffix("data.pkl")
-
-    def read(self, name: str, limit: int | None = None) -> bytes:
-        """An entry's bytes, checked against its checksum.
-
-        Raises:
-            InertError: missing, damaged, or longer than `limit` bytes.
-        """
-        try:
-            entry = self._zip.getinfo(self._folder + name)
-        except KeyError:
-            raise InertError(f"damaged: it has no entry {printable(name)}") from None
-        if limit is not None and entry.file_size > limit:
-            raise InertError(f"{printable(name)} has more than {limit:,} bytes")
-        return _guarded(lambda: self._zip.read(entry))
-
-    def content(self, allowed: Allowed) -> Any:
-        """The pickle's value, of dicts, lists, tuples, numbers, strings, `Made` and `Storage`.
-
-        Raises:
-            InertError: it names another global, or is no such pickle.
-        """
-        if "byteorder" in self and self.read("byteorder", 16) != b"little":
-            raise InertError("written on a big-endian machine: save it again on a common one")
-        return content(self.read("data.pkl", MAX_PICKLE), allowed)
-
-    def __contains__(self, name: str) -> bool:
-        return self._folder + name in self._zip.NameToInfo
-
-
-def content(pickled: bytes, allowed: Allowed) -> Any:
-    """A pickle's value; see `Archive.content`."""
     machine = _Machine(allowed)
     operations = pickletools.genops(pickled)
     try:
@@ -143,11 +96,12 @@ def content(pickled: bytes, allowed: Allowed) -> Any:
                 break
             machine.step(opcode.name, argument)
         return machine.stack.pop()
-    except InertError:
+    except FormatError:
         raise
     # An empty stack, an unknown memo, a list where a dict is wanted, text that is no UTF-8 …
-    except (LookupError, TypeError, AttributeError, ValueError, Warning) as error:
-        raise InertError(f"damaged: its pickle cannot be read: {_brief(error)}") from error
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, Warning) as error:
+        brief = printable(str(error) or type(error).__name__)
+        raise Damaged(f"its pickle cannot be read: {brief}") from error
 
 
 class _Machine:
@@ -156,12 +110,10 @@ class _Machine:
     def __init__(self, allowed: Allowed) -> None:
         self.stack: list[Any] = []
         self._allowed = allowed
-        self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._actions: Mapping[str, Callable[[Any], None]] = {
             "PROTO": lambda _: None,
             "FRAME": lambda _: None,
-            "MARK": self._mark,
             "TUPLE": lambda _: self._push(tuple(self._marked())),
             "EMPTY_LIST": lambda _: self._push([]),
             "EMPTY_DICT": lambda _: self._push({}),
@@ -196,7 +148,10 @@ class _Machine:
         else:
             # INST names a global and calls it.
             what = f"INST {printable(argument.replace(' ', '.'))}" if opcode == "INST" else opcode
-            raise InertError(f"refused: its pickle uses {what}, which torch.save does not write")
+            raise self._refused(f"its pickle uses {what}, which torch.save does not write")
+
+    def _refused(self, what: str) -> Refused:
+        return Refused(what, self._allowed.kind)
 
     def _push(self, value: Any) -> None:
         self.stack.append(value)
@@ -208,13 +163,11 @@ class _Machine:
         del self.stack[-count:]
         return popped
 
-    def _mark(self, _: object) -> None:
-        self._marks.append(self.stack)
-        self.stack = []
-
     def _marked(self) -> list[Any]:
-        marked, self.stack = self.stack, self._marks.pop()
-        return marked
+        marked = []
+        while (value := self.stack.pop()) is not MARK:
+            marked.append(value)
+        return marked[::-1]
 
     def _put(self, index: int) -> None:
         self._memo[index] = self.stack[-1]
@@ -237,19 +190,16 @@ class _Machine:
         if module == "__builtin__":  # what Python 3 writes into protocol 2, for Python 2
             module = "builtins"
         full = f"{module}.{name}"
-        known = self._allowed.classes | self._allowed.functions | self._allowed.types
         # `a.b` of module `c` is an attribute lookup, where `b` of `c.a` is not.
-        if full not in known or "." in name:
-            raise InertError(f"refused: it names {printable(full)}, which a model does not need")
+        if not self._allowed.has(full) or "." in name:
+            raise self._refused(f"it needs {printable(full)} to be loaded")
         self._push(Global(full))
 
     def _make(self, called: Any, args: Any) -> None:
         if not isinstance(called, Global) or type(args) is not tuple:
             raise TypeError("a call of what is no global")
-        if called.name not in self._allowed.functions and (
-            args or called.name in self._allowed.types
-        ):
-            raise InertError(f"refused: it calls {called.name}, which a model does not need")
+        if not self._allowed.may_call(called.name, args):
+            raise self._refused(f"it calls {called.name}")
         ordered = called.name == "collections.OrderedDict"
         self._push({} if ordered else Made(called.name, args))
 
@@ -259,37 +209,16 @@ class _Machine:
             return  # attributes of an OrderedDict: torch notes versions there
         if not isinstance(target, Made) or type(state) is not dict:
             what = target.name if isinstance(target, Made) else type(target).__name__
-            raise InertError(f"refused: it gives {what} a state that is no plain dict")
+            raise self._refused(f"it gives {what} a state that is no plain dict")
         if target.state:
-            raise InertError(f"refused: it gives {target.name} a state twice")
+            raise self._refused(f"it gives {target.name} a state twice")
         target.state = state  # no copy: one large state can be given to all that is made
 
     def _store(self, words: Any) -> None:
         match words:
-            case ("storage", Global(kind), str(key), str(), int(numel)) if (
+            case ("storage", Global(kind), str(key), str(place), int(numel)) if (
                 kind in self._allowed.types
             ):
-                self._push(Storage(kind, key, numel))
+                self._push(Storage(kind, key, place, numel))
             case _:
                 raise TypeError("a persistent id that is no storage")
-
-
-def printable(text: str, limit: int = 100) -> str:
-    """Text of a stranger's for a message: short, on one line, without control characters."""
-    kept = text if len(text) <= limit else text[: limit - 3] + "..."
-    return "".join(c if c.isprintable() else "?" for c in kept)
-
-
-def _brief(error: Exception) -> str:
-    return printable(str(error) or type(error).__name__)
-
-
-def _guarded(read: Callable[[], T]) -> T:
-    """Whatever zipfile raises on a damaged or foreign archive, as one error."""
-    try:
-        return read()
-    except (
-        *(zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError),
-        *(ValueError, LookupError, struct.error, OverflowError),
-    ) as error:
-        raise InertError(f"truncated or damaged: {_brief(error)}") from error

@@ -14,16 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lambda_worker import aside, metrics
-from lambda_worker.dataset import DatasetError, Rows, Shard
-from lambda_worker.engine import Predict, open_engine
-from lambda_worker.names import Engine, Precision
+from lambda_worker.dataset import DatasetError
+from lambda_worker.engine import Engine, Precision, Predict, open_engine
+from lambda_worker.reading import Rows, Shard
 from lambda_worker.shard import Piece, place
 
 # What of a row may not be usable, in the order in which it is looked at.
 PARTS = ("images", "magnitudes", "redshift", "z_phot")
 
 Item = TypeVar("Item")
-Progress = Callable[[int, int], None]
 
 # Rows that a lower precision is judged by: some runs of them, evenly spread over the shard.
 SAMPLE_RUNS, SAMPLE_RUN = 8, 32
@@ -91,7 +90,7 @@ def run(
     predict: Predict,
     shard: Shard,
     batch_size: int,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     look: aside.Look = aside.nothing,
 ) -> Inferred:
     """Predict every row of the shard, in order.

@@ -13,7 +13,8 @@ from functools import cache
 from typing import Any
 
 from fmi_client.protocol import auth
-from lambda_worker.events import EventError, RankTask, check_arn
+from lambda_worker.events import EventError, RankTask
+from lambda_worker.fields import check_arn
 
 KEPT_SECONDS = 300
 TOKEN_SECONDS = 60.0  # a token outlives the time for joining by so much: clocks differ

@@ -17,14 +17,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from lambda_worker import aside, s3
+from fmi_client.transport.s3 import CHANGED, CONNECTIONS, S3, BrokenOff
+from lambda_worker import aside
 from lambda_worker.atomic import replacing
-from lambda_worker.s3 import StorageError as StorageError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 BLOCK = 8 << 20  # bytes of an object that are asked for at once
+TRIES = 8  # of a request to S3: where the answer is SlowDown, they take 70 s at most, 35 on average
+READERS = CONNECTIONS  # files at a time: an S3 GET waits some 20 ms, and there may be thousands
+
+
+class StorageError(RuntimeError):
+    """Something cannot be read or written; the text names the URL and what to do."""
+
+
+s3 = S3(StorageError, TRIES)
+"""The client of this process."""
 
 
 def local_path(url: str) -> Path | None:
@@ -78,12 +88,22 @@ def check_writable(url: str) -> None:
     path = local_path(url)
     if path is None:
         bucket = s3.split(url)[0]
-        return s3.ask_if_allowed("write to", url, lambda: s3.client().head_bucket(Bucket=bucket))
+        return _ask_if_allowed("write to", url, lambda: s3.client().head_bucket(Bucket=bucket))
     nearest = next(place for place in (path, *path.parents) if place.exists())
     if not nearest.is_dir():
         raise StorageError(f"cannot write to {path}: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise StorageError(f"cannot write to {path}: no permission in {nearest}")
+
+
+def _ask_if_allowed(doing: str, url: str, ask: Callable[[], object]) -> None:
+    """Ask ahead of the one who will do it, whose role may have rights that ours has not."""
+    with s3.errors(doing, url):
+        try:
+            ask()
+        except s3.client().exceptions.ClientError as error:
+            if error.response["Error"]["Code"] != "403":
+                raise
 
 
 def remove(url: str) -> None:
@@ -112,7 +132,8 @@ def read(url: str) -> bytes:
     """
     path = local_path(url)
     if path is None:
-        return s3.read_object(url)
+        with s3.errors("read", url):
+            return s3.read(url)
     try:
         return path.read_bytes()
     except OSError as error:
@@ -120,7 +141,7 @@ def read(url: str) -> bytes:
 
 
 def read_all(urls: Sequence[str]) -> list[bytes]:
-    """All bytes of many files, in their order, `s3.READERS` of them read at a time.
+    """All bytes of many files, in their order, `READERS` of them read at a time.
 
     Raises:
         StorageError: one is missing or not readable; the others are given up.
@@ -129,12 +150,12 @@ def read_all(urls: Sequence[str]) -> list[bytes]:
 
 
 def in_parallel(do: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """What `do` returns for each item, in order, for `s3.READERS` of them at a time.
+    """What `do` returns for each item, in order, for `READERS` of them at a time.
 
     Raises:
         Exception: what `do` has raised first; nobody waits for the rest.
     """
-    return aside.in_parallel(do, items, s3.READERS)
+    return aside.in_parallel(do, items, READERS)
 
 
 def write(url: str, data: bytes) -> None:
@@ -173,13 +194,20 @@ def names(url: str) -> list[str]:
     path = local_path(url)
     if path is None:
         with s3.errors("list", url):
-            return sorted(s3.names(url))
+            return sorted(_names_of_objects(url))
     try:
         return sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     except FileNotFoundError:
         return []
     except OSError as error:
         raise StorageError(f"cannot list {path}: {error.strerror}") from error
+
+
+def _names_of_objects(url: str) -> Iterator[str]:
+    prefix = s3.folder(url)[1]
+    for page in s3.pages(url, Delimiter="/"):
+        yield from (item["Key"].removeprefix(prefix) for item in page.get("Contents", ()))
+        yield from (item["Prefix"].removeprefix(prefix) for item in page.get("CommonPrefixes", ()))
 
 
 def fetch(url: str, folder: Path) -> Path:
@@ -304,7 +332,7 @@ class _RangedFile(Ranged):
         except OSError as error:
             raise StorageError(f"cannot read {self._path}: {error.strerror}") from error
         if version != self.version or not count:
-            raise StorageError(f"cannot read {self._path}: {s3.CHANGED}")
+            raise StorageError(f"cannot read {self._path}: {CHANGED}")
         self.bytes_read += count
         self.requests += 1
         return count
@@ -326,7 +354,7 @@ class _RangedObject(Ranged):
         while done < len(buffer):
             try:
                 done += self._some(offset + done, buffer[done:])
-            except s3.BrokenOff as broken:
+            except BrokenOff as broken:
                 done, failures = done + broken.done, failures + 1
                 s3.wait(self.url, failures, broken)
 
@@ -339,7 +367,7 @@ class _RangedObject(Ranged):
             finally:
                 self.bytes_read += done
         if done < len(buffer):
-            raise s3.BrokenOff(f"{done:,} of {len(buffer):,} bytes came", done)
+            raise BrokenOff(f"{done:,} of {len(buffer):,} bytes came", done)
         return done
 
     def _ask(self, offset: int, length: int) -> Any:
@@ -349,7 +377,7 @@ class _RangedObject(Ranged):
             Bucket=self._bucket, Key=self._key, Range=f"bytes={offset}-{last}", **self._match
         )
         # Not every server knows If-Match.
-        problem = s3.CHANGED if answer.get("ETag", "") != self.version else ""
+        problem = CHANGED if answer.get("ETag", "") != self.version else ""
         if answer.get("ContentRange") != f"bytes {offset}-{last}/{self.size}" or (
             answer["ContentLength"] != length
         ):
@@ -379,4 +407,4 @@ def check_there(url: str) -> None:
     """
     if local_path(url) is None:
         bucket, key = s3.split(url)
-        s3.ask_if_allowed("read", url, lambda: s3.client().head_object(Bucket=bucket, Key=key))
+        _ask_if_allowed("read", url, lambda: s3.client().head_object(Bucket=bucket, Key=key))

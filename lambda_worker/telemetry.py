@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from functools import cache, partial, wraps
 from typing import Any, ParamSpec
 
+from lambda_worker.events import flat
+
 log = logging.getLogger("lambda_worker")
 
 NAMESPACE = "cosmic"
@@ -92,14 +94,9 @@ def _invocation(context: Any) -> dict[str, Any]:
 
 def _who(event: object) -> dict[str, Any]:
     """Run, rank and epoch, as far as an event names them."""
-    outer = _lower(event)
-    known = {**_lower(outer.get("task")), **outer}  # the epoch beside the task is the attempt's
+    known = flat(event)
     found = {name: known.get(name) for name in ("run", "rank", "epoch")}
     return {name: value for name, value in found.items() if isinstance(value, int | str)}
-
-
-def _lower(event: object) -> dict[str, Any]:
-    return {str(k).lower(): v for k, v in event.items()} if isinstance(event, dict) else {}
 
 
 def _facts(name: str, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lambda_worker.engine import Array, Predict
+from lambda_worker.engine import Array, Precision, Predict
 from lambda_worker.fold import Attend, Conv, Folded, Linear, fold
-from lambda_worker.model import load_model
-from lambda_worker.names import Precision
+from lambda_worker.model_file import load_model
 from lambda_worker.slices import SLICE, in_slices
 
 VECTOR = 16  # float32 numbers in an AVX-512 register

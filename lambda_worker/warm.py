@@ -11,13 +11,10 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from lambda_worker import aside, storage
-from lambda_worker.engine import Predict, open_engine
-
-if TYPE_CHECKING:
-    from lambda_worker.names import Engine, Precision
+from lambda_worker.engine import Engine, ModelError, Precision, Predict, open_engine
 
 log = logging.getLogger("lambda_worker")
 
@@ -66,7 +63,7 @@ def load(
     global _engine
     if "AWS_LAMBDA_RUNTIME_API" not in os.environ:
         path = _waited(partial(storage.fetch, url, scratch), url, look)
-        return Loaded(path, open_engine(path, engine=engine, precision=precision, threads=threads))
+        return _opened(path, url, engine, precision, threads)
     version = _waited(partial(storage.version, url), url, look)
     key = (url, version, engine, precision, threads)
     if _engine is not None and _engine[0] == key:
@@ -74,10 +71,20 @@ def load(
         return _engine[1]
     _engine = None  # before the next one is loaded: memory may not take both
     path = _kept(url, version, look)
-    predict = open_engine(path, engine=engine, precision=precision, threads=threads)
+    loaded = _opened(path, url, engine, precision, threads)
     log.info("model: loaded into %s: %s", engine, url)
-    _engine = (key, Loaded(path, predict))
-    return _engine[1]
+    _engine = (key, loaded)
+    return loaded
+
+
+def _opened(
+    path: Path, url: str, engine: Engine, precision: Precision, threads: int | None
+) -> Loaded:
+    try:
+        predict = open_engine(path, engine=engine, precision=precision, threads=threads)
+    except ModelError as error:  # it names the download, of which nobody knows
+        raise ModelError(str(error).replace(str(path), url)) from error
+    return Loaded(path, predict)
 
 
 def _kept(url: str, version: str, look: aside.Look) -> Path:

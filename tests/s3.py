@@ -165,11 +165,10 @@ def serve_s3(folder: Path, page: int = 1000) -> Iterator[S3Server]:
 @contextmanager
 def s3_client(endpoint: str, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let this process's S3 client use a server, and none use the client of another test."""
-    from lambda_worker.s3 import client
+    from lambda_worker.storage import s3
 
     for name, value in {**KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
         patch.setenv(name, value)
-    client.cache_clear()
+    s3.close()
     yield
-    client().close()
-    client.cache_clear()
+    s3.close()

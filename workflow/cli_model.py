@@ -76,7 +76,7 @@ def convert(
     AstroMAE's own classes is refused by name. Neither timm nor the original code is needed.
     """
     from lambda_worker.checkpoint import convert as convert_file
-    from lambda_worker.model import ModelError
+    from lambda_worker.engine import ModelError
 
     try:
         done = convert_file(checkpoint, out, heads=heads)

@@ -8,7 +8,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from lambda_worker.names import LIBRARIES, Engine
+from lambda_worker.engine import LIBRARIES, Engine
 from lambda_worker.threads import cores
 from lambda_worker.versions import versions
 from workflow.plan import Json

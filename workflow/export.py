@@ -18,7 +18,8 @@ from lambda_worker.atomic import replacing
 from lambda_worker.engine import Array, EngineError, ModelError
 from lambda_worker.exported import FORMAT, INPUTS, OUTPUT, export_of, fingerprint, open_file
 from lambda_worker.fold import fold
-from lambda_worker.model import AstroMAE, load_model
+from lambda_worker.model import AstroMAE
+from lambda_worker.model_file import load_model
 
 TOLERANCE = 2e-6  # largest difference in z, or of z where that is above 1
 OPSET = 20  # the first with Gelu as one operation

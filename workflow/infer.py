@@ -20,15 +20,15 @@ from lambda_worker import (
     batching,
     dataset,
     exported,
-    handlers,
     inference,
     metrics,
+    planning,
+    records,
     storage,
-    summary,
 )
-from lambda_worker.engine import DEMO_MODEL, Predict, open_engine
+from lambda_worker.engine import DEMO_MODEL, LIBRARIES, Engine, Precision, Predict, open_engine
 from lambda_worker.events import Payload
-from lambda_worker.names import LIBRARIES, Engine, Precision
+from lambda_worker.reading import Shard
 from lambda_worker.shard import Piece
 from workflow import environment, predictions, profiling
 from workflow.plot import redshift_png
@@ -69,7 +69,7 @@ class _Loaded:
     engine: Engine  # that of the plan, or what its "auto" has become
     model: Path
     predict: Predict
-    shard: dataset.Shard
+    shard: Shard
     seconds: float
     imported: float  # MB in memory when all was imported, and nothing loaded
 
@@ -87,7 +87,7 @@ def infer(plan: InferPlan, view: View) -> Json:
         loaded = _load(plan, Path(folder))
         batch_size, calibration = _batch_size(plan, loaded, view)
         inferred = _infer(loaded, batch_size, view)
-        peak = summary.memory("VmHWM")
+        peak = records.memory("VmHWM")
         inference.judge(inferred, loaded.shard.pieces, plan.strict)
         deviation = inference.deviation(
             loaded.model,
@@ -125,13 +125,13 @@ def _load(plan: InferPlan, folder: Path) -> _Loaded:
     engine, place = exported.choose(plan.engine, plan.precision, plan.model or str(DEMO_MODEL))
     with suppress(ModuleNotFoundError):  # `open_engine` says what to install
         importlib.import_module(LIBRARIES[engine])
-    imported = summary.memory("VmRSS")
+    imported = records.memory("VmRSS")
     began = time.perf_counter()
-    files = handlers.dataset_files(Payload(data=plan.data))
+    files = planning.dataset_files(Payload(data=plan.data))
     pieces = [Piece(file, 0, dataset.count(file)) for file in files]
     model = storage.fetch(place, folder)
     predict = open_engine(model, engine=engine, precision=plan.precision, threads=plan.threads)
-    shard = dataset.Shard(pieces, folder)
+    shard = Shard(pieces, folder)
     return _Loaded(engine, model, predict, shard, time.perf_counter() - began, imported)
 
 
@@ -188,7 +188,7 @@ def _write(
     written: Json = {"predictions": None, "plot": None}
     if plan.predictions:
         view.step(f"predictions: {plan.predictions}")
-        predictions.save(plan.predictions, summary.table(pieces, inferred), inferred.flaws)
+        predictions.save(plan.predictions, records.table(pieces, inferred), inferred.flaws)
         written["predictions"] = plan.predictions
     used = metrics.used(inferred.z_phot)
     if plan.plot and not used.any():

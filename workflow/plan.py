@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from lambda_worker.names import Engine, Precision
+from lambda_worker.engine import Engine, Precision
 
 __all__ = [
     "Event",

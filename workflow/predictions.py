@@ -32,7 +32,7 @@ def save(url: str, table: Mapping[str, Any], flaws: NDArray[np.uint8]) -> None:
 
     Args:
         url: ends with .parquet or .csv.
-        table: as `lambda_worker.summary.table` makes it.
+        table: as `lambda_worker.records.table` makes it.
         flaws: as in `lambda_worker.inference.Inferred`.
 
     Raises:

@@ -13,8 +13,8 @@ import numpy as np
 from lambda_worker.atomic import replacing
 
 if TYPE_CHECKING:
-    from lambda_worker.dataset import Shard
     from lambda_worker.engine import Predict
+    from lambda_worker.reading import Shard
 
 __all__ = ["BATCHES", "profile"]
 

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from lambda_worker import dataset, storage
 from lambda_worker.atomic import replacing
 from lambda_worker.events import Payload
-from lambda_worker.handlers import dataset_files
+from lambda_worker.planning import dataset_files
+from lambda_worker.reading import BLOCK, Shard
 from lambda_worker.shard import Piece
 from workflow.ptwriter import OVERHEAD, write_pt
 
@@ -86,7 +87,7 @@ def split(source: str, out: Path, cut: Cut, progress: Callable[[int, int], None]
     sizes = dict(zip(files, storage.in_parallel(dataset.count, files), strict=True))
     storage.check_writable(str(out))
     with TemporaryDirectory(prefix="cosmic-") as scratch, _locked(out):
-        shard = dataset.Shard([Piece(url, 0, rows) for url, rows in sizes.items()], Path(scratch))
+        shard = Shard([Piece(url, 0, rows) for url, rows in sizes.items()], Path(scratch))
         edges = _edges(cut, len(shard), _row_bytes(shard), source)
         _agree(out, _plan(source, sizes, shard, edges, cut))
         _sweep(out)
@@ -98,7 +99,7 @@ def split(source: str, out: Path, cut: Cut, progress: Callable[[int, int], None]
     return Done(parts, parts - len(todo), len(shard), largest, largest * _row_bytes(shard))
 
 
-def _row_bytes(shard: dataset.Shard) -> int:
+def _row_bytes(shard: Shard) -> int:
     shapes = dataset.SHAPES.values()
     return sum(
         int(np.prod(shape)) * dtype.itemsize
@@ -122,7 +123,7 @@ def _edges(cut: Cut, rows: int, row_bytes: int, source: str) -> list[int]:
 
 
 def _plan(
-    source: str, sizes: dict[str, int], shard: dataset.Shard, edges: list[int], cut: Cut
+    source: str, sizes: dict[str, int], shard: Shard, edges: list[int], cut: Cut
 ) -> dict[str, Any]:
     """What has to be the same for a split to go on where an earlier one stopped."""
     versions = storage.in_parallel(_version, list(sizes))
@@ -211,7 +212,7 @@ def _check_room(out: Path, needed: int) -> None:
 
 
 def _write(
-    shard: dataset.Shard,
+    shard: Shard,
     out: Path,
     edges: list[int],
     todo: list[int],
@@ -235,7 +236,7 @@ def _write(
     progress(of, of)
 
 
-def _write_one(path: Path, rows: int, shard: dataset.Shard, blocks: Iterator[NDArray[Any]]) -> None:
+def _write_one(path: Path, rows: int, shard: Shard, blocks: Iterator[NDArray[Any]]) -> None:
     try:
         with replacing(path) as partial, partial.open("wb") as file:
             write_pt(file, rows, shard.dtypes, blocks)
@@ -248,17 +249,15 @@ def _write_one(path: Path, rows: int, shard: dataset.Shard, blocks: Iterator[NDA
         raise
 
 
-def _spans(shard: dataset.Shard, start: int, stop: int) -> Iterator[_Span]:
+def _spans(shard: Shard, start: int, stop: int) -> Iterator[_Span]:
     for column, dtype in enumerate(shard.dtypes):
         row = int(np.prod(list(dataset.SHAPES.values())[column])) * dtype.itemsize
-        step = max(dataset.BLOCK // row, 1)
+        step = max(BLOCK // row, 1)
         for at in range(start, stop, step):
             yield _Span(column, at, min(at + step, stop))
 
 
-def _read(
-    shard: dataset.Shard, spans: Iterator[_Span], pool: ThreadPoolExecutor
-) -> Iterator[NDArray[Any]]:
+def _read(shard: Shard, spans: Iterator[_Span], pool: ThreadPoolExecutor) -> Iterator[NDArray[Any]]:
     """The rows of the spans in order, a few of them read in advance."""
     shapes = list(dataset.SHAPES.values())
 

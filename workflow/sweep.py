@@ -23,8 +23,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lambda_worker import storage
+from lambda_worker.engine import Engine, Precision
 from lambda_worker.events import DATA_SIZES
-from lambda_worker.names import Engine, Precision
 from workflow.plan import Json
 
 __all__ = [

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lambda_worker import dataset, s3, storage
+from lambda_worker import dataset, storage
+from lambda_worker.storage import s3
 
 if TYPE_CHECKING:
     from s3transfer.manager import TransferManager
@@ -97,12 +98,11 @@ def _files(source: Path, is_dataset: bool) -> dict[str, Path]:
 
 def _listed(place: str) -> dict[str, int]:
     """Names below a place, and their sizes."""
-    bucket, prefix = s3.folder(place)
+    prefix = s3.folder(place)[1]
     with s3.errors("list", place):
-        pages = s3.client().get_paginator("list_objects_v2")
         return {
             item["Key"].removeprefix(prefix): item["Size"]
-            for page in pages.paginate(Bucket=bucket, Prefix=prefix)
+            for page in s3.pages(place)
             for item in page.get("Contents", ())
         }
 

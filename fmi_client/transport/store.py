@@ -11,32 +11,21 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 from urllib.parse import unquote, urlsplit
 
 from fmi_client.errors import ProtocolError, RendezvousError
 from fmi_client.protocol.peer import Buffer
-
-CONNECT_SECONDS, READ_SECONDS = 5, 20
-"""How long one request to S3 may take to connect, and to go on."""
+from fmi_client.transport.s3 import S3
 
 MAX_NAMES = 1_000_000
 """So many names of one folder are looked at; more are no job's."""
 
 CREATES = 5
 """Times that a file's folder is made: whoever clears up may remove it again, being empty."""
-
-READS = 3
-"""A body that breaks off is asked for again; boto3 repeats the rest of a request itself."""
-
-_HINTS = {
-    "NoSuchBucket": "no such bucket: create it, or check the name and AWS_ENDPOINT_URL",
-    "AccessDenied": "access denied: check the credentials and the role's policy",
-    "403": "access denied: check the credentials and the role's policy",
-    "InvalidAccessKeyId": "unknown access key: check AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "wrong secret key: check AWS_SECRET_ACCESS_KEY",
-}
 
 
 class Store(Protocol):
@@ -114,7 +103,7 @@ class FolderStore:
             except FileNotFoundError:
                 return None
             with file:
-                _check_size(name, os.fstat(file.fileno()).st_size, limit)
+                _check_size(name, limit, os.fstat(file.fileno()).st_size)
                 return file.read()
 
     def delete(self, name: str) -> None:
@@ -156,9 +145,8 @@ class S3Store:
     """Objects under a prefix of a bucket: ``bucket/prefix``."""
 
     def __init__(self, where: str) -> None:
-        self._bucket, _, prefix = where.partition("/")
-        self._prefix = f"{prefix}/" if prefix else ""
-        self._client = _client()
+        self._url, self._s3 = f"s3://{where}", S3(RendezvousError)
+        self._client = self._s3.client()
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         with self._errors("write", name):
@@ -166,100 +154,44 @@ class S3Store:
 
     def get(self, name: str, limit: int) -> bytes | None:
         with self._errors("read", name):
-            for last in [False] * (READS - 1) + [True]:
-                with contextlib.suppress(*() if last else _broken_off()):
-                    return self._get(name, limit)
-        raise AssertionError("the last attempt returns or raises")
-
-    def _get(self, name: str, limit: int) -> bytes | None:
-        try:
-            answer = self._client.get_object(**self._key(name))
-        except self._client.exceptions.NoSuchKey:
-            return None
-        with contextlib.closing(answer["Body"]) as body:
-            _check_size(name, answer["ContentLength"], limit)
-            data: bytes = body.read()
-        return data
+            try:
+                return self._s3.read(f"{self._url}/{name}", partial(_check_size, name, limit))
+            except self._client.exceptions.NoSuchKey:
+                return None
 
     def delete(self, name: str) -> None:
         with self._errors("delete", name):
             self._client.delete_object(**self._key(name))
 
     def names(self, folder: str) -> list[str]:
-        start = f"{self._prefix}{folder}/"
         with self._errors("list", folder):
-            found = itertools.islice(self._keys(start, Delimiter="/"), MAX_NAMES)
-            return [key.removeprefix(start) for key in found]
+            found = itertools.islice(self._keys(folder, Delimiter="/"), MAX_NAMES)
+            return [key.rpartition("/")[2] for key in found]
 
     def clear(self, folder: str) -> None:
         with self._errors("delete", folder):
-            keys = list(self._keys(f"{self._prefix}{folder}/"))
+            keys = list(self._keys(folder))
             for at in range(0, len(keys), 1000):  # as many as one request may name
                 batch = [{"Key": key} for key in keys[at : at + 1000]]
-                self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": batch})
+                bucket = self._key("")["Bucket"]
+                self._client.delete_objects(Bucket=bucket, Delete={"Objects": batch})
 
     def close(self) -> None:
-        self._client.close()
+        self._s3.close()
+
+    def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
+        return self._s3.errors(doing, f"{self._url}/{name}")
 
     def _key(self, name: str) -> dict[str, str]:
-        return {"Bucket": self._bucket, "Key": self._prefix + name}
+        bucket, key = self._s3.split(f"{self._url}/{name}")
+        return {"Bucket": bucket, "Key": key}
 
-    def _keys(self, prefix: str, **options: str) -> Iterator[str]:
-        pages = self._client.get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=self._bucket, Prefix=prefix, **options):
+    def _keys(self, folder: str, **options: str) -> Iterator[str]:
+        for page in self._s3.pages(f"{self._url}/{folder}", **options):
             yield from (item["Key"] for item in page.get("Contents", ()))
 
-    @contextlib.contextmanager
-    def _errors(self, doing: str, name: str) -> Iterator[None]:
-        """The one place where boto3's errors become ours."""
-        from botocore.exceptions import BotoCoreError, ClientError
 
-        where = f"s3://{self._bucket}/{self._prefix}{name}"
-        try:
-            yield
-        except ClientError as error:
-            code = error.response.get("Error", {}).get("Code", "")
-            why = error.response.get("Error", {}).get("Message", "")
-            hint = _HINTS.get(code, f"{code}: {why}")
-            raise RendezvousError(f"cannot {doing} {where}: {hint}") from error
-        except BotoCoreError as error:
-            hint = "check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the credentials"
-            raise RendezvousError(f"cannot {doing} {where}: {error} ({hint})") from error
-
-
-def _client() -> Any:
-    try:
-        from boto3.session import Session
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
-    except ImportError:
-        raise RendezvousError(
-            "an s3:// store needs boto3: pip install 'cosmic-fmi[s3]'", op="connect"
-        ) from None
-    # Checksums only where S3 demands them: servers other than AWS often know no trailers.
-    config = Config(
-        connect_timeout=CONNECT_SECONDS,
-        read_timeout=READ_SECONDS,
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    try:
-        return Session().client("s3", config=config)
-    except (BotoCoreError, ValueError) as error:
-        raise RendezvousError(f"cannot use S3: {error}", op="connect") from error
-
-
-def _broken_off() -> tuple[type[Exception], ...]:
-    from botocore import exceptions
-
-    return (
-        exceptions.IncompleteReadError,
-        exceptions.ReadTimeoutError,
-        exceptions.ResponseStreamingError,
-    )
-
-
-def _check_size(name: str, size: int, limit: int) -> None:
+def _check_size(name: str, limit: int, size: int) -> None:
     if size > limit:
         raise ProtocolError(f"object {name} has {size} bytes; at most {limit} are expected")
 

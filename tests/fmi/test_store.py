@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from fmi_client.errors import ProtocolError, RendezvousError
 from fmi_client.transport import store as stores
 from fmi_client.transport.store import FolderStore, S3Store, Store, open_store, parse_store
+from tests.s3 import Trouble, s3_client, serve_s3
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -135,29 +137,20 @@ def test_clearing_removes_the_empty_folders_above_up_to_the_root(tmp_path: Path)
 
 # ------------------------------------------------------------------------------------ S3
 def test_a_body_that_breaks_off_is_read_again(
-    bucket: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from botocore.exceptions import IncompleteReadError
-    from botocore.response import StreamingBody
-
-    store = S3Store("bucket")
-    store.put("broken", [b"whole"])
-    failures = 2
-    read = StreamingBody.read
-
-    def breaks_off(self: Any, amt: int | None = None) -> bytes:
-        nonlocal failures
-        failures -= 1
-        if failures >= 0:
-            raise IncompleteReadError(actual_bytes=1, expected_bytes=5)
-        return read(self, amt)  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(StreamingBody, "read", breaks_off)
-    assert store.get("broken", 5) == b"whole"
-    failures = 3
-    with pytest.raises(RendezvousError, match="cannot read s3://bucket/broken"):
-        store.get("broken", 5)
-    store.close()
+    (tmp_path / "bucket").mkdir()
+    with serve_s3(tmp_path) as server, s3_client(server.endpoint, monkeypatch):
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        store, cuts = S3Store("bucket"), [1, 0, 3, 4]
+        store.put("broken", [b"whole"])
+        server.trouble = lambda method, path: Trouble(cut=cuts.pop()) if cuts else None
+        assert store.get("broken", 5) == b"whole"
+        assert cuts == []
+        server.trouble = lambda method, path: Trouble(cut=1)
+        with pytest.raises(RendezvousError, match=r"cannot read s3://bucket/broken: .* 5 times"):
+            store.get("broken", 5)
+        store.close()
 
 
 def test_what_s3_refuses_says_what_to_do(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +173,13 @@ def test_no_s3_server(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         store.get("a", 1)
     store.close()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
-    with pytest.raises(RendezvousError, match="cannot use S3: Invalid endpoint"):
+    with pytest.raises(RendezvousError, match=r"cannot use S3: Invalid endpoint.*\(check AWS_END"):
+        S3Store("bucket")
+
+
+def test_without_boto3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "boto3.session", None)
+    with pytest.raises(RendezvousError, match=r"without boto3: pip install 'cosmic-fmi\[s3\]'"):
         S3Store("bucket")
 
 

@@ -26,8 +26,8 @@ import fmi_client
 from fmi_client.protocol import frames
 from lambda_worker import handlers, storage
 from lambda_worker.engine import DEMO_MODEL
-from lambda_worker.model import save_model
-from lambda_worker.s3 import client
+from lambda_worker.model_file import save_model
+from lambda_worker.storage import s3
 from tests.full.rie import Instance, emulator, instance
 from tests.processes import serve_rendezvous
 from tests.worker.sparse import sparse_pt
@@ -344,7 +344,7 @@ def test_a_model_in_s3_is_fetched_once_and_again_when_it_changes(
     bucket: Path, folder: Path, payload: Json
 ) -> None:
     """One rank, without a job."""
-    client.cache_clear()  # of another test's server
+    s3.close()  # of another test's server
     url = "s3://bucket/models/m.safetensors"
     storage.write(url, DEMO_MODEL.read_bytes())
     own = ("data", "results", "batch_size", "threads")
@@ -357,7 +357,7 @@ def test_a_model_in_s3_is_fetched_once_and_again_when_it_changes(
         other = place.invoke(task)
         said = [line["message"] for line in entries(place, "model: ")]
         kept = list(place.folder.glob("cosmic-model-*"))
-    client.cache_clear()
+    s3.close()
     assert first["MAE"] == again["MAE"] != other["MAE"], (first, again, other)
     assert [text.partition(":")[0] + text.partition(":")[2][:12] for text in said] == [
         "model loaded into",

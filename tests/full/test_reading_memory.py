@@ -14,14 +14,14 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lambda_worker import handlers
-from lambda_worker.model import DEMO_MODEL
+from lambda_worker.engine import DEMO_MODEL
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
 ROWS = 24_350  # half a GB: more than a rank may take
 IMPORTS = """
 import boto3.session, numpy, torch.utils.data
-from lambda_worker import dataset, engine, handlers, inference, metrics, model, summary
+from lambda_worker import dataset, engine, handlers, inference, metrics, model_file, summary
 input()
 """
 

@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lambda_worker import aside, handlers
+from lambda_worker.engine import DEMO_MODEL
 from lambda_worker.exported import export_of
-from lambda_worker.model import DEMO_MODEL
 from tests.worker.worker_data import tensors
 
 ROWS = 20  # of each rank's file

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from fmi_client.errors import Aborted
-from lambda_worker import handlers, s3, storage
+from fmi_client.transport import s3
+from lambda_worker import handlers, storage
 from lambda_worker.dataset import DatasetError
 from lambda_worker.storage import StorageError
 from tests.processes import serve_rendezvous
@@ -130,7 +131,7 @@ def test_what_s3_does_to_a_rank(store: S3Server, tmp_path: Path, fault: str, pla
         ):
             handlers.infer(task)
         asked = [(how, path.partition("?")[0].endswith(end)) for how, path in store.requests]
-        tries = (s3.ATTEMPTS if said == BROKE else s3.TRIES) if passes else 1
+        tries = (s3.ATTEMPTS if said == BROKE else storage.TRIES) if passes else 1
         # Of a data file's three reads some get on, by a thousand bytes each time.
         reads = 3 if (place, said) == ("data", BROKE) else 1
         assert tries <= asked.count((method, True)) <= reads * tries
@@ -187,7 +188,7 @@ def test_others_are_told_at_once(
         {**EVENT, "run": "r", "world_size": 3, "rendezvous_endpoint": rendezvous, "timeout": 40}
     )
     s3.ANSWER_SECONDS = NEVER  # the fixture restores it: of itself no read ends here
-    s3.client.cache_clear()
+    storage.s3.close()
     plan["ranks"][1]["shard"] = [["s3://bucket/data/none.pt", 0, 20]]
     if place == "model":
         plan["ranks"][1] |= {"shard": [], "model": "s3://bucket/none.safetensors"}
@@ -233,7 +234,7 @@ def test_no_read_that_hangs_holds_up_a_failing_rank(store: S3Server, measured: M
 def test_a_damaged_file_is_said_though_another_one_hangs(store: S3Server) -> None:
     """In this process, too, where the AWS runtime serves one event after the other."""
     s3.ANSWER_SECONDS = NEVER
-    s3.client.cache_clear()
+    storage.s3.close()
     plan = handlers.init({**EVENT, "world_size": 1})
     plan["ranks"][0]["shard"] = [["s3://bucket/m.onnx", 0, 1], ["s3://bucket/data/2.pt", 0, 20]]
     store.trouble = times(10_000, "GET", "/2.pt", Trouble(delay=NEVER))

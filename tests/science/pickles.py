@@ -7,6 +7,12 @@ import struct
 import zipfile
 from pathlib import Path
 
+import pytest
+
+from lambda_worker.checkpoint import convert
+from lambda_worker.engine import ModelError
+
+PROTO, STOP = b"\x80\x02", b"."
 HIDDEN = rb"X\x0f\0\0\0hidden_features(?:q.|r....)"  # an attribute that nobody looks at
 VALUE = rb"(?:K.|M..|J....)"
 
@@ -56,3 +62,13 @@ def named(name: str) -> bytes:
 def call(name: str, *args: bytes) -> bytes:
     """GLOBAL, arguments, REDUCE."""
     return named(name) + b"(" + b"".join(args) + b"tR"
+
+
+def refused(path: Path, complaint: str) -> None:
+    with pytest.raises(ModelError, match=complaint) as caught:
+        convert(path, path.with_name("out"))
+    said = str(caught.value)
+    assert said.startswith(f"{path}: ")
+    assert said.isprintable()
+    assert len(said) < len(str(path)) + 310
+    assert not path.with_name("out").exists()

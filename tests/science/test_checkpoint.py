@@ -18,7 +18,9 @@ from pickles import edited, pack, text, unpack
 from safetensors import safe_open
 
 from lambda_worker.checkpoint import convert
-from lambda_worker.model import AstroMAE, ModelConfig, ModelError, load_model
+from lambda_worker.engine import DEMO_MODEL, ModelError
+from lambda_worker.model import AstroMAE, ModelConfig
+from lambda_worker.model_file import load_model
 from workflow.cli_model import commands
 
 FORMS = ["parallel", "protocol_4", "module", "state_dict", "parallel_state_dict"]
@@ -217,7 +219,10 @@ def state_dict(folder: Path) -> dict[str, torch.Tensor]:
         ({"extra\x1b[31m": torch.zeros(1)}, r"Unexpected key.*extra\?\[31m"),
         ({"head.bias": torch.zeros(47)}, r"head\.bias.*48"),
         ({"head.bias": torch.zeros(48, dtype=torch.int64)}, r"head\.bias is torch\.int64"),
-        ({"head.bias": torch.zeros(48).half()}, r"names torch\.HalfStorage"),
+        (
+            {"head.bias": torch.zeros(48).half()},
+            r"head\.bias is float16, expected float32: save",
+        ),
         ({"head.bias": torch.full((48,), torch.inf)}, r"head\.bias holds NaN or infinity"),
         ({"head.bias": 5}, r"head\.bias is no tensor"),
         ({"head.bias": torch.zeros(1).expand(48)}, "reaches beyond its storage"),
@@ -257,9 +262,10 @@ def test_tensors_in_another_memory_order_are_the_same_weights(
     [
         (5, "holds int, expected AstroMAE's ViT_Astro"),
         ({}, "has no cls_token"),
-        ({"state_dict": {}}, "state_dict is no tensor"),
+        ({"state_dict": {}}, "holds a dict with 'state_dict' in it, .* save that alone"),
         (torch.nn.Sequential(), r"holds torch\.nn\.modules\.container\.Sequential, expected"),
         (torch.nn.DataParallel(torch.nn.Linear(1, 1)), r"holds torch.*Linear, expected"),
+        ({"model": torch.zeros(1), "epoch": {"of": 5}}, "'epoch' in it"),
     ],
 )
 def test_other_contents_are_named(tmp_path: Path, content: object, complaint: str) -> None:
@@ -280,3 +286,17 @@ def test_a_missing_field_of_a_module_means_the_published_value(
 def test_an_uninteresting_pickle_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"m\.pt: holds NoneType, expected"):
         convert(pack(tmp_path / "m.pt", b"\x80\x02N."), tmp_path / "out")
+
+
+def test_heads_that_were_guessed_are_told(tmp_path: Path) -> None:
+    """A width of 64 is no multiple of the published 6."""
+    torch.save(load_model(DEMO_MODEL).state_dict(), tmp_path / "m.pt")
+    with pytest.raises(
+        ModelError, match=r"does not say how many heads; 6 were taken: give --heads"
+    ):
+        convert(tmp_path / "m.pt", tmp_path / "out")
+
+
+def test_a_folder_in_place_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is a folder, expected a file"):
+        convert(tmp_path, tmp_path / "out")

@@ -9,7 +9,8 @@ import pytest
 from safetensors import safe_open
 
 from lambda_worker import metrics
-from lambda_worker.model import DEMO_MODEL, load_model
+from lambda_worker.engine import DEMO_MODEL
+from lambda_worker.model_file import load_model
 from workflow.demo.catalogue import load_catalogue
 from workflow.demo.galaxies import make_dataset
 from workflow.demo.train import predict, to_sample

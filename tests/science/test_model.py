@@ -12,14 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lambda_worker.model import (
-    DEMO_MODEL,
-    AstroMAE,
-    ModelConfig,
-    ModelError,
-    load_model,
-    save_model,
-)
+from lambda_worker.engine import DEMO_MODEL, ModelError
+from lambda_worker.model import AstroMAE, ModelConfig
+from lambda_worker.model_file import load_model, save_model
 
 PUBLISHED = Path(__file__).parent.parent / "fixtures" / "astromae_state_dict.txt"
 
@@ -188,8 +183,14 @@ def test_a_truncated_file_is_refused(tmp_path: Path, size: int) -> None:
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no whole safetensors file"):
+    with pytest.raises(ModelError, match="no whole safetensors file: it is a folder"):
         load_model(tmp_path)
+
+
+def test_a_checkpoint_of_torch_says_what_to_do(tmp_path: Path) -> None:
+    torch.save(small_model().state_dict(), tmp_path / "m.pt")
+    with pytest.raises(ModelError, match=r"but one of PyTorch: .* cosmic model convert .*m\.pt"):
+        load_model(tmp_path / "m.pt")
 
 
 def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:

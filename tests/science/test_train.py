@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lambda_worker import metrics
-from lambda_worker.model import AstroMAE, load_model
+from lambda_worker.model import AstroMAE
+from lambda_worker.model_file import load_model
 from workflow.demo import train as training
 from workflow.demo.catalogue import Split, load_catalogue
 from workflow.demo.galaxies import GalaxyArrays, make_dataset

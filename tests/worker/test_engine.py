@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional
 
 from lambda_worker import engine, slices, torch_engine
-from lambda_worker.engine import Array, EngineError, Predict, open_engine
+from lambda_worker.engine import Array, EngineError, ModelError, Predict, open_engine
 from lambda_worker.fold import Attend
-from lambda_worker.model import ModelConfig, ModelError, save_model
+from lambda_worker.model import ModelConfig
+from lambda_worker.model_file import save_model
 from tests.test_layers import loaded_by
 from tests.worker.worker_data import SMALL, tensors, trained
 

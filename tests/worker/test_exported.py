@@ -18,13 +18,16 @@ import torch
 from lambda_worker import exported, storage
 from lambda_worker.engine import (
     DEMO_MODEL,
+    LIBRARIES,
     Array,
+    Engine,
     EngineError,
     ModelError,
+    Precision,
     open_engine,
 )
-from lambda_worker.model import AstroMAE, ModelConfig, load_model, save_model
-from lambda_worker.names import LIBRARIES, Engine, Precision
+from lambda_worker.model import AstroMAE, ModelConfig
+from lambda_worker.model_file import load_model, save_model
 from tests.worker.worker_data import SMALL, tensors, trained
 from workflow import export as export_module
 from workflow.export import export

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lambda_worker.engine import DEMO_MODEL
 from lambda_worker.fold import fold
-from lambda_worker.model import DEMO_MODEL, AstroMAE, ModelConfig, load_model
+from lambda_worker.model import AstroMAE, ModelConfig
+from lambda_worker.model_file import load_model
 from tests.worker.worker_data import SMALL, tensors, trained
 
 SCALED = replace(

@@ -11,7 +11,7 @@ import pytest
 
 from lambda_worker import storage, warm
 from lambda_worker.engine import Precision
-from lambda_worker.model import save_model
+from lambda_worker.model_file import save_model
 from lambda_worker.warm import Loaded
 from tests.worker.worker_data import SMALL, trained
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lambda_worker import dataset
-from lambda_worker.dataset import DatasetError, Shard
+from lambda_worker.dataset import DatasetError
+from lambda_worker.reading import Shard
 from lambda_worker.shard import Piece, place
 from tests.worker.worker_data import MakePt, tensors
 
@@ -90,7 +91,10 @@ def bad(index: int, tensor: Tensor) -> TensorDataset:
         (bad(2, torch.arange(4)), "redshift is torch.int64, expected float32 or float64"),
         (bad(1, torch.zeros(4, 5).to_sparse()), "magnitudes is a Tensor, expected a dense tensor"),
         (bad(1, torch.zeros(4, 5, device="meta")), "magnitudes is a Tensor, expected a dense"),
-        (TensorDataset(torch.zeros(4)), "holds a TensorDataset, expected .* images, magnitudes"),
+        (
+            TensorDataset(torch.zeros(4)),
+            "holds a list of 1, expected a TensorDataset of ima",
+        ),
         ({"images": torch.zeros(4)}, "holds a dict, expected a TensorDataset"),
         ([1, 2, 3], "images is a int, expected a dense tensor"),
         (torch.nn.Linear(2, 2), r"refused, .* it needs torch\.nn\.modules\.linear\.Linear"),
@@ -107,6 +111,11 @@ def test_other_content(tmp_path: Path, content: Any, message: str) -> None:
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"none\.pt: no such file"):
         dataset.count(str(tmp_path / "none.pt"))
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(
+        DatasetError, match=r"empty\.pt: truncated or damaged: it is empty; copy it"
+    ):
+        dataset.count(str(tmp_path / "empty.pt"))
     (tmp_path / "x.pt").mkdir()
     with pytest.raises(DatasetError, match=r"x\.pt: is a folder, expected a \.pt file"):
         dataset.count(str(tmp_path / "x.pt"))

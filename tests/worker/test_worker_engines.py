@@ -16,7 +16,7 @@ import pytest
 from lambda_worker import handlers
 from lambda_worker.engine import DEMO_MODEL, EngineError, ModelError
 from lambda_worker.events import EventError
-from lambda_worker.model import save_model
+from lambda_worker.model_file import save_model
 from tests.worker.worker_data import SMALL, MakePt, trained
 
 Event = dict[str, Any]
@@ -74,7 +74,7 @@ def test_init_tells_of_a_missing_or_stale_export(payload: Event, tmp_path: Path)
     model = tmp_path / "m.safetensors"
     save_model(trained(SMALL), model)
     event = {**payload, "model": str(model), "engine": "onnx"}
-    with pytest.raises(ModelError, match=f"no export at .*: cosmic model export {model}"):
+    with pytest.raises(ModelError, match=f"no export at .*: cosmic model export {model}$"):
         handlers.init(event)
     model.with_suffix(".onnx").write_bytes(DEMO_MODEL.with_suffix(".onnx").read_bytes())
     with pytest.raises(ModelError, match="exported from another model"):

@@ -18,8 +18,8 @@ from fmi_client import sync
 from fmi_client.errors import Aborted
 from lambda_worker import engine, handlers, inference, storage, torch_engine
 from lambda_worker.dataset import DatasetError
-from lambda_worker.engine import Predict
-from lambda_worker.model import DEMO_MODEL, ModelError, load_model
+from lambda_worker.engine import DEMO_MODEL, ModelError, Predict
+from lambda_worker.model_file import load_model
 from lambda_worker.storage import StorageError
 from lambda_worker.summary import SummaryError
 from tests.worker.worker_data import RECORD, MakePt, tensors
@@ -326,7 +326,7 @@ def test_dataset_by_size(make_pt: MakePt, tmp_path: Path, name: str) -> None:
     ("event", "message"),
     [
         ({}, r"data: no \.pt file there, only folders: small/$"),
-        ({"data_size": "large"}, r"data/large: no \.pt file there$"),
+        ({"data_size": "large"}, r"data/large: no \.pt file there: check the name$"),
         ({"data_map": {"0": "gone.pt"}}, r"data/gone\.pt: no such file"),
     ],
 )
@@ -334,6 +334,12 @@ def test_no_data(make_pt: MakePt, tmp_path: Path, event: dict[str, Any], message
     make_pt("data/small/1.pt", 3)
     with pytest.raises(DatasetError, match=message):
         handlers.init({"data": str(tmp_path / "data"), **event})
+
+
+def test_data_that_are_another_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(DatasetError, match=r"a\.csv: expected a \.pt file, or a folder of them"):
+        handlers.init({"data": str(tmp_path / "a.csv")})
 
 
 def test_a_size_is_found_as_the_demo_data_are_named(make_pt: MakePt, tmp_path: Path) -> None:
@@ -448,7 +454,7 @@ def test_run_on_s3(bucket: Path, make_pt: MakePt, monkeypatch: pytest.MonkeyPatc
         "s3://bucket/100MB/2.pt",
     ]
     assert (bucket / "out/1/r1/combined_data.json").is_file()
-    monkeypatch.setattr(handlers, "_joined", None)  # summarizing again needs no rank
+    monkeypatch.setattr("lambda_worker.rank._joined", None)  # summarizing again needs no rank
     # Records are megabytes where ranks are thousands; a state machine could not take them.
     file = {"bucket": "bucket", "key": "out/1/r1/ranks.json"}
     again = handlers.summarize({**plan, "ranks_file": file})

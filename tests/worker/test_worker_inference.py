@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from lambda_worker import inference, summary
-from lambda_worker.dataset import DatasetError, Rows, Shard
+from lambda_worker import inference, records
+from lambda_worker.dataset import DatasetError
 from lambda_worker.engine import Array
+from lambda_worker.reading import Rows, Shard
 from lambda_worker.shard import Piece
 from tests.worker.worker_data import MakePt, tensors
 
@@ -124,10 +125,10 @@ def test_a_sample_of_the_rows_is_compared(
 
 
 def test_peak_memory_remembers_what_was_freed() -> None:
-    before = summary.memory("VmRSS")
+    before = records.memory("VmRSS")
     block = np.ones(30_000_000)  # 240 MB
-    during = summary.memory("VmRSS")
+    during = records.memory("VmRSS")
     del block
     assert during - before > 200
-    assert summary.memory("VmHWM") > during - 20  # the kernel counts in steps
-    assert summary.memory("VmRSS") < during - 200
+    assert records.memory("VmHWM") > during - 20  # the kernel counts in steps
+    assert records.memory("VmRSS") < during - 200

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from lambda_worker import dataset, inference, storage
-from lambda_worker.dataset import Shard
+from lambda_worker import dataset, inference, reading, storage
+from lambda_worker.reading import Shard
 from lambda_worker.shard import Piece, balance
 from lambda_worker.storage import StorageError
 from tests.s3 import s3_client
@@ -65,7 +65,7 @@ def test_bytes_that_ranks_read(
         shard = Shard(pieces, tmp_path)
         assert read_all(shard) == len(shard)
         assert shard.bytes_read <= 1.02 * len(shard) * ROW + 65536
-        assert shard.requests <= 9 + len(shard) * ROW / dataset.BLOCK
+        assert shard.requests <= 9 + len(shard) * ROW / reading.BLOCK
         if place == "object":
             assert sum(served) == shard.bytes_read
             assert len(served) == shard.requests - 1  # one asks for the size
@@ -199,12 +199,12 @@ def readers() -> list[threading.Thread]:
 def test_next_block_is_read_while_this_one_is_in_use(
     make_pt: MakePt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "BLOCK", 1)  # a block is a batch
+    monkeypatch.setattr(reading, "BLOCK", 1)  # a block is a batch
     shard = Shard([Piece(str(make_pt("a.pt", 4)), 0, 4)], tmp_path)
     done = [threading.Event() for _ in range(4)]
     block = shard._block
 
-    def told(start: int, stop: int) -> tuple[int, dataset.Rows]:
+    def told(start: int, stop: int) -> tuple[int, reading.Rows]:
         try:
             return block(start, stop)
         finally:
@@ -256,7 +256,8 @@ LIMITED = """
 import sys, resource
 from pathlib import Path
 import numpy
-from lambda_worker.dataset import Piece, Shard, count
+from lambda_worker.dataset import count
+from lambda_worker.reading import Piece, Shard
 
 def private():
     lines = open("/proc/self/smaps_rollup").read().splitlines()
@@ -305,7 +306,7 @@ def test_edges_of_batches_do_not_matter(make_pt: MakePt, tmp_path: Path) -> None
     pieces = [Piece(names[0], 2, 23), Piece(names[1], 1, 20), Piece(names[0], 0, 2)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset, "WINDOW", 7 * 20)
-        patch.setattr(dataset, "BLOCK", 5 * ROW)
+        patch.setattr(reading, "BLOCK", 5 * ROW)
         shard = Shard(pieces, tmp_path)
         before, parts = shard.bytes_read, list(shard.batches(2))
     assert [(start, stop) for start, stop, _ in parts] == list(pairwise([*range(0, 42, 2), 42]))

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lambda_worker import dataset, handlers, storage
-from lambda_worker.model import DEMO_MODEL
-from lambda_worker.s3 import READERS, TRIES
-from lambda_worker.storage import StorageError
+from lambda_worker import handlers, storage
+from lambda_worker.engine import DEMO_MODEL, ModelError
+from lambda_worker.reading import Rows, Shard
+from lambda_worker.shard import Piece
+from lambda_worker.storage import READERS, TRIES, StorageError
 from lambda_worker.summary import SummaryError
 from tests.s3 import DENIED, SLOW_DOWN, S3Server, Trouble, s3_client, serve_s3
 from tests.worker.worker_data import MakePt
@@ -164,6 +165,13 @@ def test_missing_model_is_said_by_init(s3: S3Server) -> None:
         handlers.init({**EVENT, "model": "s3://bucket/x.safetensors"})
 
 
+def test_model_that_is_none_is_named_by_its_url(s3: S3Server, tmp_path: Path) -> None:
+    (tmp_path / "s3/bucket/m.safetensors").write_bytes(b"PK\3\4 and more")
+    (task,) = handlers.init(EVENT)["ranks"]
+    with pytest.raises(ModelError, match=r"^s3://bucket/m\.safetensors is no .*, but one of PyTo"):
+        handlers.infer(task)
+
+
 @pytest.mark.parametrize("what", ["data", "model", "results"])
 def test_bucket_that_is_gone_is_said_by_a_rank(s3: S3Server, what: str) -> None:
     (task,) = handlers.init(EVENT)["ranks"]
@@ -267,14 +275,12 @@ def test_answers_that_break_off(
 
 def test_ranges_are_read_by_many_threads(s3: S3Server, tmp_path: Path) -> None:
     """One open dataset, whose answers break off, gives each thread its own rows."""
-    shard = dataset.Shard(
-        [dataset.Piece(f"s3://bucket/data/{n}.pt", 0, 20) for n in (1, 2)], tmp_path
-    )
+    shard = Shard([Piece(f"s3://bucket/data/{n}.pt", 0, 20) for n in (1, 2)], tmp_path)
     wanted = shard.batch(0, 40)
     count = iter(range(10_000))
     s3.trouble = lambda method, path: Trouble(cut=9000) if next(count) % 3 == 0 else None
 
-    def rows(start: int) -> dataset.Rows:
+    def rows(start: int) -> Rows:
         return shard.batch(start, start + 2)
 
     with ThreadPoolExecutor(8) as pool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lambda_worker import dataset, storage
-from lambda_worker.s3 import client
 from lambda_worker.storage import StorageError
 from tests.worker.worker_data import MakePt
 
@@ -88,7 +88,7 @@ def test_missing_bucket(bucket: Path, read: object) -> None:
 
 def test_wrong_secret(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    client.cache_clear()
+    storage.s3.close()
     with pytest.raises(StorageError, match="cannot write s3://bucket/a: wrong secret key"):
         storage.write("s3://bucket/a", b"")
 
@@ -100,14 +100,38 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    client.cache_clear()
+    storage.s3.close()
     yield
-    client.cache_clear()
+    storage.s3.close()
 
 
 @pytest.mark.usefixtures("no_server")
 def test_no_server(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"s3://bucket/a: .* \(check AWS_ENDPOINT_URL"):
+        storage.read("s3://bucket/a")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("AWS_ENDPOINT_URL", "nonsense", r"Invalid endpoint: nonsense \(check AWS_ENDPOINT_URL"),
+        ("AWS_PROFILE", "nobody", r"profile \(nobody\) could not be found \(check .*AWS_PROFILE"),
+    ],
+)
+@pytest.mark.usefixtures("no_server")
+def test_an_environment_that_makes_no_sense_is_told(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StorageError, match=rf"cannot use S3: .*{said}"):
+        storage.read("s3://bucket/a")
+
+
+@pytest.mark.usefixtures("no_server")
+def test_without_boto3(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("boto3.session", "botocore"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(StorageError, match=r"without boto3: pip install 'cosmic-fmi\[s3\]'"):
         storage.read("s3://bucket/a")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lambda_worker import handlers, storage, telemetry
-from lambda_worker.model import DEMO_MODEL
+from lambda_worker.engine import DEMO_MODEL
 from tests.processes import serve_rendezvous
 from tests.s3 import S3Server, s3_client, serve_s3
 from tests.worker.test_telemetry import fresh  # noqa: F401 - a fixture: loggers as they were

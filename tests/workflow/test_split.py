@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 from lambda_worker import dataset
 from lambda_worker.dataset import DatasetError
+from lambda_worker.reading import Shard
+from lambda_worker.shard import Piece
 from tests.s3 import Trouble, s3_client, serve_s3
 from tests.worker.sparse import sparse_pt
 from tests.worker.worker_data import tensors
@@ -94,7 +96,7 @@ def test_bits_of_nan_and_zero_stay(tmp_path: Path) -> None:
 
 def test_small_blocks_and_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder is one dataset in natural order; blocks end anywhere."""
-    monkeypatch.setattr(dataset, "BLOCK", 7 * 20_480)
+    monkeypatch.setattr("workflow.split.BLOCK", 7 * 20_480)
     monkeypatch.setattr(dataset, "WINDOW", 100)
     files = [tmp_path / "in" / f"{number}.pt" for number in (2, 9, 10)]
     (tmp_path / "in").mkdir()
@@ -127,7 +129,7 @@ def test_files_are_laid_out_as_torch_does(source: Path, tmp_path: Path) -> None:
     assert all(tensor.data_ptr() % 64 == 0 for tensor in mapped)
     numbers = sum(tensor.numpy().nbytes for tensor in mapped)
     assert numbers < path.stat().st_size < numbers + ptwriter.OVERHEAD
-    shard = dataset.Shard([dataset.Piece(str(path), 50, 60)], tmp_path)
+    shard = Shard([Piece(str(path), 50, 60)], tmp_path)
     assert np.array_equal(shard.batch(0, 10).images, load(source)[0][50:60])
 
 

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from lambda_worker import storage
 from lambda_worker.dataset import DatasetError
-from lambda_worker.s3 import client
 from lambda_worker.storage import StorageError
+from lambda_worker.storage import s3 as worker_s3
 from tests.s3 import DENIED, SLOW_DOWN, S3Server, Trouble, s3_client, serve_s3
 from tests.worker.worker_data import tensors
 from workflow import upload as uploads
@@ -178,8 +178,8 @@ def test_stopped_upload(s3: S3Server, tmp_path: Path, number: int) -> None:
 
 
 def test_unfinished_uploads_of_others_stay(s3: S3Server, large: Path, tmp_path: Path) -> None:
-    client().create_multipart_upload(Bucket="bucket", Key="models/other")
-    client().create_multipart_upload(Bucket="bucket", Key=f"models/{large.name}")
+    worker_s3.client().create_multipart_upload(Bucket="bucket", Key="models/other")
+    worker_s3.client().create_multipart_upload(Bucket="bucket", Key=f"models/{large.name}")
     upload(large, "s3://bucket/models", False, ignore)
     (left,) = unfinished(tmp_path)
     assert json.loads((left / "init.json").read_text())["key"] == "models/other"

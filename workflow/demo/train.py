@@ -22,7 +22,8 @@ from torch.nn import functional
 
 from lambda_worker import metrics
 from lambda_worker.atomic import replacing
-from lambda_worker.model import AstroMAE, ModelConfig, save_model
+from lambda_worker.model import AstroMAE, ModelConfig
+from lambda_worker.model_file import save_model
 from workflow.demo.catalogue import CATALOGUE, Split, load_catalogue
 from workflow.demo.galaxies import GalaxyArrays, make_dataset
 

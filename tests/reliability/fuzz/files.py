@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lambda_worker import dataset, events, inert, ptfile
+from lambda_worker.archive import FormatError, Unusual
 from lambda_worker.checkpoint import ALLOWED, convert
 from lambda_worker.dataset import DatasetError
-from lambda_worker.inert import InertError
-from lambda_worker.model import ModelError
+from lambda_worker.engine import ModelError
 from tests.reliability.fuzz.target import MB, Target, add
 from workflow.configurations import row, summarise
 from workflow.published import published
@@ -37,14 +37,14 @@ def _ptfile(data: bytes, step: int) -> object:
         return data[offset : offset + length]
 
     try:
-        archive = ptfile.Archive(len(data), get)
-        return [_place(archive, each, data) for each in dataset._tensors(archive.content, "it")]
-    except (ptfile.FormatError, ptfile.Unusual, DatasetError) as error:
+        file = ptfile.TensorFile(len(data), get)
+        return [_place(file, each, data) for each in dataset._tensors(file.content, "it")]
+    except (FormatError, Unusual, DatasetError) as error:
         return _said(error)
 
 
-def _place(archive: ptfile.Archive, tensor: ptfile.Tensor, data: bytes) -> int:
-    start = archive.start(tensor)
+def _place(file: ptfile.TensorFile, tensor: ptfile.Tensor, data: bytes) -> int:
+    start = file.start(tensor)
     assert start + tensor.shape[0] * 4 <= len(data), "rows beyond the file"
     return start
 
@@ -52,7 +52,7 @@ def _place(archive: ptfile.Archive, tensor: ptfile.Tensor, data: bytes) -> int:
 def _ptpickle(data: bytes, step: int) -> object:
     try:
         return type(ptfile.describe(data)).__name__
-    except ptfile.FormatError as error:
+    except FormatError as error:
         return _said(error)
 
 
@@ -68,7 +68,7 @@ def _checkpoint(data: bytes, step: int) -> object:
 def _inertpickle(data: bytes, step: int) -> object:
     try:
         return type(inert.content(data, ALLOWED)).__name__
-    except InertError as error:
+    except FormatError as error:
         return _said(error)
 
 
