@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -75,11 +74,11 @@ def group(text: str) -> typer.Typer:
 
 def fail(error: Exception, as_json: bool = False) -> NoReturn:
     """Say on one line what went wrong, on stdout as JSON too if asked, and exit with code 1."""
-    text = re.sub(r"^\[Errno \d+\] ", "", str(error))
+    from workflow.calls import error_json, error_text
+
     if as_json:
-        plain = {"who": "cosmic", "type": type(error).__name__, "message": text, "rank": None}
-        print(json.dumps({"error": error.as_json() if hasattr(error, "as_json") else plain}))
-    print(f"Error: {text}", file=sys.stderr)
+        print(json.dumps({"error": error_json(error)}))
+    print(f"Error: {error_text(error)}", file=sys.stderr)
     raise SystemExit(1)
 
 

@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from fmi_client.transport.sockets import parse_endpoint
-from workflow.cli_aws import AWS_PANEL, AwsOptions, EndpointUrl, Job, aws_job, note, refuse
+from workflow.cli_aws import (
+    AWS_PANEL,
+    AWS_VIEW,
+    AwsOptions,
+    EndpointUrl,
+    check,
+    refuse,
+    resolve,
+    use_endpoint,
+)
 from workflow.cli_base import (
     AsJson,
     BatchSize,
@@ -168,7 +178,7 @@ def run(
     aws = {"--stack": stack, "--state-machine": state_machine, "--endpoint-url": endpoint_url}
     if on is Where.aws:
         refuse({"--seed": seed}, "local", "on AWS the data are in the bucket already")
-        job = aws_job(plan, data_size, AwsOptions(stack, state_machine, endpoint_url))
+        job = _aws_job(plan, data_size, AwsOptions(stack, state_machine, endpoint_url))
     else:
         refuse(aws, "aws", "on this machine nothing of AWS is used")
         job = _local_job(plan, data_size or Size.small, seed or 0)
@@ -189,28 +199,49 @@ def _check_run(name: str | None, rendezvous: str | None, no_fmi: bool) -> None:
         raise wrong("--rendezvous", text) from None
 
 
-def _local_job(plan: RunPlan, size: Size, seed: int) -> Job:
+class _Job(NamedTuple):
+    """A job to run: ``work`` returns the whole plan, too; ``view``: arguments of `open_view`."""
+
+    on: Where
+    work: Callable[[View, OnEvent], tuple[RunPlan, RunResult]]
+    view: tuple[str, float] | tuple[()] = ()
+
+
+def _local_job(plan: RunPlan, size: Size, seed: int) -> _Job:
     """The job on this machine, on a demo dataset of this size and seed if the plan has no data."""
     check_data(plan.data or None)
     check_model(plan.model)
     path = data_path(size, Split.test, seed)
     full = replace(plan, data=plan.data or str(path), results=plan.results or "./results")
 
-    def work(view: View, on_event: OnEvent) -> RunResult:
+    def work(view: View, on_event: OnEvent) -> tuple[RunPlan, RunResult]:
         from workflow.local import run_job
         from workflow.processes import run_until_signal
 
         if not plan.data:
             make_once(path, size, seed, view)
-        result = run_until_signal(run_job(full, on_event))
-        note(result, full, "local", view)
-        return result
+        return full, run_until_signal(run_job(full, on_event))
 
-    return Job(work)
+    return _Job(Where.local, work)
 
 
-def _finish(job: Job, as_json: bool) -> None:
-    """Run the job, draw the plot and show what came out."""
+def _aws_job(plan: RunPlan, size: Size | None, options: AwsOptions) -> _Job:
+    """The job on AWS; what the plan does not say, the stack does."""
+    check(plan, size, options)
+
+    def work(view: View, on_event: OnEvent) -> tuple[RunPlan, RunResult]:
+        from workflow.aws import run_on_aws
+        from workflow.processes import run_until_signal
+
+        use_endpoint(options)
+        full, target = resolve(plan, size or Size.small, options, view)
+        return full, run_until_signal(run_on_aws(full, target, on_event))
+
+    return _Job(Where.aws, work, AWS_VIEW)
+
+
+def _finish(job: _Job, as_json: bool) -> None:
+    """Run the job, leave run.json and the plot beside its results, and show what came out."""
     from lambda_worker.storage import StorageError
     from workflow.aws_calls import AwsError
     from workflow.calls import RunFailed
@@ -218,7 +249,8 @@ def _finish(job: Job, as_json: bool) -> None:
 
     try:
         with open_view(*job.view) as view:
-            result = job.work(view, partial(tell, view))
+            plan, result = job.work(view, partial(tell, view))
+            _note(result, plan, job.on, view)
             plot = _plot(result, view)
     except (RunFailed, AwsError, StorageError, OSError) as error:
         fail(error, as_json)
@@ -240,6 +272,17 @@ def tell(view: View, event: Event) -> None:
             view.step(event.text, ok=event.name not in ("blame", "stop"))
 
 
+def _note(result: RunResult, plan: RunPlan, on: Where, view: View) -> None:
+    """Leave run.json beside the results; these are there all the same if it cannot be written."""
+    from lambda_worker.storage import StorageError
+    from workflow.runfile import save
+
+    try:
+        save(result, plan, on.value)
+    except StorageError as error:
+        view.step(f"no run.json: {error}")
+
+
 def _plot(result: RunResult, view: View) -> str | None:
     """Draw the plot beside the results; returns its URL."""
     from lambda_worker.storage import StorageError
@@ -248,7 +291,7 @@ def _plot(result: RunResult, view: View) -> str | None:
     if not result.summary["rows"] - result.summary["rows_excluded"]:
         return None
     view.step("plot: predicted against spectroscopic redshift")
-    plot = result.combined_data.rpartition("/")[0] + "/redshift.png"
+    plot = f"{result.folder}/redshift.png"
     try:
         save_plot(result.predictions, result.summary["metrics"], plot)
     except (StorageError, OSError) as error:

@@ -327,7 +327,7 @@ def _work(job: _Job, folder: Path, plan: Plan) -> None:
     old = read_manifest(folder)
     with open_view(*(AWS_VIEW if plan.on == "aws" else ())) as view:
         now = _environment(plan)
-        manifest = Manifest(kind=job.kind, created=_now(), plan=plan, environment=now)
+        manifest = Manifest(kind=job.kind, plan=plan, environment=now)
         if old is not None:
             manifest = old.model_copy(update={"plan": plan})
         it = Sweep(folder, manifest)
@@ -378,12 +378,6 @@ def _again(kind: str, folder: str, results: Path) -> str:
     """The command that goes on with a sweep."""
     place = "" if results == Path(_RESULTS) else f" --results {shlex.quote(str(results))}"
     return f"cosmic {kind} --name {Path(folder).name}{place}"
-
-
-def _now() -> str:
-    from datetime import UTC, datetime
-
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _environment(plan: Plan) -> dict[str, Any]:

@@ -12,13 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from workflow.results import Rank, Run
+from workflow.results import METRICS, Rank, Run
 
 __all__ = ["COLUMNS", "MEASURES", "Configuration", "Spread", "Value", "row", "summarise"]
 
 Value = str | int | float | None
 
-METRICS = ("mae", "mse", "bias", "nmad", "r2")
 MEASURES = (
     "total_s",
     "init_s",

@@ -13,10 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 from workflow.plan import Span
 
-__all__ = ["Finding", "Rank", "Results", "ResultsError", "Run", "Tabled", "read"]
+__all__ = ["METRICS", "Finding", "Rank", "Results", "ResultsError", "Run", "Tabled", "read"]
 
 Source = Literal["cosmic run", "cosmic infer", "original", "original, one process"]
 Status = Literal["ok", "failed", "incomplete"]
+METRICS = ("mae", "mse", "bias", "nmad", "r2")
 
 
 class Finding(NamedTuple):
@@ -70,7 +71,7 @@ class Run:
             the state machine's execution.
         inference_s: wall-clock time of the inference of all ranks together: the slowest rank's
             loop; for the original's, the Map state's duration, if its log tells that.
-        metrics: mae, mse, bias, nmad, r2, those that are known.
+        metrics: those of `METRICS` that are known.
         predictions: URL of predictions.npz, or None.
         environment: as `workflow.environment.describe` returns it, or empty.
     """

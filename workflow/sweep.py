@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lambda_worker import storage
 from lambda_worker.events import DATA_SIZES
 from lambda_worker.names import Engine, Precision
+from workflow.calls import error_json
 from workflow.plan import Json
 
 __all__ = [
@@ -110,12 +111,16 @@ class Plan(BaseModel):
         return self.data_sizes if self.data is None else (self.data,)
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 class Manifest(BaseModel):
     """What sweep.json holds; ``environment`` is of the machine that began, on AWS empty."""
 
     format: Literal[1] = 1
     kind: Kind
-    created: str
+    created: str = Field(default_factory=_now)
     plan: Plan
     environment: Json = {}
 
@@ -387,13 +392,13 @@ class Sweep:
     async def _attempt(self, item: Item, execute: Execute) -> Record:
         place, before = self.runs / item.key, self.records.get(item.key)
         _remove(place)
-        started, began = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+        started, began = _now(), time.monotonic()
         error: Json | None = None
         try:
             outcome = await execute(item, place)
         except Exception as caught:  # whatever it is, the other runs are worth as much
             outcome = Outcome(time.monotonic() - began, str(place) if place.exists() else None)
-            error = _as_json(caught)
+            error = error_json(caught)
         record = Record(
             key=item.key,
             **item._asdict(),
@@ -460,14 +465,6 @@ def _about(seconds: float | None) -> str:
     if seconds is None:
         return ""
     return f"; {f'{seconds:.0f} s' if seconds < 100 else f'{seconds / 60:.0f} min'} left"
-
-
-def _as_json(error: Exception) -> Json:
-    if hasattr(error, "as_json"):
-        known: Json = error.as_json()
-        return known
-    text = re.sub(r"^\[Errno \d+\] ", "", str(error))
-    return {"who": "cosmic", "type": type(error).__name__, "message": text, "rank": None}
 
 
 def _failures(before: Record | None) -> list[Json]:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from workflow.configurations import summarise
 from workflow.cost import load_prices, of_run
+from workflow.results import METRICS
 from workflow.sweep import Record, Sweep, error_line
 from workflow.table import print_wide, short
 
@@ -34,7 +35,6 @@ _COST = "USD: what it would cost on AWS in the same seconds (docs/cost.md)."
 _FAILURES = 20
 # Rounding differs with the shape of a batch; more than this is no rounding.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
-_METRICS = ("mae", "mse", "bias", "nmad", "r2")
 
 
 class _Column(NamedTuple):
@@ -255,7 +255,7 @@ def _accuracy_warnings(runs: Iterable[Run]) -> list[str]:
         groups.setdefault((run.data, run.precision or ""), []).append(run.metrics)
     lines = []
     for (data, precision), several in groups.items():
-        for name in _METRICS:
+        for name in METRICS:
             values = [v for each in several if (v := each.get(name)) is not None]
             limit = _TOLERANCE.get(precision, max(_TOLERANCE.values()))
             if values and max(values) - min(values) > limit:

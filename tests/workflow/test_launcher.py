@@ -147,7 +147,7 @@ async def test_a_worker_that_breaks_the_protocol(plan: Plan, what: str, text: st
 
 async def test_a_worker_that_cannot_be_started(plan: Plan) -> None:
     error = await failure(plan(worker=("/nowhere/python",)))
-    assert str(error).startswith("init cannot be started: [Errno 2]")
+    assert str(error) == "init cannot be started: /nowhere/python: No such file or directory"
 
 
 async def test_cancelling_ends_all_processes(plan: Plan, tmp_path: Path) -> None:
