@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from workflow.plan import Event, OnEvent, RunPlan
     from workflow.progress import View
     from workflow.results import Results
-    from workflow.sweep import Execute, Plan, Sweep
+    from workflow.sweep import Execute, Manifest, Sweep
+    from workflow.sweep_plan import Plan
 
 __all__ = ["EXAMPLES", "infer_sizes", "numbers", "sweep"]
 
@@ -244,16 +245,17 @@ def _go(job: _Job) -> None:
     """Begin the sweep or go on with it, to its end."""
     from lambda_worker.storage import StorageError
     from workflow.aws_calls import AwsError
-    from workflow.sweep import SweepError, locked, new_folder
+    from workflow.sweep import SweepError, locked, new_folder, read_manifest
 
     job = _checked(job)
     try:
         # Before anything is written: what is asked for may not fit to what is there.
         named = job.results / job.name if job.name else None
-        _plan(job, named)
+        _plan(job, named, read_manifest(named) if named else None)
         folder = named or new_folder(job.results, job.kind)
         with locked(folder):
-            _work(job, folder, _plan(job, folder))
+            old = read_manifest(folder)  # another process may have been at work on it meanwhile
+            _work(job, folder, old, _plan(job, folder, old))
     except (AwsError, StorageError, SweepError, OSError) as error:
         fail(error, job.as_json)
 
@@ -277,16 +279,16 @@ def _checked(job: _Job) -> _Job:
     return job._replace(given=given)
 
 
-def _plan(job: _Job, folder: Path | None) -> Plan:
+def _plan(job: _Job, folder: Path | None, old: Manifest | None) -> Plan:
     """The plan of the sweep that is in the folder, or of a new one, with what is given now."""
     from lambda_worker.storage import absolute
-    from workflow.sweep import Plan, PlanError, SweepError, extend, read_manifest
+    from workflow.sweep import SweepError
+    from workflow.sweep_plan import Plan, PlanError, extend
 
     given = dict(job.given)
     for field in ("data", "model"):
         if field in given and "://" not in given[field]:
             given[field] = absolute(given[field])
-    old = read_manifest(folder) if folder else None
     if old is None:
         if job.kind == "infer" and "batch_sizes" not in given:
             raise wrong("--batch-sizes", f"needed, as {folder} is not there to go on with")
@@ -319,12 +321,12 @@ def _check_plan(plan: Plan, sizes_given: bool) -> None:
     refuse({f"--{field.replace('_', '-')}": getattr(plan, field) for field in aws}, "aws", why)
 
 
-def _work(job: _Job, folder: Path, plan: Plan) -> None:
+def _work(job: _Job, folder: Path, old: Manifest | None, plan: Plan) -> None:
+    """Do what is left of the plan, write the report and show what came out."""
     from workflow.progress import open_view
-    from workflow.sweep import Manifest, Sweep, read_manifest
+    from workflow.sweep import Manifest, Sweep
     from workflow.sweep_view import End
 
-    old = read_manifest(folder)
     with open_view(*(AWS_VIEW if plan.on == "aws" else ())) as view:
         now = _environment(plan)
         manifest = Manifest(kind=job.kind, plan=plan, environment=now)

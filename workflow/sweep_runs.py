@@ -22,7 +22,8 @@ from workflow.local import run_job
 from workflow.plan import Json, OnEvent, RunPlan
 from workflow.processes import ProcessFamily, death_note, read_tail
 from workflow.runfile import save
-from workflow.sweep import Item, Outcome, Plan
+from workflow.sweep import Outcome
+from workflow.sweep_plan import Item, Plan
 
 if TYPE_CHECKING:
     from workflow.aws import Target
