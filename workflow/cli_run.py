@@ -33,6 +33,7 @@ from workflow.cli_base import (
     Precision,
     check_data,
     check_model,
+    check_output,
     fail,
     wrong,
 )
@@ -58,6 +59,7 @@ Exit code: 0 done, 1 the run failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 _LOCAL = "Only with --on local"
+_RESULTS = "./results"
 
 
 class Where(StrEnum):
@@ -211,8 +213,9 @@ def _local_job(plan: RunPlan, size: Size, seed: int) -> _Job:
     """The job on this machine, on a demo dataset of this size and seed if the plan has no data."""
     check_data(plan.data or None)
     check_model(plan.model)
+    check_output("--results", plan.results or _RESULTS)
     path = data_path(size, Split.test, seed)
-    full = replace(plan, data=plan.data or str(path), results=plan.results or "./results")
+    full = replace(plan, data=plan.data or str(path), results=plan.results or _RESULTS)
 
     def work(view: View, on_event: OnEvent) -> tuple[RunPlan, RunResult]:
         from workflow.local import run_job

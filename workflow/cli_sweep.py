@@ -29,6 +29,7 @@ from workflow.cli_base import (
     Precision,
     check_data,
     check_model,
+    check_output,
     fail,
     wrong,
 )
@@ -117,8 +118,8 @@ def sweep(
         typer.Option(metavar="N", min=0, help="Of the order of the runs  [default: by chance]"),
     ] = None,
     results: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where sweeps are kept, on this machine.")
-    ] = Path(_RESULTS),
+        str, typer.Option(metavar="FOLDER", help="Where sweeps are kept, on this machine.")
+    ] = _RESULTS,
     name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Of the sweep; one that is there goes on."),
@@ -162,7 +163,7 @@ def sweep(
     ] = None,
     endpoint_url: EndpointUrl = None,
 ) -> None:
-    """Run a job with all world sizes and batch sizes, and report what each took.
+    """Run a job with all world sizes and batch sizes, and compare.
 
     The runs go in random order, every one is recorded when it ends, and a
     failure does not stop the others. What was stopped, however, goes on with
@@ -188,11 +189,11 @@ def sweep(
     }
     if data is not None and data_size is not None:
         raise wrong("--data", "--data-size is for the demo data; leave one out")
-    _go(_Job("sweep", given, results, name, timeout, as_json))
+    _go(_Job("sweep", given, _folder(results), name, timeout, as_json))
 
 
 def infer_sizes(
-    given: Mapping[str, Any], results: Path | None, name: str | None, timeout: float, as_json: bool
+    given: Mapping[str, Any], results: str | None, name: str | None, timeout: float, as_json: bool
 ) -> None:
     """Measure `cosmic infer` with several batch sizes, each in a process of its own.
 
@@ -200,7 +201,7 @@ def infer_sizes(
         given: fields of a `Plan`; None: as it was, or the default.
     """
     usual = {"world_sizes": (1,), **given}
-    _go(_Job("infer", usual, results or Path(_RESULTS), name, timeout, as_json))
+    _go(_Job("infer", usual, _folder(results or _RESULTS), name, timeout, as_json))
 
 
 def numbers(
@@ -220,6 +221,14 @@ def numbers(
             raise wrong(option, f"{text!r} is no whole number {limit}{auto}")
         found.append(number)
     return tuple(dict.fromkeys(found)) or None
+
+
+def _folder(place: str) -> Path:
+    if "://" in place:
+        text = f"{place}: a sweep is kept on this machine; on AWS see --aws-results"
+        raise wrong("--results", text)
+    check_output("--results", place)
+    return Path(place)
 
 
 def _sizes(texts: list[str] | None) -> tuple[str, ...] | None:
@@ -262,17 +271,8 @@ def _go(job: _Job) -> None:
 
 def _checked(job: _Job) -> _Job:
     """Refuse what can be seen to be wrong from the options alone."""
-    from lambda_worker.storage import StorageError, check_writable
-
     if job.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", job.name):
         raise wrong("--name", f"{job.name!r}: use letters, digits and . _ -, at most 64")
-    if "://" in str(job.results) or re.match("[a-z0-9]+:/", str(job.results)):
-        text = f"{job.results}: a sweep is kept on this machine; on AWS see --aws-results"
-        raise wrong("--results", text)
-    try:
-        check_writable(str(job.results))
-    except StorageError as error:
-        raise wrong("--results", str(error)) from None
     if not math.isfinite(job.timeout):
         raise wrong("--timeout", f"{job.timeout} is not a number of seconds")
     given = {field: value for field, value in job.given.items() if value is not None}
