@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 from workflow import report_plots as plots
 from workflow.configurations import Configuration, Spread
 from workflow.report_details import redshift, split
-from workflow.report_parts import Costs, Drawing, Section, context, drawable, few, name_of, sound
+from workflow.report_parts import Drawing, Section, context, drawable, few, name_of, sound
 from workflow.report_plots import Axis, Curve, Dot, Point
 from workflow.results import Run
 
@@ -50,7 +49,6 @@ class _Panel(NamedTuple):
 
 def sections(
     configurations: Sequence[Configuration],
-    costs: Costs,
     chosen: Run | None,
     step: Callable[[str], None],
 ) -> list[Section]:
@@ -61,7 +59,6 @@ def sections(
         step: told what is being drawn.
     """
     configurations = [drawn for c in configurations if (drawn := sound(c)) is not None]
-    costs = {key: usd for key, usd in costs.items() if drawable(usd)}
     ours = [c for c in configurations if not c.source.startswith("original")]
     theirs = [c for c in configurations if c.source.startswith("original")]
     found = []
@@ -72,7 +69,7 @@ def sections(
     found.append(_batch_size(configurations, step))
     if ours or not theirs:
         found.append(_speedup(ours, step))
-    found.append(_cost(configurations, costs, step))
+    found.append(_cost(configurations, step))
     found.append(split(configurations, chosen, step))
     found.append(redshift(configurations, chosen, step))
     return found
@@ -388,9 +385,7 @@ def _flat(c: Configuration, value: float, scale: float) -> Point:
     return Point(c.world_size or 0, *(value * scale,) * 3)
 
 
-def _cost(
-    configurations: Sequence[Configuration], costs: Costs, step: Callable[[str], None]
-) -> Section:
+def _cost(configurations: Sequence[Configuration], step: Callable[[str], None]) -> Section:
     section = Section("cost", "Cost against time")
     groups: dict[tuple[object, ...], list[Configuration]] = {}
     for c in configurations:
@@ -398,7 +393,7 @@ def _cost(
         groups.setdefault((c.source, c.on, gb or c.data), []).append(c)
     number = 0
     for group in sorted(groups.values(), key=len, reverse=True):
-        points = _dots(group, costs, configurations)
+        points = _dots(group, configurations)
         if len(points) < 2:
             continue
         number += 1
@@ -444,14 +439,12 @@ def _shared(group: Sequence[Configuration], among: Sequence[Configuration]) -> s
     return ", ".join(parts)
 
 
-def _dots(
-    group: Sequence[Configuration], costs: Costs, among: Sequence[Configuration]
-) -> list[Dot]:
-    known = []
-    for c in group:
-        usd = [costs[id(run)] for run in c.runs if run.status == "ok" and id(run) in costs]
-        if usd and "total_s" in c.measures:
-            known.append((c.measures["total_s"].median, statistics.median(usd), c))
+def _dots(group: Sequence[Configuration], among: Sequence[Configuration]) -> list[Dot]:
+    known = [
+        (c.measures["total_s"].median, c.measures["cost_usd"].median, c)
+        for c in group
+        if c.measures.keys() >= {"total_s", "cost_usd"}
+    ]
     same = [c for _, _, c in known]
     return [
         Dot(

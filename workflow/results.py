@@ -74,6 +74,7 @@ class Run:
         metrics: those of `METRICS` that are known.
         predictions: URL of predictions.npz, or None.
         environment: as `workflow.environment.describe` returns it, or empty.
+        cost_usd: what it costs on AWS, which no file tells: `cost.priced` adds it.
     """
 
     place: str
@@ -99,6 +100,7 @@ class Run:
     spans: tuple[Span, ...] = ()
     predictions: str | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
+    cost_usd: float | None = None
 
 
 class Tabled(NamedTuple):
