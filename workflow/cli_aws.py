@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
@@ -24,6 +25,7 @@ __all__ = [
     "AWS_VIEW",
     "AwsOptions",
     "EndpointUrl",
+    "Where",
     "check",
     "refuse",
     "resolve",
@@ -41,6 +43,13 @@ _STACK = "cosmic"
 AWS_VIEW = ("ranks", 5.0)
 """The arguments of `open_view` on AWS, from which no news comes faster."""
 _MACHINE = r"[A-Za-z0-9_-]{1,80}|arn:[\w-]+:states:[\w-]+:\d{12}:stateMachine:[\w:-]+"
+
+
+class Where(StrEnum):
+    """Where the functions of a job run: what --on says."""
+
+    local = "local"
+    aws = "aws"
 
 
 class AwsOptions(NamedTuple):

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -19,6 +18,7 @@ from workflow.cli_aws import (
     AWS_VIEW,
     AwsOptions,
     EndpointUrl,
+    Where,
     check,
     refuse,
     resolve,
@@ -41,10 +41,10 @@ from workflow.cli_data import Size, Split, make_once
 from workflow.demo import data_path
 
 if TYPE_CHECKING:
-    from workflow.plan import Event, OnEvent, RunPlan, RunResult
+    from workflow.plan import OnEvent, RunPlan, RunResult
     from workflow.progress import View
 
-__all__ = ["EXAMPLES", "Where", "run", "tell"]
+__all__ = ["EXAMPLES", "run"]
 
 EXAMPLES = """\b
 Examples:
@@ -60,13 +60,6 @@ Exit code: 0 done, 1 the run failed, 2 wrong usage, 130 stopped by Ctrl-C.
 
 _LOCAL = "Only with --on local"
 _RESULTS = "./results"
-
-
-class Where(StrEnum):
-    """Where the functions of a job run."""
-
-    local = "local"
-    aws = "aws"
 
 
 def run(
@@ -248,7 +241,7 @@ def _finish(job: _Job, as_json: bool) -> None:
     from lambda_worker.storage import StorageError
     from workflow.aws_calls import AwsError
     from workflow.calls import RunFailed
-    from workflow.progress import open_view
+    from workflow.progress import open_view, tell
 
     try:
         with open_view(*job.view) as view:
@@ -258,21 +251,6 @@ def _finish(job: _Job, as_json: bool) -> None:
     except (RunFailed, AwsError, StorageError, OSError) as error:
         fail(error, as_json)
     _show(result, plot, as_json)
-
-
-def tell(view: View, event: Event) -> None:
-    """Show an event of a run."""
-    from workflow.plan import RankProgress, RanksProgress
-
-    match event:
-        case RankProgress(rank, stage, rows, of):
-            view.update(f"rank {rank}", stage, rows, of)
-        case RanksProgress(running, done, failed, of):
-            counts = {"running": running, "failed": failed, "waiting": of - running - done - failed}
-            stage = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
-            view.update("ranks", stage, done, of)
-        case _:
-            view.step(event.text, ok=event.name not in ("blame", "stop"))
 
 
 def _note(result: RunResult, plan: RunPlan, on: Where, view: View) -> None:

@@ -17,6 +17,7 @@ from workflow.cli_aws import (
     AWS_VIEW,
     AwsOptions,
     EndpointUrl,
+    Where,
     check,
     refuse,
     resolve,
@@ -34,7 +35,6 @@ from workflow.cli_base import (
     wrong,
 )
 from workflow.cli_data import Size, Split, make_once
-from workflow.cli_run import Where, tell
 from workflow.demo import data_path
 
 if TYPE_CHECKING:
@@ -456,6 +456,7 @@ def _aws_options(plan: Plan) -> AwsOptions:
 def _ranks_only(view: View) -> OnEvent:
     """Show how far the ranks are; a run's steps would hide the sweep's."""
     from workflow.plan import Step
+    from workflow.progress import tell
 
     def show(event: Event) -> None:
         if not isinstance(event, Step):
