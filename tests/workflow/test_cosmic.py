@@ -106,6 +106,20 @@ def test_a_run_ends_with_a_table_and_paths(start: Start, tmp_path: Path) -> None
     assert recorded(tmp_path, "results/fake-run/init.json")["fmi_enabled"] is True
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_answer_that_there_is_no_room_for(unbuffered: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "workflow", "cost", "--rows", "9"],
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.stderr == "Error: cannot write to stdout: No space left on device\n"
+    assert done.returncode == 1
+
+
 def test_what_the_launcher_knows_stays_with_the_results(start: Start, tmp_path: Path) -> None:
     words = ("--world-size", "3", "--batch-size", "auto", "--json")
     code, out, err = finish(start("run", "--data", "fake://{}", *words))
