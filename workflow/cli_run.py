@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,6 +43,8 @@ from workflow.demo import data_path
 if TYPE_CHECKING:
     from workflow.plan import OnEvent, RunPlan, RunResult
     from workflow.progress import View
+
+    Work = Callable[[RunPlan, OnEvent], Coroutine[Any, Any, RunResult]]
 
 __all__ = ["EXAMPLES", "run"]
 
@@ -171,13 +173,20 @@ def run(
         timeout=timeout,
     )
     aws = {"--stack": stack, "--state-machine": state_machine, "--endpoint-url": endpoint_url}
+    size = data_size or Size.small
+    begin: Callable[[View], tuple[RunPlan, Work]]
     if on is Where.aws:
         refuse({"--seed": seed}, "local", "on AWS the data are in the bucket already")
-        job = _aws_job(plan, data_size, AwsOptions(stack, state_machine, endpoint_url))
+        options = AwsOptions(stack, state_machine, endpoint_url)
+        check(plan, data_size, options)
+        begin = partial(_begin_on_aws, plan, size, options)
     else:
         refuse(aws, "aws", "on this machine nothing of AWS is used")
-        job = _local_job(plan, data_size or Size.small, seed or 0)
-    _finish(job, as_json)
+        check_data(data)
+        check_model(model)
+        check_output("--results", results or _RESULTS)
+        begin = partial(_begin_here, plan, size, seed or 0)
+    _finish(on, begin, as_json)
 
 
 def _check_run(name: str | None, rendezvous: str | None, no_fmi: bool) -> None:
@@ -194,59 +203,43 @@ def _check_run(name: str | None, rendezvous: str | None, no_fmi: bool) -> None:
         raise wrong("--rendezvous", text) from None
 
 
-class _Job(NamedTuple):
-    """A job to run: ``work`` returns the whole plan, too; ``view``: arguments of `open_view`."""
+def _begin_here(plan: RunPlan, size: Size, seed: int, view: View) -> tuple[RunPlan, Work]:
+    """Make the demo dataset of this size and seed if the plan has no data; returns the whole plan.
 
-    on: Where
-    work: Callable[[View, OnEvent], tuple[RunPlan, RunResult]]
-    view: tuple[str, float] | tuple[()] = ()
+    The second is what does it.
+    """
+    from workflow.local import run_job
 
-
-def _local_job(plan: RunPlan, size: Size, seed: int) -> _Job:
-    """The job on this machine, on a demo dataset of this size and seed if the plan has no data."""
-    check_data(plan.data or None)
-    check_model(plan.model)
-    check_output("--results", plan.results or _RESULTS)
     path = data_path(size, Split.test, seed)
-    full = replace(plan, data=plan.data or str(path), results=plan.results or _RESULTS)
-
-    def work(view: View, on_event: OnEvent) -> tuple[RunPlan, RunResult]:
-        from workflow.local import run_job
-        from workflow.processes import run_until_signal
-
-        if not plan.data:
-            make_once(path, size, seed, view)
-        return full, run_until_signal(run_job(full, on_event))
-
-    return _Job(Where.local, work)
+    if not plan.data:
+        make_once(path, size, seed, view)
+    return replace(plan, data=plan.data or str(path), results=plan.results or _RESULTS), run_job
 
 
-def _aws_job(plan: RunPlan, size: Size | None, options: AwsOptions) -> _Job:
-    """The job on AWS; what the plan does not say, the stack does."""
-    check(plan, size, options)
+def _begin_on_aws(
+    plan: RunPlan, size: Size, options: AwsOptions, view: View
+) -> tuple[RunPlan, Work]:
+    """Ask the stack for what the plan does not say; returns the same as `_begin_here`."""
+    from workflow.aws import run_on_aws
 
-    def work(view: View, on_event: OnEvent) -> tuple[RunPlan, RunResult]:
-        from workflow.aws import run_on_aws
-        from workflow.processes import run_until_signal
-
-        use_endpoint(options)
-        full, target = resolve(plan, size or Size.small, options, view)
-        return full, run_until_signal(run_on_aws(full, target, on_event))
-
-    return _Job(Where.aws, work, AWS_VIEW)
+    use_endpoint(options)
+    full, target = resolve(plan, size, options, view)
+    return full, lambda plan, on_event: run_on_aws(plan, target, on_event)
 
 
-def _finish(job: _Job, as_json: bool) -> None:
+def _finish(on: Where, begin: Callable[[View], tuple[RunPlan, Work]], as_json: bool) -> None:
     """Run the job, leave run.json and the plot beside its results, and show what came out."""
     from lambda_worker.storage import StorageError
     from workflow.aws_calls import AwsError
     from workflow.calls import RunFailed
+    from workflow.processes import run_until_signal
     from workflow.progress import open_view, tell
 
     try:
-        with open_view(*job.view) as view:
-            plan, result = job.work(view, partial(tell, view))
-            _note(result, plan, job.on, view)
+        with open_view(*(AWS_VIEW if on is Where.aws else ())) as view:
+            plan, work = begin(view)
+            result = run_until_signal(work(plan, partial(tell, view)))
+            _note(result, plan, on, view)
             plot = _plot(result, view)
     except (RunFailed, AwsError, StorageError, OSError) as error:
         fail(error, as_json)
