@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from workflow.plan import Span
 
-__all__ = ["METRICS", "Finding", "Rank", "Results", "ResultsError", "Run", "Tabled", "read"]
+__all__ = ["METRICS", "Finding", "Rank", "Read", "Results", "ResultsError", "Run", "Tabled", "read"]
 
 Source = Literal["cosmic run", "cosmic infer", "original", "original, one process"]
 Status = Literal["ok", "failed", "incomplete"]
@@ -101,6 +101,13 @@ class Run:
     predictions: str | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
     cost_usd: float | None = None
+
+
+class Read(NamedTuple):
+    """Runs of a file or a folder, and what is to be known about them."""
+
+    runs: list[Run]
+    findings: list[Finding]
 
 
 class Tabled(NamedTuple):

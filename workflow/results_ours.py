@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from workflow import results_checks as checks
-from workflow.results import METRICS, Finding, Rank, Run, Source
+from workflow.results import METRICS, Finding, Rank, Read, Run, Source
 from workflow.results_files import Fields, Unreadable, load, plain
-from workflow.results_original import Read
 from workflow.spans import launcher_spans, rank_spans
 
 __all__ = [

@@ -12,9 +12,9 @@ from lambda_worker import storage
 from workflow import results_checks as checks
 from workflow import results_original as original
 from workflow import results_ours as ours
-from workflow.results import Finding, Rank, Results, ResultsError, Run
+from workflow.results import Finding, Rank, Read, Results, ResultsError, Run
 from workflow.results_files import Tree, Unreadable, load, plain
-from workflow.results_original import CPU, ELAPSED, Original, Read
+from workflow.results_original import CPU, ELAPSED, Original
 from workflow.results_tables import Tables
 
 __all__ = ["gather"]
@@ -156,12 +156,12 @@ class _Reader:
         return True
 
     def _add_original(self, path: Path, records: list[Any], entries: int) -> None:
-        found, read = original.combined(path, records)
+        found, odd = original.combined(path, records)
+        self.originals.append(found)
+        self.findings += odd
         if entries > len(records):
             text = f"{entries - len(records)} of {entries} entries are no records of ranks."
-            read.findings.append(Finding(plain(path), "not readable", text))
-        self.originals.append(found)
-        self.findings += read.findings
+            self.findings.append(Finding(plain(path), "not readable", text))
 
     def _read_numbered(self, folder: Path, paths: Sequence[Path]) -> None:
         """Ranks' own files, of a run that was never summarized; else the summary has them."""
