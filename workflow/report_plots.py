@@ -386,6 +386,9 @@ def _drawing(height: float) -> Iterator[Figure]:
 
 
 def _picture(figure: Figure) -> Picture:
+    # Once for both forms: else each finds a place for everything anew, most of what drawing takes.
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
     figure.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Software": None})
