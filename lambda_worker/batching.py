@@ -142,9 +142,19 @@ def _rates(rows: int, best: Mapping[int, float]) -> Rates:
 def allowance(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> tuple[int, str]:
     """Bytes that a batch may take on this machine, and what limits them.
 
-    The least of what the machine has available, what its control groups leave, and what the Lambda
-    function has; MEMORY_SHARE of it, divided among the ranks here (LOCAL_WORLD_SIZE, as torchrun
+    MEMORY_SHARE of what is `available`, divided among the ranks here (LOCAL_WORLD_SIZE, as torchrun
     names it; `cosmic run` sets it).
+    """
+    least, name = available(root, environ)
+    ranks = int(environ.get("LOCAL_WORLD_SIZE") or 1)
+    return int(least * MEMORY_SHARE / ranks), name
+
+
+def available(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> tuple[int, str]:
+    """Bytes of memory that there are still to be had, not below 0, and what limits them.
+
+    The least of what the machine has available, what its control groups leave, and what the Lambda
+    function has.
 
     Args:
         root: where /proc and /sys are.
@@ -155,8 +165,7 @@ def allowance(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -
         whole = int(environ["AWS_LAMBDA_FUNCTION_MEMORY_SIZE"]) << 20
         left.append((whole - (_field(root / "proc/self/status", "VmRSS", 1024) or 0), "lambda"))
     least, name = min(left)
-    ranks = int(environ.get("LOCAL_WORLD_SIZE") or 1)
-    return max(0, int(least * MEMORY_SHARE / ranks)), name
+    return max(0, least), name
 
 
 def _cgroups(root: Path) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -17,10 +18,22 @@ def main() -> None:
     for number in stop_signals():
         signal.signal(number, exit_by_signal)
     try:
-        _app()(prog_name="cosmic")
+        _run()
     except Stopped as stopped:
         print(f"Stopped by {stopped.name}; {stopped.left}.", file=sys.stderr)
         raise
+    except OSError as error:  # of their files the commands tell themselves
+        # Else the interpreter would try, and complain, once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(f"Error: cannot write to stdout: {error.strerror}")
+
+
+def _run() -> None:
+    try:
+        _app()(prog_name="cosmic")
+    finally:
+        if sys.stdout is not None:  # closed
+            sys.stdout.flush()
 
 
 def _app() -> Callable[..., None]:

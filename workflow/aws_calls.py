@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["AwsError", "Stack", "aws_errors", "client", "find_stack", "state_machine_arn"]
+__all__ = ["LONGEST_NAME", "AwsError", "Stack"]
+__all__ += ["aws_errors", "client", "find_stack", "state_machine_arn"]
 
+LONGEST_NAME = 80  # of an execution, in characters
 _NEW_KEYS = "renew them (`aws sso login`, say) and run again"
 _NO_ACCESS = "allow it in the policy of these credentials"
 _THROTTLED = "AWS throttles the calls, even after waiting: try again in a minute"

@@ -17,7 +17,7 @@ from fmi_client import errors
 from workflow.plan import Json
 from workflow.processes import LINE_LIMIT, ProcessFamily, death_note, read_tail
 
-__all__ = ["Call", "RunFailed", "start", "with_log"]
+__all__ = ["Call", "RunFailed", "error_json", "error_text", "start", "with_log"]
 
 
 class RunFailed(Exception):
@@ -41,6 +41,23 @@ class RunFailed(Exception):
     def as_json(self) -> Json:
         """Return the error as one JSON object."""
         return {"who": self.who, "type": self.kind, "message": self.message, "rank": self.rank}
+
+
+def error_text(error: Exception) -> str:
+    """Say what an error says, without the system's number of it."""
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror}"
+    return str(error)
+
+
+def error_json(error: Exception) -> Json:
+    """Return an error as one JSON object, as `RunFailed` does; others are the launcher's own."""
+    if hasattr(error, "as_json"):
+        known: Json = error.as_json()
+        return known
+    kind = type(error).__name__
+    return {"who": "cosmic", "type": kind, "message": error_text(error), "rank": None}
 
 
 @dataclass(frozen=True)
@@ -124,7 +141,7 @@ async def start(
     try:
         return await family.start(command, env)
     except OSError as error:
-        raise RunFailed(who, f"cannot be started: {error}") from error
+        raise RunFailed(who, f"cannot be started: {error_text(error)}") from error
 
 
 async def _feed(process: Process, event: Json) -> None:

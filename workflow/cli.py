@@ -5,9 +5,9 @@ Whatever is heavy is imported inside the commands, so that ``cosmic --help`` ans
 
 from __future__ import annotations
 
-from workflow.check import EXAMPLES as CHECK_EXAMPLES
-from workflow.check import check
 from workflow.cli_base import Grouped, group
+from workflow.cli_check import EXAMPLES as CHECK_EXAMPLES
+from workflow.cli_check import check
 from workflow.cli_cost import EXAMPLES as COST_EXAMPLES
 from workflow.cli_cost import cost
 from workflow.cli_data import commands as data_commands

@@ -1,21 +1,23 @@
-"""``cosmic run --on aws``: what its options mean together, and the job that they make."""
+"""``--on aws`` of ``cosmic run`` and ``sweep``: what its options mean together, and if left out."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from workflow.aws_calls import LONGEST_NAME
 from workflow.cli_base import wrong
 from workflow.cli_data import Size
 
 if TYPE_CHECKING:
     from workflow.aws import Target
-    from workflow.plan import OnEvent, RunPlan, RunResult
+    from workflow.plan import RunPlan
     from workflow.progress import View
 
 __all__ = [
@@ -23,10 +25,8 @@ __all__ = [
     "AWS_VIEW",
     "AwsOptions",
     "EndpointUrl",
-    "Job",
-    "aws_job",
+    "Where",
     "check",
-    "note",
     "refuse",
     "resolve",
     "use_endpoint",
@@ -42,8 +42,14 @@ EndpointUrl = Annotated[
 _STACK = "cosmic"
 AWS_VIEW = ("ranks", 5.0)
 """The arguments of `open_view` on AWS, from which no news comes faster."""
-_LONGEST = 80  # of an execution's name, in characters
 _MACHINE = r"[A-Za-z0-9_-]{1,80}|arn:[\w-]+:states:[\w-]+:\d{12}:stateMachine:[\w:-]+"
+
+
+class Where(StrEnum):
+    """Where the functions of a job run: what --on says."""
+
+    local = "local"
+    aws = "aws"
 
 
 class AwsOptions(NamedTuple):
@@ -54,51 +60,11 @@ class AwsOptions(NamedTuple):
     endpoint_url: str | None
 
 
-class Job(NamedTuple):
-    """A job to run, and the arguments of `open_view` that suit it."""
-
-    work: Callable[[View, OnEvent], RunResult]
-    view: tuple[str, float] | tuple[()] = ()
-
-
 def refuse(options: Mapping[str, object], place: str, why: str) -> None:
     """Refuse options that mean something with --on PLACE only."""
     for option, value in options.items():
         if value is not None:
             raise wrong(option, f"that is for --on {place} only, for {why}")
-
-
-def aws_job(plan: RunPlan, size: Size | None, options: AwsOptions) -> Job:
-    """Make the job on AWS.
-
-    Args:
-        plan: with empty data and results where the stack is to say them.
-        size: of the dataset in the stack's bucket.
-    """
-    check(plan, size, options)
-
-    def work(view: View, on_event: OnEvent) -> RunResult:
-        from workflow.aws import run_on_aws
-        from workflow.processes import run_until_signal
-
-        use_endpoint(options)
-        full, target = resolve(plan, size or Size.small, options, view)
-        result = run_until_signal(run_on_aws(full, target, on_event))
-        note(result, full, "aws", view)
-        return result
-
-    return Job(work, AWS_VIEW)
-
-
-def note(result: RunResult, plan: RunPlan, on: Literal["local", "aws"], view: View) -> None:
-    """Leave run.json beside the results; these are there all the same if it cannot be written."""
-    from lambda_worker.storage import StorageError
-    from workflow.runfile import save
-
-    try:
-        save(result, plan, on)
-    except StorageError as error:
-        view.step(f"no run.json: {error}")
 
 
 def use_endpoint(options: AwsOptions) -> None:
@@ -110,9 +76,11 @@ def use_endpoint(options: AwsOptions) -> None:
 def check(
     plan: RunPlan, size: Size | None, options: AwsOptions, results: str = "--results"
 ) -> None:
-    """Refuse options that cannot be meant together; the arguments are those of `aws_job`.
+    """Refuse options that cannot be meant together.
 
     Args:
+        plan: with empty data and results where the stack is to say them.
+        size: of the dataset in the stack's bucket.
         results: the option that says where a run's results go.
     """
     places = {"--data": plan.data, "--model": plan.model, results: plan.results}
@@ -120,8 +88,9 @@ def check(
         if place and not re.match("s3://[^/]", place):
             text = f"{place}: the functions on AWS see no such place; give an s3:// URL"
             raise wrong(option, text)
-    if plan.run and len(plan.run) > _LONGEST:
-        raise wrong("--run", f"AWS takes {_LONGEST} characters at most, this has {len(plan.run)}")
+    if plan.run and len(plan.run) > LONGEST_NAME:
+        text = f"AWS takes {LONGEST_NAME} characters at most, this has {len(plan.run)}"
+        raise wrong("--run", text)
     if options.endpoint_url and not re.match("https?://[^/]", options.endpoint_url):
         raise wrong("--endpoint-url", f"{options.endpoint_url!r} is not http(s)://host:port")
     if options.state_machine is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -75,25 +74,39 @@ def group(text: str) -> typer.Typer:
 
 def fail(error: Exception, as_json: bool = False) -> NoReturn:
     """Say on one line what went wrong, on stdout as JSON too if asked, and exit with code 1."""
-    text = re.sub(r"^\[Errno \d+\] ", "", str(error))
+    from workflow.calls import error_json, error_text
+
     if as_json:
-        plain = {"who": "cosmic", "type": type(error).__name__, "message": text, "rank": None}
-        print(json.dumps({"error": error.as_json() if hasattr(error, "as_json") else plain}))
-    print(f"Error: {text}", file=sys.stderr)
+        print(json.dumps({"error": error_json(error)}))
+    print(f"Error: {error_text(error)}", file=sys.stderr)
     raise SystemExit(1)
 
 
 def check_data(data: str | None) -> None:
     """Refuse a --data that is not on this machine, before anything else is done."""
-    if data is not None and "://" not in data and not Path(data).exists():
+    if data is None or "://" in data:
+        return
+    if not Path(data).exists():
         text = f"{data} does not exist; name a .pt file or a folder, or leave it out for demo data"
         raise wrong("--data", text)
+    if not data.endswith(".pt") and not Path(data).is_dir():
+        raise wrong("--data", f"{data} is neither a folder nor a file that ends with .pt")
 
 
 def check_model(model: str | None) -> None:
     """The same for --model."""
     if model is not None and "://" not in model and not Path(model).is_file():
         raise wrong("--model", f"{model}: no such file; leave it out for the demo model")
+
+
+def check_output(option: str, folder: str) -> None:
+    """Refuse a folder that nothing could be written to, before the work is done for it."""
+    from lambda_worker.storage import StorageError, check_writable
+
+    try:
+        check_writable(folder)
+    except StorageError as error:
+        raise wrong(option, str(error)) from None
 
 
 def batch_size(text: str) -> int | Literal["auto"]:

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workflow.cli_base import fail, group, wrong
+from workflow.cli_base import Grouped, check_output, fail, group, wrong
 from workflow.demo import data_path
 
 if TYPE_CHECKING:
     from workflow.progress import View
 
-commands = group(
-    "Datasets: make one of demo galaxies, split one, upload it and what belongs to it."
-)
+commands = group("Datasets: make one of demo galaxies, split one, upload one.")
 
 
 class Size(StrEnum):
@@ -38,7 +36,7 @@ class Split(StrEnum):
     test = "test"
 
 
-@commands.command("make")
+@commands.command("make", cls=Grouped)
 def make(
     size: Annotated[Size, typer.Option(help="1,253, 25,000 or 100,000 rows.")] = Size.small,
     rows: Annotated[
@@ -52,23 +50,41 @@ def make(
     ] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(help="The .pt file  [default: ./data/demo-SIZE-SPLIT-SEED-VERSION.pt]"),
+        typer.Option(
+            metavar="FILE", help="The .pt file  [default: ./data/demo-SIZE-SPLIT-SEED-VERSION.pt]"
+        ),
     ] = None,
 ) -> None:
-    """Simulate SDSS-like galaxies and write them as a .pt file, a TensorDataset.
+    """Simulate SDSS-like galaxies and write them as a .pt file.
 
-    Magnitudes and redshifts are real, the 32 x 32 ugriz cutouts are painted to them.
+    Magnitudes and redshifts are real, the 32 x 32 ugriz cutouts are painted to them. The file holds
+    a TensorDataset, which is in memory as a whole until it is written: 20 MB for 1,000 rows.
     """
     from lambda_worker.events import DATA_SIZES
     from workflow.progress import open_view
 
-    path = out or data_path(str(rows or size), split, seed)
+    path, count = out or data_path(str(rows or size), split, seed), rows or DATA_SIZES[size]
+    _check_made(out, count)
     try:
         with open_view() as view:
-            _make(path, rows or DATA_SIZES[size], split, seed, view)
+            _make(path, count, split, seed, view)
     except OSError as error:
         fail(error)
     print(path)
+
+
+def _check_made(out: Path | None, rows: int) -> None:
+    """Refuse a file that nobody would read, or that cannot be made or written."""
+    from lambda_worker.batching import ROW_BYTES, available
+
+    if out is not None:
+        if out.suffix != ".pt":
+            raise wrong("--out", f"{out}: expected a name that ends with .pt")
+        check_output("--out", str(out.parent))
+    need, left = rows * ROW_BYTES, available()[0]
+    if need > left:
+        text = f"{rows:,} rows are {need / 1e9:,.1f} GB in memory, and {left / 1e9:,.1f} are there"
+        raise wrong("--rows", text)
 
 
 def make_once(path: Path, size: Size, seed: int, view: View) -> None:
@@ -94,14 +110,14 @@ _SPLIT_EXAMPLES = """\b
 Examples:
   cosmic data split data/galaxies.pt --out parts --mb 25
   cosmic data split s3://bucket/all.pt --out parts --rows 1278
-  cosmic data split parts --out eight --parts 8        a folder is one dataset
+  cosmic data split parts --out eight --parts 8      a folder is one dataset
 
-\b
-A split that was interrupted goes on where it stopped: give the same command again.
+A split that was interrupted goes on where it stopped: give the same command
+again.
 """
 
 
-@commands.command("split", epilog=_SPLIT_EXAMPLES)
+@commands.command("split", cls=Grouped, epilog=_SPLIT_EXAMPLES)
 def split(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="A .pt file, a folder of them, or an s3:// URL.")
@@ -120,9 +136,8 @@ def split(
 ) -> None:
     """Split a dataset into partitions, 1.pt to K.pt.
 
-    Every number keeps its bits.
-    Give one of --rows, --mb and --parts. It takes less than 500 MB of memory, however large the
-    file is.
+    Give one of --rows, --mb and --parts. Every number keeps its bits, and it takes less than 500 MB
+    of memory, however large the file is.
     """
     if sum(option is not None for option in (rows, mb, parts)) != 1:
         raise wrong("--rows, --mb, --parts", "give exactly one of them")
@@ -167,16 +182,16 @@ _UPLOAD_EXAMPLES = """\b
 Examples:
   cosmic data upload parts s3://bucket --as datasets/small
   cosmic data upload model.safetensors s3://bucket --as models
-  cosmic data upload parts s3://bucket/mine            any other place
-  cosmic data upload parts s3://bucket/mine --endpoint-url http://127.0.0.1:9000
+  cosmic data upload parts s3://bucket/mine          any other place
+  cosmic data upload parts s3://b --endpoint-url http://127.0.0.1:9000
 
-\b
-What is there with the same size and SHA-256 is not sent again, so the same command goes on
-after an interruption. Credentials and region come from the usual AWS_... variables.
+What is there with the same size and SHA-256 is not sent again, so the same
+command goes on after an interruption. Credentials and region come from the
+usual AWS_... variables.
 """
 
 
-@commands.command("upload", epilog=_UPLOAD_EXAMPLES)
+@commands.command("upload", cls=Grouped, epilog=_UPLOAD_EXAMPLES)
 def upload(
     source: Annotated[
         Path, typer.Argument(metavar="SOURCE", help="A file, or a folder: what is in it.")

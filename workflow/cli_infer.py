@@ -17,6 +17,7 @@ from workflow.cli_base import (
     Precision,
     check_data,
     check_model,
+    check_output,
     fail,
     wrong,
 )
@@ -128,7 +129,7 @@ def infer(
         ),
     ] = None,
     results: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="FOLDER",
             help="Where the measurements are kept  [default: ./results]",
@@ -153,7 +154,7 @@ def infer(
         ),
     ] = None,
 ) -> None:
-    """Predict the redshifts of a dataset in this process, and report what it took.
+    """Predict a dataset in this process, and report what it took.
 
     Reports time, time per batch, throughput, memory, the metrics, and the
     machine. Rows with NaN or infinity are counted, named and left out of the
@@ -215,8 +216,6 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
 
 
 def _check_outputs(predictions: str | None, plot: str | None) -> None:
-    """Refuse what could not be written before the work is done for it."""
-    from lambda_worker.storage import StorageError, check_writable
     from workflow.predictions import problem
 
     if predictions and (text := problem(predictions)):
@@ -224,11 +223,8 @@ def _check_outputs(predictions: str | None, plot: str | None) -> None:
     if plot and not plot.endswith(".png"):
         raise wrong("--plot", f"{plot}: expected a name that ends with .png")
     for option, url in {"--predictions": predictions, "--plot": plot}.items():
-        try:
-            if url:
-                check_writable(str(Path(url).parent) if "://" not in url else url)
-        except StorageError as error:
-            raise wrong(option, str(error)) from None
+        if url:
+            check_output(option, url if "://" in url else str(Path(url).parent))
 
 
 def _infer(plan: InferPlan, make: bool, as_json: bool) -> Json:

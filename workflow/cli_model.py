@@ -8,14 +8,16 @@ from typing import Annotated
 
 import typer
 
-from workflow.cli_base import fail, group
+from workflow.cli_base import Grouped, fail, group
 
-commands = group("Models: train the demo model, take over the published one.")
+commands = group("Models: train the demo model, convert AstroMAE, export to ONNX.")
 
 
-@commands.command("train")
+@commands.command("train", cls=Grouped)
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for the three files.")] = Path("model"),
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="For the three files.")] = Path(
+        "model"
+    ),
     epochs: Annotated[
         int, typer.Option(metavar="N", min=1, help="Passes over the training rows.")
     ] = 30,
@@ -25,10 +27,11 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of data and start.")] = 0,
 ) -> None:
-    """Train the demo model on the catalogue's train split; some minutes on two cores.
+    """Train the demo model on the catalogue's train split.
 
-    Keeps the epoch that is best on val, and judges it once on test, whose galaxies it has never
-    seen. Writes model.safetensors, training_log.json and metrics.json.
+    It takes some minutes on two cores, keeps the epoch that is best on val, and judges it once on
+    test, whose galaxies it has never seen. Writes model.safetensors, training_log.json and
+    metrics.json.
     """
     from workflow.progress import open_view
 
@@ -53,7 +56,7 @@ def train(
     print(f"use it: cosmic run --model {out / 'model.safetensors'}")
 
 
-@commands.command("convert")
+@commands.command("convert", cls=Grouped)
 def convert(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT.pt", help="What the original's torch.save wrote.")
@@ -70,10 +73,11 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert an AstroMAE checkpoint, a pickled PyTorch module, into a model file.
+    """Convert an AstroMAE checkpoint into a model file.
 
-    Safe with files of strangers: nothing in the file is executed, and what it names beyond
-    AstroMAE's own classes is refused by name. Neither timm nor the original code is needed.
+    A checkpoint is a pickled PyTorch module. Safe with files of strangers: nothing in the file is
+    executed, and what it names beyond AstroMAE's own classes is refused by name. Neither timm nor
+    the original code is needed.
     """
     from lambda_worker.checkpoint import convert as convert_file
     from lambda_worker.engine import ModelError
@@ -103,17 +107,18 @@ Examples:
 """
 
 
-@commands.command("export", epilog=_EXPORT_EXAMPLES)
+@commands.command("export", cls=Grouped, epilog=_EXPORT_EXAMPLES)
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A .safetensors file.")],
     out: Annotated[
         Path | None, typer.Argument(metavar="[OUT]", help="The .onnx file  [default: beside it]")
     ] = None,
 ) -> None:
-    """Export a model for the engines that need no torch: onnx and openvino.
+    """Export a model for the engines onnx and openvino.
 
-    Writes one .onnx file, which both read, and only if ONNX Runtime predicts the same with it. Keep
-    it beside the model, and export again after a change of the model: an old export is refused.
+    They need no torch, but one .onnx file, which both read. It is written only if ONNX Runtime
+    predicts the same with it. Keep it beside the model, and export again after a change of the
+    model: an old export is refused.
     """
     from lambda_worker.engine import EngineError, ModelError
     from workflow.progress import open_view

@@ -120,8 +120,8 @@ def _read(paths: list[str], view: View) -> Results:
 
     view.step(f"reading {', '.join(paths)}")
     results = read(paths)
-    only_files = all(Path(path).is_file() for path in paths)
-    if not (results.runs or results.tabled) and (only_files or not results.findings):
+    folders = any(Path(path).is_dir() for path in paths)  # whose findings may be worth a page
+    if not (results.runs or results.tabled or (folders and results.findings)):
         why = f" ({results.findings[0].text.removesuffix('.')})" if results.findings else ""
         raise ValueError(
             f"there are no results in {', '.join(paths)}{why}; name what cosmic sweep, run or "
@@ -135,8 +135,9 @@ def _beside(paths: list[str]) -> str:
     if len(paths) > 1:
         return "report"
     place = paths[0].rstrip("/")
-    is_file = Path(place).is_file() or ("://" in place and place.endswith(".json"))
-    return f"{place.rpartition('/')[0] or '.'}/report" if is_file else f"{place}/report"
+    if Path(place).is_file():
+        place = place.rpartition("/")[0] or "."
+    return f"{place}/report"
 
 
 def _trace(results: Results, run: str | None, path: Path) -> list[str]:

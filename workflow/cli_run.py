@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, replace
-from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fmi_client.hosts import parse_endpoint
-from workflow.cli_aws import AWS_PANEL, AwsOptions, EndpointUrl, Job, aws_job, note, refuse
+from workflow.cli_aws import (
+    AWS_PANEL,
+    AWS_VIEW,
+    AwsOptions,
+    EndpointUrl,
+    Where,
+    check,
+    refuse,
+    resolve,
+    use_endpoint,
+)
 from workflow.cli_base import (
     AsJson,
     BatchSize,
@@ -23,6 +33,7 @@ from workflow.cli_base import (
     Precision,
     check_data,
     check_model,
+    check_output,
     fail,
     wrong,
 )
@@ -30,10 +41,12 @@ from workflow.cli_data import Size, Split, make_once
 from workflow.demo import data_path
 
 if TYPE_CHECKING:
-    from workflow.plan import Event, OnEvent, RunPlan, RunResult
+    from workflow.plan import OnEvent, RunPlan, RunResult
     from workflow.progress import View
 
-__all__ = ["EXAMPLES", "Where", "run", "tell"]
+    Work = Callable[[RunPlan, OnEvent], Coroutine[Any, Any, RunResult]]
+
+__all__ = ["EXAMPLES", "run"]
 
 EXAMPLES = """\b
 Examples:
@@ -48,13 +61,7 @@ Exit code: 0 done, 1 the run failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 _LOCAL = "Only with --on local"
-
-
-class Where(StrEnum):
-    """Where the functions of a job run."""
-
-    local = "local"
-    aws = "aws"
+_RESULTS = "./results"
 
 
 def run(
@@ -166,13 +173,20 @@ def run(
         timeout=timeout,
     )
     aws = {"--stack": stack, "--state-machine": state_machine, "--endpoint-url": endpoint_url}
+    size = data_size or Size.small
+    begin: Callable[[View], tuple[RunPlan, Work]]
     if on is Where.aws:
         refuse({"--seed": seed}, "local", "on AWS the data are in the bucket already")
-        job = aws_job(plan, data_size, AwsOptions(stack, state_machine, endpoint_url))
+        options = AwsOptions(stack, state_machine, endpoint_url)
+        check(plan, data_size, options)
+        begin = partial(_begin_on_aws, plan, size, options)
     else:
         refuse(aws, "aws", "on this machine nothing of AWS is used")
-        job = _local_job(plan, data_size or Size.small, seed or 0)
-    _finish(job, as_json)
+        check_data(data)
+        check_model(model)
+        check_output("--results", results or _RESULTS)
+        begin = partial(_begin_here, plan, size, seed or 0)
+    _finish(on, begin, as_json)
 
 
 def _check_run(name: str | None, rendezvous: str | None, no_fmi: bool) -> None:
@@ -189,55 +203,58 @@ def _check_run(name: str | None, rendezvous: str | None, no_fmi: bool) -> None:
         raise wrong("--rendezvous", text) from None
 
 
-def _local_job(plan: RunPlan, size: Size, seed: int) -> Job:
-    """The job on this machine, on a demo dataset of this size and seed if the plan has no data."""
-    check_data(plan.data or None)
-    check_model(plan.model)
+def _begin_here(plan: RunPlan, size: Size, seed: int, view: View) -> tuple[RunPlan, Work]:
+    """Make the demo dataset of this size and seed if the plan has no data; returns the whole plan.
+
+    The second is what does it.
+    """
+    from workflow.local import run_job
+
     path = data_path(size, Split.test, seed)
-    full = replace(plan, data=plan.data or str(path), results=plan.results or "./results")
-
-    def work(view: View, on_event: OnEvent) -> RunResult:
-        from workflow.local import run_job
-        from workflow.processes import run_until_signal
-
-        if not plan.data:
-            make_once(path, size, seed, view)
-        result = run_until_signal(run_job(full, on_event))
-        note(result, full, "local", view)
-        return result
-
-    return Job(work)
+    if not plan.data:
+        make_once(path, size, seed, view)
+    return replace(plan, data=plan.data or str(path), results=plan.results or _RESULTS), run_job
 
 
-def _finish(job: Job, as_json: bool) -> None:
-    """Run the job, draw the plot and show what came out."""
+def _begin_on_aws(
+    plan: RunPlan, size: Size, options: AwsOptions, view: View
+) -> tuple[RunPlan, Work]:
+    """Ask the stack for what the plan does not say; returns the same as `_begin_here`."""
+    from workflow.aws import run_on_aws
+
+    use_endpoint(options)
+    full, target = resolve(plan, size, options, view)
+    return full, lambda plan, on_event: run_on_aws(plan, target, on_event)
+
+
+def _finish(on: Where, begin: Callable[[View], tuple[RunPlan, Work]], as_json: bool) -> None:
+    """Run the job, leave run.json and the plot beside its results, and show what came out."""
     from lambda_worker.storage import StorageError
     from workflow.aws_calls import AwsError
     from workflow.calls import RunFailed
-    from workflow.progress import open_view
+    from workflow.processes import run_until_signal
+    from workflow.progress import open_view, tell
 
     try:
-        with open_view(*job.view) as view:
-            result = job.work(view, partial(tell, view))
+        with open_view(*(AWS_VIEW if on is Where.aws else ())) as view:
+            plan, work = begin(view)
+            result = run_until_signal(work(plan, partial(tell, view)))
+            _note(result, plan, on, view)
             plot = _plot(result, view)
     except (RunFailed, AwsError, StorageError, OSError) as error:
         fail(error, as_json)
     _show(result, plot, as_json)
 
 
-def tell(view: View, event: Event) -> None:
-    """Show an event of a run."""
-    from workflow.plan import RankProgress, RanksProgress
+def _note(result: RunResult, plan: RunPlan, on: Where, view: View) -> None:
+    """Leave run.json beside the results; these are there all the same if it cannot be written."""
+    from lambda_worker.storage import StorageError
+    from workflow.runfile import save
 
-    match event:
-        case RankProgress(rank, stage, rows, of):
-            view.update(f"rank {rank}", stage, rows, of)
-        case RanksProgress(running, done, failed, of):
-            counts = {"running": running, "failed": failed, "waiting": of - running - done - failed}
-            stage = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
-            view.update("ranks", stage, done, of)
-        case _:
-            view.step(event.text, ok=event.name not in ("blame", "stop"))
+    try:
+        save(result, plan, on.value)
+    except StorageError as error:
+        view.step(f"no run.json: {error}")
 
 
 def _plot(result: RunResult, view: View) -> str | None:
@@ -248,7 +265,7 @@ def _plot(result: RunResult, view: View) -> str | None:
     if not result.summary["rows"] - result.summary["rows_excluded"]:
         return None
     view.step("plot: predicted against spectroscopic redshift")
-    plot = result.combined_data.rpartition("/")[0] + "/redshift.png"
+    plot = f"{result.folder}/redshift.png"
     try:
         save_plot(result.predictions, result.summary["metrics"], plot)
     except (StorageError, OSError) as error:

@@ -17,6 +17,7 @@ from workflow.cli_aws import (
     AWS_VIEW,
     AwsOptions,
     EndpointUrl,
+    Where,
     check,
     refuse,
     resolve,
@@ -29,18 +30,19 @@ from workflow.cli_base import (
     Precision,
     check_data,
     check_model,
+    check_output,
     fail,
     wrong,
 )
 from workflow.cli_data import Size, Split, make_once
-from workflow.cli_run import Where, tell
 from workflow.demo import data_path
 
 if TYPE_CHECKING:
     from workflow.plan import Event, OnEvent, RunPlan
     from workflow.progress import View
     from workflow.results import Results
-    from workflow.sweep import Execute, Plan, Sweep
+    from workflow.sweep import Execute, Manifest, Sweep
+    from workflow.sweep_plan import Plan
 
 __all__ = ["EXAMPLES", "infer_sizes", "numbers", "sweep"]
 
@@ -116,8 +118,8 @@ def sweep(
         typer.Option(metavar="N", min=0, help="Of the order of the runs  [default: by chance]"),
     ] = None,
     results: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where sweeps are kept, on this machine.")
-    ] = Path(_RESULTS),
+        str, typer.Option(metavar="FOLDER", help="Where sweeps are kept, on this machine.")
+    ] = _RESULTS,
     name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Of the sweep; one that is there goes on."),
@@ -161,7 +163,7 @@ def sweep(
     ] = None,
     endpoint_url: EndpointUrl = None,
 ) -> None:
-    """Run a job with all world sizes and batch sizes, and report what each took.
+    """Run a job with all world sizes and batch sizes, and compare.
 
     The runs go in random order, every one is recorded when it ends, and a
     failure does not stop the others. What was stopped, however, goes on with
@@ -187,11 +189,11 @@ def sweep(
     }
     if data is not None and data_size is not None:
         raise wrong("--data", "--data-size is for the demo data; leave one out")
-    _go(_Job("sweep", given, results, name, timeout, as_json))
+    _go(_Job("sweep", given, _folder(results), name, timeout, as_json))
 
 
 def infer_sizes(
-    given: Mapping[str, Any], results: Path | None, name: str | None, timeout: float, as_json: bool
+    given: Mapping[str, Any], results: str | None, name: str | None, timeout: float, as_json: bool
 ) -> None:
     """Measure `cosmic infer` with several batch sizes, each in a process of its own.
 
@@ -199,7 +201,7 @@ def infer_sizes(
         given: fields of a `Plan`; None: as it was, or the default.
     """
     usual = {"world_sizes": (1,), **given}
-    _go(_Job("infer", usual, results or Path(_RESULTS), name, timeout, as_json))
+    _go(_Job("infer", usual, _folder(results or _RESULTS), name, timeout, as_json))
 
 
 def numbers(
@@ -219,6 +221,14 @@ def numbers(
             raise wrong(option, f"{text!r} is no whole number {limit}{auto}")
         found.append(number)
     return tuple(dict.fromkeys(found)) or None
+
+
+def _folder(place: str) -> Path:
+    if "://" in place:
+        text = f"{place}: a sweep is kept on this machine; on AWS see --aws-results"
+        raise wrong("--results", text)
+    check_output("--results", place)
+    return Path(place)
 
 
 def _sizes(texts: list[str] | None) -> tuple[str, ...] | None:
@@ -244,49 +254,41 @@ def _go(job: _Job) -> None:
     """Begin the sweep or go on with it, to its end."""
     from lambda_worker.storage import StorageError
     from workflow.aws_calls import AwsError
-    from workflow.sweep import SweepError, locked, new_folder
+    from workflow.sweep import SweepError, locked, new_folder, read_manifest
 
     job = _checked(job)
     try:
         # Before anything is written: what is asked for may not fit to what is there.
         named = job.results / job.name if job.name else None
-        _plan(job, named)
+        _plan(job, named, read_manifest(named) if named else None)
         folder = named or new_folder(job.results, job.kind)
         with locked(folder):
-            _work(job, folder, _plan(job, folder))
+            old = read_manifest(folder)  # another process may have been at work on it meanwhile
+            _work(job, folder, old, _plan(job, folder, old))
     except (AwsError, StorageError, SweepError, OSError) as error:
         fail(error, job.as_json)
 
 
 def _checked(job: _Job) -> _Job:
     """Refuse what can be seen to be wrong from the options alone."""
-    from lambda_worker.storage import StorageError, check_writable
-
     if job.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", job.name):
         raise wrong("--name", f"{job.name!r}: use letters, digits and . _ -, at most 64")
-    if "://" in str(job.results) or re.match("[a-z0-9]+:/", str(job.results)):
-        text = f"{job.results}: a sweep is kept on this machine; on AWS see --aws-results"
-        raise wrong("--results", text)
-    try:
-        check_writable(str(job.results))
-    except StorageError as error:
-        raise wrong("--results", str(error)) from None
     if not math.isfinite(job.timeout):
         raise wrong("--timeout", f"{job.timeout} is not a number of seconds")
     given = {field: value for field, value in job.given.items() if value is not None}
     return job._replace(given=given)
 
 
-def _plan(job: _Job, folder: Path | None) -> Plan:
+def _plan(job: _Job, folder: Path | None, old: Manifest | None) -> Plan:
     """The plan of the sweep that is in the folder, or of a new one, with what is given now."""
     from lambda_worker.storage import absolute
-    from workflow.sweep import Plan, PlanError, SweepError, extend, read_manifest
+    from workflow.sweep import SweepError
+    from workflow.sweep_plan import Plan, PlanError, extend
 
     given = dict(job.given)
     for field in ("data", "model"):
         if field in given and "://" not in given[field]:
             given[field] = absolute(given[field])
-    old = read_manifest(folder) if folder else None
     if old is None:
         if job.kind == "infer" and "batch_sizes" not in given:
             raise wrong("--batch-sizes", f"needed, as {folder} is not there to go on with")
@@ -319,15 +321,15 @@ def _check_plan(plan: Plan, sizes_given: bool) -> None:
     refuse({f"--{field.replace('_', '-')}": getattr(plan, field) for field in aws}, "aws", why)
 
 
-def _work(job: _Job, folder: Path, plan: Plan) -> None:
+def _work(job: _Job, folder: Path, old: Manifest | None, plan: Plan) -> None:
+    """Do what is left of the plan, write the report and show what came out."""
     from workflow.progress import open_view
-    from workflow.sweep import Manifest, Sweep, read_manifest
+    from workflow.sweep import Manifest, Sweep
     from workflow.sweep_view import End
 
-    old = read_manifest(folder)
     with open_view(*(AWS_VIEW if plan.on == "aws" else ())) as view:
         now = _environment(plan)
-        manifest = Manifest(kind=job.kind, created=_now(), plan=plan, environment=now)
+        manifest = Manifest(kind=job.kind, plan=plan, environment=now)
         if old is not None:
             manifest = old.model_copy(update={"plan": plan})
         it = Sweep(folder, manifest)
@@ -378,12 +380,6 @@ def _again(kind: str, folder: str, results: Path) -> str:
     """The command that goes on with a sweep."""
     place = "" if results == Path(_RESULTS) else f" --results {shlex.quote(str(results))}"
     return f"cosmic {kind} --name {Path(folder).name}{place}"
-
-
-def _now() -> str:
-    from datetime import UTC, datetime
-
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _environment(plan: Plan) -> dict[str, Any]:
@@ -460,6 +456,7 @@ def _aws_options(plan: Plan) -> AwsOptions:
 def _ranks_only(view: View) -> OnEvent:
     """Show how far the ranks are; a run's steps would hide the sweep's."""
     from workflow.plan import Step
+    from workflow.progress import tell
 
     def show(event: Event) -> None:
         if not isinstance(event, Step):

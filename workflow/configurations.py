@@ -12,14 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from workflow.results import Rank, Run
+from workflow.results import METRICS, Rank, Run
 
 __all__ = ["COLUMNS", "MEASURES", "Configuration", "Spread", "Value", "row", "summarise"]
 
 Value = str | int | float | None
 
-METRICS = ("mae", "mse", "bias", "nmad", "r2")
-MEASURES = (
+_MEASURED = (
     "total_s",
     "init_s",
     "join_s",
@@ -39,13 +38,14 @@ MEASURES = (
     "bits_per_s_sum_of_ranks",
     *METRICS,
 )
-"""The columns that are measured, and of which a configuration has median, least and greatest."""
+MEASURES = (*_MEASURED, "cost_usd")
+"""The columns of which a configuration has median, least and greatest."""
 
 COLUMNS = (
     *("run", "source", "on", "data", "partition_mb", "data_gb", "world_size", "ranks_recorded"),
     *("batch_size", "repeat", "engine", "precision", "status", "error", "rows", "bits"),
-    *MEASURES,
-    "place",
+    *_MEASURED,
+    *("place", "cost_usd"),
 )
 """All columns of a row, in their order."""
 
@@ -147,6 +147,7 @@ def row(run: Run) -> dict[str, Value]:
         "bits_per_s_sum_of_ranks": _sum(run.ranks, "bits_per_s"),
         **{name: run.metrics.get(name) for name in METRICS},
         "place": run.place,
+        "cost_usd": run.cost_usd,
     }
 
 

@@ -7,7 +7,8 @@ the model. AWS's MB and GB are 2^20 and 2^30 bytes, and so are those of memory h
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeGuard
 
@@ -30,6 +31,7 @@ __all__ = [
     "of_hour",
     "of_run",
     "of_usage",
+    "priced",
     "sound",
     "threads",
 ]
@@ -178,6 +180,25 @@ def _server(prices: Prices, architecture: Architecture) -> tuple[Price, Price]:
     if architecture == "arm":
         return prices.fargate_arm_vcpu, prices.fargate_arm_gb
     return prices.fargate_x86_vcpu, prices.fargate_x86_gb
+
+
+def priced(
+    runs: Iterable[Run], prices: Prices, memory_mb: int | None = None
+) -> tuple[list[Run], list[str]]:
+    """Add to each run what it costs, if that is known; the arguments are those of `of_run`.
+
+    Returns:
+        The runs, and what was assumed, once each.
+    """
+    found, assumed = [], dict[str, None]()
+    for run in runs:
+        cost = None
+        # A file of a stranger may say infinity, of which there is no price.
+        with suppress(ArithmeticError, ValueError):
+            cost = of_run(run, prices, memory_mb)
+        assumed |= dict.fromkeys(cost.assumptions if cost else ())
+        found.append(replace(run, cost_usd=cost.total_usd if cost else None))
+    return found, list(assumed)
 
 
 def of_run(

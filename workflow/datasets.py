@@ -1,4 +1,4 @@
-"""Demo datasets on this machine: made once, used again."""
+"""A demo dataset: simulated, then written."""
 
 from __future__ import annotations
 

@@ -165,16 +165,17 @@ def estimate(
     if not cost.LEAST_MB <= memory_mb <= cost.MOST_MB:
         raise Unfit(f"{memory_mb:,} MB: a function has {cost.LEAST_MB} to {cost.MOST_MB:,}")
     if memory_mb < speed.peak_mb:
-        raise Unfit(f"{memory_mb:,} MB are too few: a rank needs {speed.peak_mb:,}")
+        raise Unfit(f"{memory_mb:,} MB are too few: a rank needs {speed.peak_mb:,} (--memory)")
     cores = memory_mb / LAMBDA_MB_PER_CORE
     whole = min(cores, 1.0)
     work = math.ceil(rows / world_size) / (speed.rows_per_s * speed.speedup(cores))
     rank_s = speed.start_s / whole + speed.wait_s + work
     if rank_s > LIMIT_S:
         ranks = f"{world_size:,} rank{'s' if world_size > 1 else ''} of {memory_mb:,} MB"
+        more = ", or more memory (--memory)" if memory_mb < cost.MOST_MB else ""
         raise Unfit(
             f"{ranks} would take {rank_s:,.0f} s each, and Lambda ends them after {LIMIT_S:.0f} s: "
-            "take more ranks, or more memory"
+            f"take more ranks (--world-size, --max-world-size){more}"
         )
     steps = [seconds / whole for seconds in speed.step_s]
     usage = cost.Usage(

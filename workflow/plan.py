@@ -125,3 +125,8 @@ class RunResult:
     records: list[Json]
     seconds: float
     spans: list[Span] = field(default_factory=list, kw_only=True)
+
+    @property
+    def folder(self) -> str:
+        """URL of the run's folder."""
+        return self.combined_data.rpartition("/")[0]

@@ -14,7 +14,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.spinner import Spinner
 from rich.text import Text
 
-__all__ = ["LiveView", "PlainView", "View", "open_view"]
+from workflow.plan import Event, RankProgress, RanksProgress
+
+__all__ = ["LiveView", "PlainView", "View", "open_view", "tell"]
 
 # Nothing is silent for longer than two seconds.
 _HEARTBEAT = 1.5
@@ -37,6 +39,19 @@ class View(Protocol):
 
     def update(self, who: str, stage: str, rows: int, of: int) -> None:
         """Set the bar of ``who`` ("rank 0"), at ``stage``, to ``rows`` of ``of``."""
+
+
+def tell(view: View, event: Event) -> None:
+    """Show an event of a run."""
+    match event:
+        case RankProgress(rank, stage, rows, of):
+            view.update(f"rank {rank}", stage, rows, of)
+        case RanksProgress(running, done, failed, of):
+            counts = {"running": running, "failed": failed, "waiting": of - running - done - failed}
+            stage = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
+            view.update("ranks", stage, done, of)
+        case _:
+            view.step(event.text, ok=event.name not in ("blame", "stop"))
 
 
 def open_view(unit: str = "rows", heartbeat: float = _HEARTBEAT) -> View:

@@ -14,8 +14,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +22,18 @@ from lambda_worker import storage
 from lambda_worker.versions import installed
 from workflow import report_page
 from workflow.configurations import COLUMNS, MEASURES, Configuration, Value, row, summarise
+from workflow.cost import load_prices, priced
 from workflow.published import published
 from workflow.report_details import choose
 from workflow.report_figures import sections
 from workflow.report_headlines import headlines
-from workflow.report_parts import Costs, Drawing, Section
+from workflow.report_parts import Drawing, Section
 from workflow.table import short
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from workflow.cost import Cost, Prices
+    from workflow.cost import Prices
     from workflow.results import Results, Run
 
 __all__ = ["NoSuchRun", "Report", "write"]
@@ -86,20 +86,19 @@ def write(
         PricesError: the prices cannot be read.
     """
     step = progress or (lambda text: None)
-    chosen = pick(results.runs, run)
-    costs = _costs(results.runs, prices, memory_mb)
-    usd = {key: cost.total_usd for key, cost in costs.items()}
-    configurations = summarise(results.runs)
-    drawn = sections(configurations, usd, chosen, step)
-    places = [short(p) for p in origin or [common(results.runs)]]
-    page = _page(results, configurations, usd, costs.values(), places, title)
+    runs, assumed = priced(results.runs, prices or load_prices(), memory_mb)
+    results = replace(results, runs=tuple(runs))
+    configurations = summarise(runs)
+    drawn = sections(configurations, pick(runs, run), step)
+    places = [short(p) for p in origin or [common(runs)]]
+    page = _page(results, configurations, assumed, places, title)
     step("report: page and tables")
     drawings = [drawing for section in drawn for drawing in section.drawings]
     files: dict[str, bytes] = {
         "report.html": _html(page, drawn),
         "report.md": _markdown(page, drawn),
-        "results.csv": _results_csv(results.runs, usd),
-        "configurations.csv": _configurations_csv(configurations, usd),
+        "results.csv": _csv(COLUMNS, map(row, runs)),
+        "configurations.csv": _configurations_csv(configurations),
         **{f"plots/{drawing.name}.png": drawing.picture.png for drawing in drawings},
     }
     for name, content in reversed(files.items()):  # the page last: it says that the rest is there
@@ -130,19 +129,6 @@ def common(runs: Sequence[Run]) -> str:
     return "/".join(parts[0] for parts in alike) or "several places"
 
 
-def _costs(runs: Iterable[Run], prices: Prices | None, memory_mb: int | None) -> Mapping[int, Cost]:
-    from workflow.cost import load_prices, of_run
-
-    known = prices or load_prices()
-    found = {}
-    for run in runs:
-        # A file of a stranger may say infinity, of which there is no price.
-        with suppress(ArithmeticError, ValueError):
-            if (cost := of_run(run, known, memory_mb)) is not None:
-                found[id(run)] = cost
-    return found
-
-
 def _remove_old(folder: str, names: set[str]) -> None:
     for name in storage.names(f"{folder}/plots") if names else ():
         stem = name.removesuffix(".png")
@@ -156,8 +142,7 @@ def _remove_old(folder: str, names: set[str]) -> None:
 def _page(
     results: Results,
     configurations: Sequence[Configuration],
-    usd: Costs,
-    costs: Iterable[Cost],
+    assumed: Sequence[str],
     places: Sequence[str],
     title: str | None,
 ) -> dict[str, Any]:
@@ -170,16 +155,16 @@ def _page(
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "origin": places,
         "findings": report_page.findings(results.findings),
-        "headlines": headlines(configurations, usd),
+        "headlines": headlines(configurations),
         "published": report_page.published_table(published(runs, results.tabled)),
         "tables": [
-            report_page.configuration_table(configurations, usd),
-            report_page.run_table(runs, usd),
+            report_page.configuration_table(configurations),
+            report_page.run_table(runs),
         ],
         "failures": shown,
         "more_failures": more,
         "environments": report_page.environments(runs),
-        "terms": report_page.terms(text for cost in costs for text in cost.assumptions),
+        "terms": report_page.terms(assumed),
     }
 
 
@@ -285,23 +270,16 @@ _KEYS = (
 )
 
 
-def _results_csv(runs: Iterable[Run], usd: Costs) -> bytes:
-    names = (*COLUMNS, "cost_usd")
-    return _csv(names, (row(run) | {"cost_usd": usd.get(id(run))} for run in runs))
-
-
-def _configurations_csv(configurations: Iterable[Configuration], usd: Costs) -> bytes:
+def _configurations_csv(configurations: Iterable[Configuration]) -> bytes:
     """Each measure has three columns: its median under its own name, then _min and _max."""
-    measured = (*MEASURES, "cost_usd")
-    names = [*_KEYS, *(f"{name}{end}" for name in measured for end in ("", "_min", "_max"))]
-    return _csv(names, (_configuration(c, usd) for c in configurations))
+    names = [*_KEYS, *(f"{name}{end}" for name in MEASURES for end in ("", "_min", "_max"))]
+    return _csv(names, map(_configuration, configurations))
 
 
-def _configuration(c: Configuration, usd: Costs) -> dict[str, Value]:
+def _configuration(c: Configuration) -> dict[str, Value]:
     line: dict[str, Value] = {name: getattr(c, name) for name in _KEYS}
-    for name, spread in {**c.measures, "cost_usd": report_page.cost_of(c, usd)}.items():
-        if spread is not None:
-            line |= {name: spread.median, f"{name}_min": spread.min, f"{name}_max": spread.max}
+    for name, spread in c.measures.items():
+        line |= {name: spread.median, f"{name}_min": spread.min, f"{name}_max": spread.max}
     return line
 
 

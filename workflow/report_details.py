@@ -30,17 +30,6 @@ _UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error),
 )
 _STAGES = ("init", "join", "load", "inference", "collective")
-_COLOURS = {
-    "server": "#CFCFCF",
-    "init": "#ABABAB",
-    "join": "#FF800E",
-    "load": "#A2C8EC",
-    "tune": "#FFBC79",
-    "barrier": "#C85200",
-    "infer": "#006BA4",
-    "allreduce": "#595959",
-    "summarize": "#5F9ED1",
-}
 
 
 def choose(runs: Iterable[Run]) -> Run | None:
@@ -156,7 +145,7 @@ def _timeline(run: Run) -> Drawing:
     alt = f"{title}: {len(ends)} ranks"
     if last is not None:
         alt += f"; rank {last} is the last to finish, {ends[last]:.2f} s after the start"
-    picture = plots.timeline(tracks, Axis("time since the start of the run (s)"), _COLOURS)
+    picture = plots.timeline(tracks, Axis("time since the start of the run (s)"))
     return Drawing("timeline", title, alt, text, picture, tall=True)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from workflow import report_plots as plots
-from workflow.configurations import Configuration, Spread
+from workflow.configurations import Configuration
 from workflow.report_details import redshift, split
-from workflow.report_parts import Costs, Drawing, Section, context, drawable, few, name_of, sound
+from workflow.report_parts import Drawing, Section, context, drawable, few, name_of, sound
 from workflow.report_plots import Axis, Curve, Dot, Point
 from workflow.results import Run
 
@@ -19,26 +18,70 @@ __all__ = ["sections"]
 # More panels or lines of the same kind than these cannot be told apart.
 _PANELS = 4
 _LINES = 10
-_GBIT = 1e-9
 
 _WORLD = Axis("world size (ranks)")
 _BATCH = Axis("batch size (rows per call of the model)", log=True)
-_ROWS = ("rows_per_s_wall_clock", "rows_per_s_sum_of_ranks")
-_BITS = ("bits_per_s_wall_clock", "bits_per_s_sum_of_ranks")
-_RATES = ("wall-clock", "sum of ranks (thin)")
-_TIMES = ("whole run", "inference only (thin)")
-_RATES_TEXT = (
-    "Thick: all rows over the time of the slowest rank. Thin: the ranks' own rates added up, which "
-    "is never what one waits for. Bars, with repeats: least to greatest."
-)
-_BITS_TEXT = (
-    "Thick: all bits over the time of the Map state. Thin: the ranks' own rates, per second of CPU "
-    "time, added up. Bars, with repeats: least to greatest."
-)
-_TIMES_TEXT = (
-    "Thick: from the start of the run to its end. Thin: the inference of the slowest rank. "
-    "Bars, with repeats: least to greatest."
-)
+
+
+class _Quantity(NamedTuple):
+    """What is drawn: a measure in thick lines, and one in thin lines, or "" for none."""
+
+    thick: str
+    thin: str
+    axis: str
+    caption: str
+    meanings: tuple[str, str] | None = None
+    scale: float = 1.0
+
+
+_MAP_TIME = "Thick: all bits over the time of the Map state."
+_OURS = {
+    "throughput": _Quantity(
+        "rows_per_s_wall_clock",
+        "rows_per_s_sum_of_ranks",
+        "throughput (rows/s)",
+        "Thick: all rows over the time of the slowest rank. Thin: the ranks' own rates added up, "
+        "which is never what one waits for. Bars, with repeats: least to greatest.",
+        ("wall-clock", "sum of ranks (thin)"),
+    ),
+    "time": _Quantity(
+        "total_s",
+        "inference_s",
+        "time (s)",
+        "Thick: from the start of the run to its end. Thin: the inference of the slowest rank. "
+        "Bars, with repeats: least to greatest.",
+        ("whole run", "inference only (thin)"),
+    ),
+    "memory": _Quantity(
+        "peak_memory_mb",
+        "",
+        "peak memory (MB)",
+        "Peak resident memory of the rank that took most. MB are 10⁶ bytes.",
+    ),
+}
+_THEIRS = _OURS | {
+    "throughput": _Quantity(
+        "bits_per_s_wall_clock",
+        "bits_per_s_sum_of_ranks",
+        "throughput (Gbit/s)",
+        f"{_MAP_TIME} Thin: the ranks' own rates, per second of CPU time, added up. Bars, with "
+        "repeats: least to greatest.",
+        ("wall-clock", "sum of ranks (thin)"),
+        1e-9,
+    ),
+    "time": _Quantity(
+        "total_s",
+        "inference_s",
+        "time (s)",
+        "Thick: the whole execution. Thin: the Map state, in which all ranks work. Bars: least to "
+        "greatest of the repeats.",
+        ("whole execution", "Map state (thin)"),
+    ),
+}
+_OF_SOURCE = {
+    "original": _THEIRS,
+    "original, one process": _OURS | {"throughput": _THEIRS["throughput"]},
+}
 
 
 class _Panel(NamedTuple):
@@ -47,10 +90,13 @@ class _Panel(NamedTuple):
     title: str
     configurations: Sequence[Configuration]
 
+    def quantity(self, name: str) -> _Quantity:
+        """What is drawn under this name: the original's files tell other things than ours."""
+        return _OF_SOURCE.get(self.configurations[0].source, _OURS)[name]
+
 
 def sections(
     configurations: Sequence[Configuration],
-    costs: Costs,
     chosen: Run | None,
     step: Callable[[str], None],
 ) -> list[Section]:
@@ -61,18 +107,21 @@ def sections(
         step: told what is being drawn.
     """
     configurations = [drawn for c in configurations if (drawn := sound(c)) is not None]
-    costs = {key: usd for key, usd in costs.items() if drawable(usd)}
     ours = [c for c in configurations if not c.source.startswith("original")]
     theirs = [c for c in configurations if c.source.startswith("original")]
     found = []
     if theirs:
         found.append(_data_size(theirs, step))
     if ours or not theirs:
-        found.append(_world_size(ours, step))
-    found.append(_batch_size(configurations, step))
+        world = Section("world", "Against the world size")
+        _against(world, "world_size", ours, ("throughput", "time"), step)
+        found.append(world)
+    batch = Section("batch", "Against the batch size")
+    _against(batch, "batch_size", configurations, ("throughput", "time", "memory"), step)
+    found.append(batch)
     if ours or not theirs:
         found.append(_speedup(ours, step))
-    found.append(_cost(configurations, costs, step))
+    found.append(_cost(configurations, step))
     found.append(split(configurations, chosen, step))
     found.append(redshift(configurations, chosen, step))
     return found
@@ -91,20 +140,21 @@ def _panels(configurations: Sequence[Configuration]) -> list[_Panel]:
 
 
 def _shown(
-    section: Section, what: str, panels: Sequence[_Panel], axis: str, measures: Sequence[str]
+    section: Section, name: str, panels: Sequence[_Panel], over: str
 ) -> Iterator[tuple[int, _Panel]]:
-    """Yield the panels that have something to draw over this axis, and say what is left out."""
+    """Yield the panels that have something to draw over this size, and say what is left out."""
     usable = []
     for panel in panels:
+        measures = panel.quantity(name)[:2]
         of_it = [c for c in panel.configurations if any(m in c.measures for m in measures)]
-        known = {value for c in of_it if (value := getattr(c, axis)) is not None}
+        known = {value for c in of_it if (value := getattr(c, over)) is not None}
         if len(known) > 1:
             usable.append(_Panel(panel.title, of_it))
+    words = over.replace("_", " ")
+    what = f"{name} against {words}"
     if not usable:
-        words = axis.replace("_", " ")
-        section.omitted.append(
-            f"No plot of {what}: it is not known of two {words}s of the same data."
-        )
+        text = f"No plot of {what}: it is not known of two {words}s of the same data."
+        section.omitted.append(text)
     elif len(usable) > _PANELS:
         left = ", ".join(plots.label(panel.title, 60) for panel in usable[_PANELS : _PANELS + 20])
         text = f"{what.capitalize()}: {_PANELS} of {len(usable)} data sets; left out: {left}."
@@ -112,15 +162,16 @@ def _shown(
     yield from enumerate(usable[:_PANELS], 1)
 
 
-def _curves(
-    panel: _Panel, by: str, over: str, measures: tuple[str, str | None], scale: float = 1.0
-) -> list[Curve]:
-    """One curve for each value of ``by``: thick the first measure, thin the second."""
+def _curves(panel: _Panel, by: str, over: str, quantity: _Quantity) -> list[Curve]:
+    """One curve for each value of ``by``."""
     values = sorted({v for c in panel.configurations if (v := getattr(c, by)) is not None})
     lines = []
     for value in few(values, _LINES):
         of_it = [c for c in panel.configurations if getattr(c, by) == value]
-        thick, thin = (_points(of_it, over, name, scale) if name else [] for name in measures)
+        thick, thin = (
+            _points([(getattr(c, over), c) for c in of_it], measure, quantity.scale)
+            for measure in quantity[:2]
+        )
         if thick or thin:
             lines.append(Curve(_called(by, value), thick, thin))
     return lines
@@ -133,18 +184,11 @@ def _called(by: str, value: int) -> str:
 
 
 def _points(
-    configurations: Iterable[Configuration], over: str, name: str, scale: float
+    placed: Iterable[tuple[float | None, Configuration]], measure: str, scale: float
 ) -> list[Point]:
-    known = [
-        (getattr(c, over), c.measures[name])
-        for c in configurations
-        if getattr(c, over) is not None and name in c.measures
-    ]
-    return [_point(x, spread, scale) for x, spread in sorted(known)]
-
-
-def _point(x: float, spread: Spread, scale: float = 1.0) -> Point:
-    return Point(x, *(value * scale for value in spread))
+    """The measure of configurations by their places on the axis."""
+    known = [(x, c.measures[measure]) for x, c in placed if x is not None and measure in c.measures]
+    return [Point(x, *(value * scale for value in spread)) for x, spread in sorted(known)]
 
 
 def _draw(
@@ -152,20 +196,18 @@ def _draw(
     step: Callable[[str], None],
     name: str,
     title: str,
-    panel: str,
     lines: Sequence[Curve],
-    axes: tuple[Axis, Axis],
-    caption: str,
-    meanings: tuple[str, str] | None = None,
+    x: Axis,
+    quantity: _Quantity,
     ideal: str | None = None,
 ) -> None:
-    if caption == _BITS_TEXT and not any(line.thick for line in lines):
+    caption, axes = quantity.caption, (x, Axis(quantity.axis))
+    if caption.startswith(_MAP_TIME) and not any(line.thick for line in lines):
         caption += " Nothing is thick: the time of the Map state is not known."
-    full = f"{title}: {panel}" if panel else title
-    step(f"plot: {full}")
-    both = meanings if any(line.thin for line in lines) else None
+    step(f"plot: {title}")
+    both = quantity.meanings if any(line.thin for line in lines) else None
     picture = plots.curves(lines, *axes, both, ideal)
-    section.drawings.append(Drawing(name, full, _alt(full, lines, axes), caption, picture))
+    section.drawings.append(Drawing(name, title, _alt(title, lines, axes), caption, picture))
 
 
 def _alt(title: str, lines: Sequence[Curve], axes: tuple[Axis, Axis]) -> str:
@@ -181,6 +223,10 @@ def _alt(title: str, lines: Sequence[Curve], axes: tuple[Axis, Axis]) -> str:
     return f"{title}. {axes[1].text} against {axes[0].text}. " + "; ".join(said)
 
 
+def _titled(title: str, panel: _Panel) -> str:
+    return f"{title}: {panel.title}" if panel.title else title
+
+
 def _world_axis(panel: _Panel) -> Axis:
     sizes = [c.world_size for c in panel.configurations if c.world_size]
     return _WORLD._replace(log=max(sizes) > 12 * min(sizes))
@@ -189,84 +235,43 @@ def _world_axis(panel: _Panel) -> Axis:
 # -- the sections -----------------------------------------------------------------------------
 
 
-def _world_size(ours: Sequence[Configuration], step: Callable[[str], None]) -> Section:
-    section = Section("world", "Against the world size")
-    panels = _panels(ours)
-    for n, panel in _shown(section, "throughput against world size", panels, "world_size", _ROWS):
-        lines = _curves(panel, "batch_size", "world_size", _ROWS)
-        axes = (_world_axis(panel), Axis("throughput (rows/s)"))
-        title = "Throughput against world size"
-        name = f"throughput-world-{n}"
-        _draw(section, step, name, title, panel.title, lines, axes, _RATES_TEXT, _RATES)
-    times = ("total_s", "inference_s")
-    for n, panel in _shown(section, "time against world size", panels, "world_size", times):
-        lines = _curves(panel, "batch_size", "world_size", times)
-        axes = (_world_axis(panel), Axis("time (s)"))
-        title = "Time against world size"
-        _draw(
-            section, step, f"time-world-{n}", title, panel.title, lines, axes, _TIMES_TEXT, _TIMES
-        )
-    return section
-
-
-def _batch_size(all_of_them: Sequence[Configuration], step: Callable[[str], None]) -> Section:
-    section = Section("batch", "Against the batch size")
-    panels = _panels(all_of_them)
-    both = (*_ROWS, *_BITS)
-    for n, panel in _shown(section, "throughput against batch size", panels, "batch_size", both):
-        theirs = panel.configurations[0].source.startswith("original")
-        measures, unit, text = (
-            (_BITS, "Gbit/s", _BITS_TEXT) if theirs else (_ROWS, "rows/s", _RATES_TEXT)
-        )
-        lines = _curves(panel, "world_size", "batch_size", measures, _GBIT if theirs else 1.0)
-        axes = (_BATCH, Axis(f"throughput ({unit})"))
-        title, name = "Throughput against batch size", f"throughput-batch-{n}"
-        _draw(section, step, name, title, panel.title, lines, axes, text, _RATES)
-    times = ("total_s", "inference_s")
-    for n, panel in _shown(section, "time against batch size", panels, "batch_size", times):
-        lines = _curves(panel, "world_size", "batch_size", times)
-        axes = (_BATCH, Axis("time (s)"))
-        title, name = "Time against batch size", f"time-batch-{n}"
-        _draw(section, step, name, title, panel.title, lines, axes, _TIMES_TEXT, _TIMES)
-    memory = ("peak_memory_mb",)
-    for n, panel in _shown(section, "memory against batch size", panels, "batch_size", memory):
-        lines = _curves(panel, "world_size", "batch_size", ("peak_memory_mb", None))
-        axes = (_BATCH, Axis("peak memory (MB)"))
-        title, name = "Memory against batch size", f"memory-batch-{n}"
-        text = "Peak resident memory of the rank that took most. MB are 10⁶ bytes."
-        _draw(section, step, name, title, panel.title, lines, axes, text)
-    return section
+def _against(
+    section: Section,
+    over: str,
+    configurations: Sequence[Configuration],
+    names: Iterable[str],
+    step: Callable[[str], None],
+) -> None:
+    """Draw quantities over the world or the batch size, a line for each size of the other kind."""
+    by = "batch_size" if over == "world_size" else "world_size"
+    panels = _panels(configurations)
+    for name in names:
+        for n, panel in _shown(section, name, panels, over):
+            quantity = panel.quantity(name)
+            lines = _curves(panel, by, over, quantity)
+            x = _BATCH if over == "batch_size" else _world_axis(panel)
+            title = _titled(f"{name.capitalize()} against {over.replace('_', ' ')}", panel)
+            file = f"{name}-{over.removesuffix('_size')}-{n}"
+            _draw(section, step, file, title, lines, x, quantity)
 
 
 def _data_size(theirs: Sequence[Configuration], step: Callable[[str], None]) -> Section:
     """The original's plots: by data size, one line per partition size."""
     section = Section("data", "Against the data size")
-    kinds = {
-        "throughput": (
-            _BITS, _GBIT, "throughput (Gbit/s)", _BITS_TEXT, _RATES,
-        ),
-        "time": (
-            ("total_s", "inference_s"), 1.0, "time (s)",
-            "Thick: the whole execution. Thin: the Map state, in which all ranks work. Bars: least "
-            "to greatest of the repeats.", ("whole execution", "Map state (thin)"),
-        ),
-    }  # fmt: skip
-    for name, (measures, scale, text, caption, meanings) in kinds.items():
-        lines = _by_partition(theirs, measures, scale)
-        title = f"{name.capitalize()} against data size"
+    for name in ("throughput", "time"):
+        quantity = _THEIRS[name]
+        lines = _by_partition(theirs, quantity)
         if not lines:
             section.omitted.append(f"No plot of {name} against data size: no file tells both.")
             continue
-        axes = (Axis("data (GB)"), Axis(text))
         xs = [p.x for line in lines for p in (*line.thick, *line.thin)]
-        axes = (Axis("data (GB)", log=max(xs) > 20 * min(xs) > 0), axes[1])
-        _draw(section, step, f"{name}-data", title, "", lines, axes, caption, meanings)
+        x = Axis("data (GB)", log=max(xs) > 20 * min(xs) > 0)
+        title = f"{name.capitalize()} against data size"
+        _draw(section, step, f"{name}-data", title, lines, x, quantity)
     return section
 
 
-def _by_partition(
-    theirs: Sequence[Configuration], measures: tuple[str, str], scale: float
-) -> list[Curve]:
+def _by_partition(theirs: Sequence[Configuration], quantity: _Quantity) -> list[Curve]:
     groups: dict[tuple[float, int], dict[float, Configuration]] = {}
     # Of the same data in more or fewer partitions, the one with most runs.
     for c in sorted(theirs, key=lambda c: c.ok):
@@ -280,12 +285,7 @@ def _by_partition(
         if batch != most[partition]:
             continue  # batch sizes have a section of their own
         thick, thin = (
-            [
-                _point(gb, c.measures[name], scale)
-                for gb, c in sorted(by_size.items())
-                if name in c.measures
-            ]
-            for name in measures
+            _points(by_size.items(), measure, quantity.scale) for measure in quantity[:2]
         )
         if thick or thin:
             more = f", batch {batch:,}" if named else ""
@@ -310,38 +310,44 @@ def _speedup(ours: Sequence[Configuration], step: Callable[[str], None]) -> Sect
         known = [c for c in panel.configurations if c.speedup is not None]
         if len({c.world_size for c in known}) < 2:
             continue
-        for name, title, text, scale, caption, ideal in _SCALING:
-            lines = _scaling_curves(known, name, scale)
-            axes = (_world_axis(panel), Axis(text))
-            slug = f"{name}-{n}"
-            both = ("inference", "whole run (thin)")
-            text = caption + _threads(known)
-            _draw(section, step, slug, title, panel.title, lines, axes, text, both, ideal)
+        for name, (title, quantity, ideal) in _SCALING.items():
+            lines = _scaling_curves(known, name, quantity.scale)
+            told = quantity._replace(caption=quantity.caption + _threads(known))
+            x, title = _world_axis(panel), _titled(title, panel)
+            _draw(section, step, f"{name}-{n}", title, lines, x, told, ideal)
     if not section.drawings:
         text = "No plot of speed-up: there is no run of one rank to compare with, or nothing else."
         section.omitted.append(text)
     return section
 
 
-_SCALING = (
-    (
-        "speedup",
+_BY_TIME = ("inference", "whole run (thin)")
+_SCALING = {
+    "speedup": (
         "Speed-up",
-        "speed-up (×)",  # noqa: RUF001
-        1.0,
-        "Median time of the inference by one rank over that by W ranks, all else equal.",
+        _Quantity(
+            "speedup",
+            "total_speedup",
+            "speed-up (×)",  # noqa: RUF001
+            "Median time of the inference by one rank over that by W ranks, all else equal.",
+            _BY_TIME,
+        ),
         "ideal",
     ),
-    (
-        "efficiency",
+    "efficiency": (
         "Parallel efficiency",
-        "efficiency (%)",
-        100.0,
-        "Speed-up over world size; 100 % is ideal. Ranks on one machine share its cores and its "
-        "memory's bandwidth.",
+        _Quantity(
+            "efficiency",
+            "total_speedup",
+            "efficiency (%)",
+            "Speed-up over world size; 100 % is ideal. Ranks on one machine share its cores and "
+            "its memory's bandwidth.",
+            _BY_TIME,
+            100.0,
+        ),
         None,
     ),
-)
+}
 
 
 def _threads(known: Sequence[Configuration]) -> str:
@@ -388,9 +394,7 @@ def _flat(c: Configuration, value: float, scale: float) -> Point:
     return Point(c.world_size or 0, *(value * scale,) * 3)
 
 
-def _cost(
-    configurations: Sequence[Configuration], costs: Costs, step: Callable[[str], None]
-) -> Section:
+def _cost(configurations: Sequence[Configuration], step: Callable[[str], None]) -> Section:
     section = Section("cost", "Cost against time")
     groups: dict[tuple[object, ...], list[Configuration]] = {}
     for c in configurations:
@@ -398,7 +402,7 @@ def _cost(
         groups.setdefault((c.source, c.on, gb or c.data), []).append(c)
     number = 0
     for group in sorted(groups.values(), key=len, reverse=True):
-        points = _dots(group, costs, configurations)
+        points = _dots(group, configurations)
         if len(points) < 2:
             continue
         number += 1
@@ -444,14 +448,12 @@ def _shared(group: Sequence[Configuration], among: Sequence[Configuration]) -> s
     return ", ".join(parts)
 
 
-def _dots(
-    group: Sequence[Configuration], costs: Costs, among: Sequence[Configuration]
-) -> list[Dot]:
-    known = []
-    for c in group:
-        usd = [costs[id(run)] for run in c.runs if run.status == "ok" and id(run) in costs]
-        if usd and "total_s" in c.measures:
-            known.append((c.measures["total_s"].median, statistics.median(usd), c))
+def _dots(group: Sequence[Configuration], among: Sequence[Configuration]) -> list[Dot]:
+    known = [
+        (c.measures["total_s"].median, c.measures["cost_usd"].median, c)
+        for c in group
+        if c.measures.keys() >= {"total_s", "cost_usd"}
+    ]
     same = [c for _, _, c in known]
     return [
         Dot(

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from workflow.configurations import Configuration, Spread
-from workflow.report_page import cost_of, number
-from workflow.report_parts import Costs, name_of
+from workflow.report_page import number
+from workflow.report_parts import name_of
 
 __all__ = ["headlines"]
 
 
-def headlines(configurations: Sequence[Configuration], costs: Costs) -> list[dict[str, Any]]:
+def headlines(configurations: Sequence[Configuration]) -> list[dict[str, Any]]:
     """Make the cards of the best configuration of each source."""
     sources = list(dict.fromkeys((c.source, c.on) for c in configurations))
     found = []
@@ -22,7 +22,7 @@ def headlines(configurations: Sequence[Configuration], costs: Costs) -> list[dic
         if best is not None:
             where = "on AWS" if on == "aws" else "on one machine"
             heading = f"{source}, {where}" if len(sources) > 1 else f"O{where[1:]}"
-            found.append({"heading": heading, "cards": list(_cards(best, of_it, costs))})
+            found.append({"heading": heading, "cards": list(_cards(best, of_it))})
     return found
 
 
@@ -37,9 +37,7 @@ def _best(configurations: Sequence[Configuration]) -> Configuration | None:
     return None
 
 
-def _cards(
-    best: Configuration, among: Sequence[Configuration], costs: Costs
-) -> Iterable[dict[str, str]]:
+def _cards(best: Configuration, among: Sequence[Configuration]) -> Iterable[dict[str, str]]:
     measured = f"median of {best.ok} runs" if best.ok > 1 else "one run"
     context = " ".join(part for part in (best.engine, best.precision) if part)
     theirs = best.source == "original"
@@ -58,10 +56,10 @@ def _cards(
             "value": f"{number(m['total_s'].median, 's')} s",
             "text": _inference(m.get("inference_s"), theirs),
         }
-    if (usd := cost_of(best, costs)) is not None:
+    if "cost_usd" in m:
         yield {
             "term": "Cost of one run",
-            "value": f"${number(usd.median)}",
+            "value": f"${number(m['cost_usd'].median)}",
             "text": "at AWS's list prices, by the seconds of the ranks"
             f"{' in the profiler, and not those billed' if theirs else ''}; assumptions below",
         }

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from workflow.configurations import COLUMNS, Configuration, Spread, Value, row
 from workflow.published import Published
-from workflow.report_parts import Costs, name_of
+from workflow.report_parts import name_of
 from workflow.results import Finding, Run
 from workflow.table import short
 
 __all__ = ["Cell", "Column", "Table", "configuration_table", "environments", "failures"]
 __all__ += [
-    "cost_of",
     "findings",
     "number",
     "published_table",
@@ -153,9 +151,9 @@ def _column(key: str) -> Column:
 # -- tables -------------------------------------------------------------------------------------
 
 
-def configuration_table(configurations: Sequence[Configuration], costs: Costs) -> Table:
+def configuration_table(configurations: Sequence[Configuration]) -> Table:
     """Make the table of configurations: medians, with least and greatest where repeats differ."""
-    rows = [_configuration(c, costs) for c in configurations[:_SHOWN_ROWS]]
+    rows = [_configuration(c) for c in configurations[:_SHOWN_ROWS]]
     keys = [k for k in rows[0] if any(line[k] is not None for line in rows)] if rows else []
     # The unit that a project is used to: rows/s are ours, bit/s the original's.
     theirs = (*_BITS, "rank_cpu_p50_s")
@@ -181,14 +179,14 @@ def configuration_table(configurations: Sequence[Configuration], costs: Costs) -
     return table
 
 
-def _configuration(c: Configuration, costs: Costs) -> dict[str, float | Spread | None]:
+def _configuration(c: Configuration) -> dict[str, float | Spread | None]:
     values: dict[str, float | Spread | None] = {
         "world_size": c.world_size,
         "batch_size": c.batch_size,
         "ok": c.ok,
         "failed": c.failed + c.incomplete,
     }
-    single = {"speedup": c.speedup, "efficiency": c.efficiency, "cost_usd": cost_of(c, costs)}
+    single = {"speedup": c.speedup, "efficiency": c.efficiency}
     return values | {k: single.get(k, c.measures.get(k)) for k in _OF_CONFIGURATIONS}
 
 
@@ -199,12 +197,6 @@ def _told(c: Configuration) -> dict[str, str]:
     return {k: f"{n} of {len(rows)} runs" for k, n in counts.items() if n < len(rows)}
 
 
-def cost_of(c: Configuration, costs: Costs) -> Spread | None:
-    """Median, least and greatest cost of the runs that are ok, in USD; None if none is known."""
-    usd = [costs[id(run)] for run in c.runs if run.status == "ok" and id(run) in costs]
-    return Spread(statistics.median(usd), min(usd), max(usd)) if usd else None
-
-
 def _middle(value: float | Spread | None) -> float | None:
     return value.median if isinstance(value, Spread) else value
 
@@ -213,11 +205,11 @@ def _spread(value: float | Spread | None) -> Spread | None:
     return value if isinstance(value, Spread) else None
 
 
-def run_table(runs: Sequence[Run], costs: Costs) -> Table:
+def run_table(runs: Sequence[Run]) -> Table:
     """Make the table of runs; what is the same in all of them is said once, below it."""
-    lines = [row(run) | {"cost_usd": costs.get(id(run))} for run in runs]
+    lines = [row(run) for run in runs]
     keys, same = [], []
-    for key in (k for k in (*COLUMNS, "cost_usd") if k not in _NOT_OF_RUNS):
+    for key in (k for k in COLUMNS if k not in _NOT_OF_RUNS):
         found = {line[key] for line in lines}
         if len(found) == 1 and key not in _HEADS and len(lines) > 1 and found != {None}:
             same.append(f"{key.replace('_', ' ')} {next(iter(found))}")
@@ -352,10 +344,9 @@ def _lines(environment: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             yield name, f"{value} GB" if key.endswith("_gb") else str(value)
 
 
-def terms(assumptions: Iterable[str]) -> list[tuple[str, str]]:
+def terms(assumed: Sequence[str]) -> list[tuple[str, str]]:
     """Return the definitions, with what the costs assume."""
-    known = list(dict.fromkeys(assumptions))
-    more = f" Assumed here: {'; '.join(known[:6])}." if known else ""
+    more = f" Assumed here: {'; '.join(assumed[:6])}." if assumed else ""
     return [*_TERMS[:-1], (_TERMS[-1][0], _TERMS[-1][1] + more)]
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 from workflow.configurations import Configuration
 from workflow.report_plots import Picture
 
-__all__ = ["Costs", "Drawing", "Section", "context", "drawable", "few", "name_of", "sound"]
+__all__ = ["Drawing", "Section", "context", "drawable", "few", "name_of", "sound"]
 
 Item = TypeVar("Item")
-
-Costs = Mapping[int, float]
-"""What runs cost, in USD, by the id() of the run; runs whose cost is not known are not in it."""
 
 
 class Drawing(NamedTuple):

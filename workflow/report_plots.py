@@ -56,14 +56,20 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",  # the same on every machine
     "svg.hashsalt": "cosmic",  # the same bytes for the same numbers
 }
-STAGES = {
+# In the order of legends. What is of one kind has one colour; no drawing has both.
+_STAGES = {
+    "server": "#CFCFCF",
     "init": "#ABABAB",
     "join": "#FF800E",
     "load": "#A2C8EC",
     "tune": "#FFBC79",
+    "barrier": "#C85200",
+    "infer": "#006BA4",
     "inference": "#006BA4",
     "collective": "#C85200",
-    "other": "#CFCFCF",
+    "allreduce": "#595959",
+    "summarize": "#5F9ED1",
+    "other": "#898989",
 }
 
 
@@ -327,32 +333,25 @@ def bars(rows: Sequence[Bar], x: Axis) -> Picture:
         for number, row in enumerate(rows):
             begin = 0.0
             for stage, seconds in row.parts.items():
-                axes.barh(number, seconds, left=begin, height=0.72, color=STAGES[stage])
+                axes.barh(number, seconds, left=begin, height=0.72, color=_STAGES[stage])
                 begin += seconds
         _tracks(axes, x, [row.name for row in rows])
         _stage_legend(figure, {stage for row in rows for stage in row.parts})
         return _picture(figure)
 
 
-def timeline(tracks: Sequence[Track], x: Axis, colours: Mapping[str, str]) -> Picture:
-    """Draw who did what when: a line for each process.
-
-    Args:
-        colours: of a stage's name, in the order of the legend; others are grey.
-    """
+def timeline(tracks: Sequence[Track], x: Axis) -> Picture:
+    """Draw who did what when: a line for each process; what has no colour is "other"."""
     with _drawing(1.5 + max(0.2, 0.3 - 0.004 * len(tracks)) * len(tracks)) as figure:
         axes = figure.subplots()
         used = set()
         for number, track in enumerate(tracks):
             for name, begin, seconds in track.spans:
-                colour = colours.get(name, "#898989")
-                used.add(name if name in colours else "other")
-                axes.barh(number, seconds, left=begin, height=0.7, color=colour)
+                stage = name if name in _STAGES else "other"
+                used.add(stage)
+                axes.barh(number, seconds, left=begin, height=0.7, color=_STAGES[stage])
         _tracks(axes, x, [track.name for track in tracks])
-        patches = [Patch(color=c, label=name) for name, c in colours.items() if name in used]
-        if "other" in used:
-            patches.append(Patch(color="#898989", label="other"))
-        figure.legend(handles=patches, loc="outside upper center", ncols=min(5, len(patches)))
+        _stage_legend(figure, used)
         return _picture(figure)
 
 
@@ -366,7 +365,7 @@ def _tracks(axes: Axes, x: Axis, names: Sequence[str]) -> None:
 
 
 def _stage_legend(figure: Figure, used: set[str]) -> None:
-    patches = [Patch(color=c, label=stage) for stage, c in STAGES.items() if stage in used]
+    patches = [Patch(color=c, label=stage) for stage, c in _STAGES.items() if stage in used]
     figure.legend(handles=patches, loc="outside upper center", ncols=min(5, len(patches)))
 
 
@@ -387,6 +386,9 @@ def _drawing(height: float) -> Iterator[Figure]:
 
 
 def _picture(figure: Figure) -> Picture:
+    # Once for both forms: else each finds a place for everything anew, most of what drawing takes.
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
     figure.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Software": None})

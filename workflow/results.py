@@ -13,10 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 from workflow.plan import Span
 
-__all__ = ["Finding", "Rank", "Results", "ResultsError", "Run", "Tabled", "read"]
+__all__ = ["METRICS", "Finding", "Rank", "Read", "Results", "ResultsError", "Run", "Tabled", "read"]
 
 Source = Literal["cosmic run", "cosmic infer", "original", "original, one process"]
 Status = Literal["ok", "failed", "incomplete"]
+METRICS = ("mae", "mse", "bias", "nmad", "r2")
 
 
 class Finding(NamedTuple):
@@ -70,9 +71,10 @@ class Run:
             the state machine's execution.
         inference_s: wall-clock time of the inference of all ranks together: the slowest rank's
             loop; for the original's, the Map state's duration, if its log tells that.
-        metrics: mae, mse, bias, nmad, r2, those that are known.
+        metrics: those of `METRICS` that are known.
         predictions: URL of predictions.npz, or None.
         environment: as `workflow.environment.describe` returns it, or empty.
+        cost_usd: what it costs on AWS, which no file tells: `cost.priced` adds it.
     """
 
     place: str
@@ -98,6 +100,14 @@ class Run:
     spans: tuple[Span, ...] = ()
     predictions: str | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
+    cost_usd: float | None = None
+
+
+class Read(NamedTuple):
+    """Runs of a file or a folder, and what is to be known about them."""
+
+    runs: list[Run]
+    findings: list[Finding]
 
 
 class Tabled(NamedTuple):

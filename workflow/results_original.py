@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from workflow.results import Finding, Rank, Run
+from workflow.results import Finding, Rank, Read, Run
 from workflow.results_files import Fields, plain
 
-__all__ = ["BITS_PER_ROW", "Label", "Original", "Read", "accuracy", "combined", "label", "totals"]
+__all__ = ["BITS_PER_ROW", "Label", "Original", "accuracy", "combined", "label", "totals"]
 
 BITS_PER_ROW = 5 * 32 * 32 * 32 + 5 * 64
 """An image of 5 x 32 x 32 float32 and 5 magnitudes of float64: exact in every record."""
@@ -58,13 +58,6 @@ class Label(NamedTuple):
         if self.data_gb is None or not self.partition_mb:
             return None
         return math.ceil(1024 * self.data_gb / self.partition_mb)
-
-
-class Read(NamedTuple):
-    """Runs of a file, and what is to be known about them."""
-
-    runs: list[Run]
-    findings: list[Finding]
 
 
 def label(path: str) -> Label | None:
@@ -113,7 +106,7 @@ class Original:
     named: bool
 
 
-def combined(path: Path, records: Sequence[Mapping[str, Any]]) -> tuple[Original, Read]:
+def combined(path: Path, records: Sequence[Mapping[str, Any]]) -> tuple[Original, list[Finding]]:
     """Read a list of records, one per rank: combined_data.json in any of its schemas."""
     fields = [Fields(record) for record in records]
     ranks = tuple(map(_rank, fields))
@@ -138,8 +131,7 @@ def combined(path: Path, records: Sequence[Mapping[str, Any]]) -> tuple[Original
         rows=_sum([rank.rows for rank in ranks]),
         bits=_sum([rank.bits for rank in ranks]),
     )
-    found = Original(run, place, written, bool(paths))
-    return found, Read([run], _odd(run, fields))
+    return Original(run, place, written, bool(paths)), _odd(run, fields)
 
 
 def _name(place: Label | None, path: Path) -> str:

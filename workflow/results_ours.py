@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from workflow import results_checks as checks
-from workflow.plan import Span
-from workflow.results import Finding, Rank, Run, Source
+from workflow.results import METRICS, Finding, Rank, Read, Run, Source
 from workflow.results_files import Fields, Unreadable, load, plain
-from workflow.results_original import Read
+from workflow.spans import launcher_spans, rank_spans
 
 __all__ = [
     "infer_report",
@@ -25,9 +24,6 @@ __all__ = [
     "summary",
     "sweep",
 ]
-
-METRICS = ("mae", "mse", "bias", "nmad", "r2")
-_MOST_SPANS = 1000  # of one rank; it has six
 
 
 def is_record(value: object) -> bool:
@@ -128,6 +124,7 @@ def _run(
     ranks = tuple(map(_rank, fields))
     sizes = {f.count("batch_size") for f in fields}
     numbers = totals.inner("metrics")
+    spans = [*launcher_spans(main.content), *(s for r in records for s in rank_spans(r))]
     predictions = folder / "predictions.npz"
     run = Run(
         place=plain(folder),
@@ -147,7 +144,7 @@ def _run(
         total_s=main.amount("seconds"),
         inference_s=totals.amount("inference_seconds") or _most(ranks, "inference_s"),
         metrics={name: numbers.number(name) for name in METRICS},
-        spans=(*_launcher_spans(main), *(s for f in fields for s in _rank_spans(f))),
+        spans=tuple(s._replace(name=plain(s.name, 40)) for s in spans),
         predictions=str(predictions) if predictions.is_file() else None,
         environment=main.inner("environment").content,
     )
@@ -192,34 +189,6 @@ def _sum(ranks: Sequence[Rank], name: str) -> Any:
 
 def _most(ranks: Sequence[Rank], name: str) -> float | None:
     return max((v for rank in ranks if (v := getattr(rank, name)) is not None), default=None)
-
-
-def _launcher_spans(main: Fields) -> list[Span]:
-    found = []
-    for entry in _entries(main):
-        if len(entry) == 4 and (entry[0] is None or isinstance(entry[0], int)):
-            found += _span(entry[0], entry[1:])
-    return found
-
-
-def _rank_spans(f: Fields) -> list[Span]:
-    rank = f.count("rank")
-    return [span for entry in _entries(f) if len(entry) == 3 for span in _span(rank, entry)]
-
-
-def _entries(f: Fields) -> list[list[Any]]:
-    value = f.content.get("spans")
-    listed = value if isinstance(value, list) else []
-    return [entry for entry in listed[:_MOST_SPANS] if isinstance(entry, list)]
-
-
-def _span(rank: int | None, entry: Sequence[Any]) -> list[Span]:
-    name, start, seconds = entry
-    times = Fields({"start": start, "seconds": seconds})
-    begun, taken = times.amount("start"), times.amount("seconds")
-    if not isinstance(name, str) or begun is None or taken is None:
-        return []
-    return [Span(rank, plain(name, 40), begun, taken)]
 
 
 def _odd(place: str, names: set[str]) -> list[Finding]:

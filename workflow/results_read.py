@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from lambda_worker import storage
 from workflow import results_checks as checks
 from workflow import results_original as original
 from workflow import results_ours as ours
-from workflow.results import Finding, Rank, Results, ResultsError, Run
+from workflow.results import Finding, Rank, Read, Results, ResultsError, Run
 from workflow.results_files import Tree, Unreadable, load, plain
-from workflow.results_original import CPU, ELAPSED, Original, Read
+from workflow.results_original import CPU, ELAPSED, Original
 from workflow.results_tables import Tables
 
 __all__ = ["gather"]
@@ -92,28 +93,23 @@ class _Reader:
     def _read_file(self, path: Path, alone: bool) -> None:
         try:
             if path.name == "sweep.json":
-                return self._take(path.parent, ours.sweep(path.parent))
-            if path.suffix == ".csv":
-                known = self.tables.add(path)
-            elif path.suffix == ".json" or alone:
-                known = self._read_json(path, load(path))
-            else:
-                known = self.tables.add_log_text(path)
-        except Unreadable as error:
-            if path.suffix in (".txt", ".log") and alone:
-                return self._read_alone(path)
-            self.findings.append(Finding(plain(path), "not readable", f"{error}."))
-            return None
-        if not known and (alone or path.suffix in (".json", ".csv")):
-            self.unknown.append(plain(path))
-        return None
-
-    def _read_alone(self, path: Path) -> None:
-        try:
-            if not self.tables.add_log_text(path):
+                self._take(path.parent, ours.sweep(path.parent))
+            elif not self._known(path, alone) and (alone or path.suffix in (".json", ".csv")):
                 self.unknown.append(plain(path))
         except Unreadable as error:
             self.findings.append(Finding(plain(path), "not readable", f"{error}."))
+
+    def _known(self, path: Path, alone: bool) -> bool:
+        """Read a file if its form is known; of a file that is given by itself no name is asked."""
+        if path.suffix == ".csv":
+            return self.tables.add(path)
+        if path.suffix in (".txt", ".log"):
+            if self.tables.add_log_text(path):
+                return True
+            with suppress(Unreadable):
+                return alone and self._read_json(path, load(path))
+            return False
+        return self._read_json(path, load(path))
 
     def _read_json(self, path: Path, content: Any) -> bool:
         if isinstance(content, list):
@@ -156,12 +152,12 @@ class _Reader:
         return True
 
     def _add_original(self, path: Path, records: list[Any], entries: int) -> None:
-        found, read = original.combined(path, records)
+        found, odd = original.combined(path, records)
+        self.originals.append(found)
+        self.findings += odd
         if entries > len(records):
             text = f"{entries - len(records)} of {entries} entries are no records of ranks."
-            read.findings.append(Finding(plain(path), "not readable", text))
-        self.originals.append(found)
-        self.findings += read.findings
+            self.findings.append(Finding(plain(path), "not readable", text))
 
     def _read_numbered(self, folder: Path, paths: Sequence[Path]) -> None:
         """Ranks' own files, of a run that was never summarized; else the summary has them."""

@@ -29,7 +29,7 @@ def save(result: RunResult, plan: RunPlan, on: Literal["local", "aws"]) -> str:
     Raises:
         StorageError: it cannot be written.
     """
-    url = f"{result.combined_data.rpartition('/')[0]}/{NAME}"
+    url = f"{result.folder}/{NAME}"
     text = json.dumps(content(result, plan, on), indent=1, allow_nan=False)
     storage.write(url, text.encode() + b"\n")
     return url

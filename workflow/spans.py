@@ -12,9 +12,10 @@ from typing import Any
 from lambda_worker.timing import Stopwatch
 from workflow.plan import Span
 
-__all__ = ["all_spans", "rank_spans", "usable"]
+__all__ = ["all_spans", "launcher_spans", "rank_spans"]
 
 _LATEST, _LONGEST = 1e11, 1e9  # seconds: the year 5138, 31 years
+_MOST = 1000  # of one rank; it has six
 
 
 def all_spans(launcher: Stopwatch, records: Sequence[Mapping[str, Any]]) -> list[Span]:
@@ -27,18 +28,22 @@ def rank_spans(record: Mapping[str, Any]) -> list[Span]:
     """A rank's stages; none in a record of an older version. What is no span is left out."""
     match record:
         case {"rank": int() as rank, "spans": list() as listed}:
-            spans = [Span(rank, *fields) for fields in listed if _is_span(fields)]
-            return [span for span in spans if usable(span)]
+            return [Span(rank, *fields) for fields in listed[:_MOST] if _is_span(fields)]
     return []
 
 
-def usable(span: Span) -> bool:
-    """Whether a calendar knows its times: files may come from strangers."""
-    return 0 <= span.start < _LATEST and 0 <= span.seconds < _LONGEST  # not so for NaN
+def launcher_spans(told: Mapping[str, Any]) -> list[Span]:
+    """The launcher's steps, as `run.json` tells them. What is no span is left out."""
+    match told:
+        case {"spans": list() as listed}:
+            steps = [each[1:] for each in listed[:_MOST] if isinstance(each, list) and each]
+            return [Span(None, *fields) for fields in steps if _is_span(fields)]
+    return []
 
 
 def _is_span(fields: object) -> bool:
+    """Whether these are a name and times that a calendar knows: files may be of strangers."""
     match fields:
-        case [str(), int() | float(), int() | float()]:
-            return True
+        case [str(), int() | float() as start, int() | float() as seconds]:
+            return 0 <= start < _LATEST and 0 <= seconds < _LONGEST  # not so for NaN
     return False

@@ -16,12 +16,14 @@ from secrets import token_hex
 from typing import TYPE_CHECKING
 
 from lambda_worker import storage
+from workflow.aws_calls import LONGEST_NAME
 from workflow.calls import RunFailed, start, with_log
 from workflow.local import run_job
 from workflow.plan import Json, OnEvent, RunPlan
 from workflow.processes import ProcessFamily, death_note, read_tail
 from workflow.runfile import save
-from workflow.sweep import Item, Outcome, Plan
+from workflow.sweep import Outcome
+from workflow.sweep_plan import Item, Plan
 
 if TYPE_CHECKING:
     from workflow.aws import Target
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["COSMIC", "infers", "runs_here", "runs_on_aws"]
 
 COSMIC = (sys.executable, "-m", "workflow")
-_LONGEST = 80  # of an execution's name, in characters
 
 
 def runs_here(plan: RunPlan, data: Callable[[str], str], on_event: OnEvent) -> Execute:
@@ -45,7 +46,7 @@ def runs_here(plan: RunPlan, data: Callable[[str], str], on_event: OnEvent) -> E
         mine = replace(mine, results=str(folder.parent), run=folder.name)
         result = await run_job(mine, on_event)
         save(result, mine, "local")
-        return Outcome(result.seconds, _folder(result.combined_data))
+        return Outcome(result.seconds, result.folder)
 
     return execute
 
@@ -66,12 +67,12 @@ def runs_on_aws(
         # Step Functions keeps names for 90 days, and a run that failed is done again.
         end = f"{folder.name}-{token_hex(3)}"
         mine = _mine(plan, item, plan.data)
-        mine = replace(mine, run=f"{sweep[: _LONGEST - 1 - len(end)]}-{end}")
+        mine = replace(mine, run=f"{sweep[: LONGEST_NAME - 1 - len(end)]}-{end}")
         result = await run_on_aws(mine, target, on_event)
         urls = result.combined_data, result.summary_path, save(result, mine, "aws")
         for url in urls:  # so that the sweep can be read, and moved, without AWS
             storage.write(str(folder / url.rpartition("/")[2]), storage.read(url))
-        return Outcome(result.seconds, _folder(result.combined_data))
+        return Outcome(result.seconds, result.folder)
 
     return execute
 
@@ -98,10 +99,6 @@ def infers(
 
 def _mine(plan: RunPlan, item: Item, data: str) -> RunPlan:
     return replace(plan, data=data, world_size=item.world_size, batch_size=item.batch_size)
-
-
-def _folder(combined_data: str) -> str:
-    return combined_data.rpartition("/")[0]
 
 
 def _options(plan: Plan, item: Item, data: str) -> list[str]:

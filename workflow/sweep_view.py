@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from workflow.configurations import summarise
-from workflow.cost import load_prices, of_run
+from workflow.cost import load_prices, priced
+from workflow.results import METRICS
 from workflow.sweep import Record, Sweep, error_line
 from workflow.table import print_wide, short
 
@@ -26,15 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["End"]
 
-Costs = Mapping[str, float]
-"""Dollars by a run's place, of those whose cost is known."""
-
 _DASH = "–"  # noqa: RUF001
 _COST = "USD: what it would cost on AWS in the same seconds (docs/cost.md)."
 _FAILURES = 20
 # Rounding differs with the shape of a batch; more than this is no rounding.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
-_METRICS = ("mae", "mse", "bias", "nmad", "r2")
 
 
 class _Column(NamedTuple):
@@ -63,11 +61,11 @@ class End:
     def show(self) -> None:
         """Print it for people, to stdout."""
         if self.sweep.manifest.kind == "infer":
-            _print_infers(self._records(), self._costs())
+            _print_infers(self._records(), self._runs)
         else:
             here = self.sweep.plan.on == "local"
             cores = self.sweep.manifest.environment.get("cores_usable") if here else None
-            _print_runs(summarise(self.results.runs), self._costs(), cores)
+            _print_runs(summarise(self._runs), cores)
         print(*self._all_warnings(), sep="\n", end="\n" * bool(self._all_warnings()))
         _print_failures(self.sweep, self.again)
         if remarks := [f for f in self.results.findings if f.kind != "runs failed"]:
@@ -80,13 +78,12 @@ class End:
 
     def as_json(self) -> str:
         """Return it for programs, as one JSON object."""
-        costs = self._costs()
         plain = {
             "name": self.sweep.folder.name,
             "folder": str(self.sweep.folder.absolute()),
             "report": self.page and str(Path(self.page).absolute()),
             "plan": self.sweep.plan.model_dump(mode="json"),
-            "configurations": [_plain(each, costs) for each in summarise(self.results.runs)],
+            "configurations": [_plain(each) for each in summarise(self._runs)],
             "runs": [record.model_dump(mode="json") for record in self._records()],
             "failed": len(self.sweep.failed),
             "findings": [finding._asdict() for finding in self.results.findings],
@@ -97,11 +94,9 @@ class End:
     def _records(self) -> list[Record]:
         return [self.sweep.records[item.key] for item in self.sweep.items]
 
-    def _costs(self) -> Costs:
-        prices = load_prices()
-        ok = (run for run in self.results.runs if run.status == "ok")
-        known = ((run.place, of_run(run, prices)) for run in ok)
-        return {place: cost.total_usd for place, cost in known if cost is not None}
+    @cached_property
+    def _runs(self) -> list[Run]:
+        return priced(self.results.runs, load_prices())[0]
 
     def _all_warnings(self) -> list[str]:
         return [*self.warnings, *_accuracy_warnings(self.results.runs)]
@@ -110,7 +105,7 @@ class End:
 # -- runs of several ranks -----------------------------------------------------------------------
 
 
-def _print_runs(found: Sequence[Configuration], costs: Costs, cores: int | None) -> None:
+def _print_runs(found: Sequence[Configuration], cores: int | None) -> None:
     """Print the table of a sweep, and what its columns mean, to stdout.
 
     Args:
@@ -133,15 +128,14 @@ def _print_runs(found: Sequence[Configuration], costs: Costs, cores: int | None)
     for head in ("data", *heads) if several else heads:
         table.add_column(head, justify="right", no_wrap=True)
     for each in found:
-        cells = _run_cells(each, costs, repeated)
+        cells = _run_cells(each, repeated)
         table.add_row(*((each.data, *cells) if several else cells))
     print_wide(Console(), table)
-    print("", *_run_notes(found, costs, repeated, cores), "", sep="\n")
+    print("", *_run_notes(found, repeated, cores), "", sep="\n")
 
 
-def _run_cells(each: Configuration, costs: Costs, repeated: bool) -> list[str]:
+def _run_cells(each: Configuration, repeated: bool) -> list[str]:
     get = each.measures.get
-    known = [costs[run.place] for run in each.runs if run.place in costs]
     return [
         _text(each.world_size, ",d"),
         _text(each.batch_size, ",d"),
@@ -151,13 +145,11 @@ def _run_cells(each: Configuration, costs: Costs, repeated: bool) -> list[str]:
         _median(get("rows_per_s_wall_clock"), ",.0f"),
         _text(each.speedup, ".2f"),
         _text(peak.max if (peak := get("peak_memory_mb")) else None, ",.0f"),
-        _text(statistics.median(known) if known else None, ".6f"),
+        _median(get("cost_usd"), ".6f"),
     ]
 
 
-def _run_notes(
-    found: Sequence[Configuration], costs: Costs, repeated: bool, cores: int | None
-) -> list[str]:
+def _run_notes(found: Sequence[Configuration], repeated: bool, cores: int | None) -> list[str]:
     lines = [
         "infer s: inference of the slowest rank. total s: from init to the end of",
         "summarize. rows/s: wall-clock, all rows over infer s. speed-up: infer s of",
@@ -165,7 +157,7 @@ def _run_notes(
     ]
     if repeated:
         lines.append("Of several runs: median (least-most) of those that are ok.")
-    if costs:
+    if any("cost_usd" in each.measures for each in found):
         lines.append(_COST if cores else "USD: what the run costs on AWS (docs/cost.md).")
     if cores:
         lines.append(
@@ -194,13 +186,15 @@ _ACCURACY = (
 )
 
 
-def _print_infers(records: Iterable[Record], costs: Costs) -> None:
+def _print_infers(records: Iterable[Record], runs: Iterable[Run]) -> None:
     """Print the tables of a sweep of `cosmic infer`: speed and accuracy by batch size."""
+    ok = (run for run in runs if run.status == "ok")
+    costs = {run.name: run.cost_usd for run in ok if run.cost_usd is not None}
     groups: dict[tuple[str, int], list[Record]] = {}
     for record in sorted(records, key=lambda record: (record.data, record.batch_size)):
         groups.setdefault((record.data, record.batch_size), []).append(record)
     several = len({data for data, _ in groups}) > 1
-    money = [("USD", lambda runs: _cost(runs, costs))] if costs else []
+    money = [("USD", lambda of_it: _cost(of_it, costs))] if costs else []
     _print_columns("Speed", groups, _SPEED, several, money)
     _print_columns("Accuracy", groups, _ACCURACY, several, [])
     print("Medians of the runs that are ok; each is a process of its own. time s: of the")
@@ -239,9 +233,8 @@ def _medians(columns: Sequence[_Column], reports: Sequence[Json]) -> list[str]:
     return cells
 
 
-def _cost(runs: Sequence[Record], costs: Costs) -> str:
-    keys = {run.key for run in runs}
-    known = [usd for place, usd in costs.items() if Path(place).name.removesuffix(".json") in keys]
+def _cost(records: Sequence[Record], costs: Mapping[str, float]) -> str:
+    known = [costs[record.key] for record in records if record.key in costs]
     return _text(statistics.median(known) if known else None, ".6f")
 
 
@@ -255,7 +248,7 @@ def _accuracy_warnings(runs: Iterable[Run]) -> list[str]:
         groups.setdefault((run.data, run.precision or ""), []).append(run.metrics)
     lines = []
     for (data, precision), several in groups.items():
-        for name in _METRICS:
+        for name in METRICS:
             values = [v for each in several if (v := each.get(name)) is not None]
             limit = _TOLERANCE.get(precision, max(_TOLERANCE.values()))
             if values and max(values) - min(values) > limit:
@@ -305,15 +298,16 @@ def _spread(spread: Spread | None, repeated: bool) -> str:
     return f"{spread.median:,.2f} ({spread.min:,.2f}-{spread.max:,.2f})"
 
 
-def _plain(each: Configuration, costs: Costs) -> Json:
+def _plain(each: Configuration) -> Json:
     """A configuration for programs; `runs` counts them."""
     names = ("on", "data", "world_size", "batch_size", "engine", "precision", "ok", "failed")
-    known = [costs[run.place] for run in each.runs if run.place in costs]
+    measures = {name: spread._asdict() for name, spread in each.measures.items()}
+    cost = measures.pop("cost_usd", None)
     return {
         **{name: getattr(each, name) for name in names},
         "runs": len(each.runs),
-        "measures": {name: spread._asdict() for name, spread in each.measures.items()},
+        "measures": measures,
         "speedup": each.speedup,
         "efficiency": each.efficiency,
-        "cost_usd": statistics.median(known) if known else None,
+        "cost_usd": cost and cost["median"],
     }

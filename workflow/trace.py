@@ -13,7 +13,6 @@ from typing import Any
 
 from workflow.plan import Json, Span
 from workflow.results import Rank, Run
-from workflow.spans import usable
 
 __all__ = ["chrome_trace"]
 
@@ -36,10 +35,9 @@ def chrome_trace(run: Run) -> Json:
     Args:
         run: without spans, as of an older version, the trace has no events but the run's name.
     """
-    all_spans = [span for span in run.spans if usable(span)]
-    zero = min((span.start for span in all_spans), default=0.0)
+    zero = min((span.start for span in run.spans), default=0.0)
     events = [_meta("process_name", 0, name=f"{run.source} {run.name}")]
-    tracks, ranks = _tracks(all_spans), {record.rank: record for record in run.ranks}
+    tracks, ranks = _tracks(run.spans), {record.rank: record for record in run.ranks}
     names = _thread_names(rank for rank, _ in tracks)
     for tid, ((rank, spans), name) in enumerate(zip(tracks, names, strict=True)):
         events.append(_meta("thread_name", tid, name=name))
@@ -48,7 +46,7 @@ def chrome_trace(run: Run) -> Json:
     return {
         "traceEvents": events,
         "displayTimeUnit": "ms",
-        "otherData": {"run": run.name, "on": run.on, **_times(run.on, all_spans)},
+        "otherData": {"run": run.name, "on": run.on, **_times(run.on, run.spans)},
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from workflow.sweep import Plan
+from workflow.sweep_plan import Plan
 
 SMALL: dict[str, Any] = {"world_sizes": (1, 2), "batch_sizes": (8, 16), "data_sizes": ("small",)}
 

@@ -74,6 +74,12 @@ def test_a_file_has_its_report_beside_it_and_several_have_theirs_here(cosmic: Co
     assert cosmic("runs", "more").stdout.startswith("report/report.html")
 
 
+def test_a_device_has_no_report() -> None:
+    done = CliRunner().invoke(cli.app, ["report", "/dev/null"])
+    assert done.exit_code == 1
+    assert "no results in /dev/null (it is not an ordinary file)" in done.stderr
+
+
 def test_a_trace_is_of_the_run_that_is_shown(
     cosmic: Cosmic, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,12 @@ def test_help_teaches(start: Start, words: list[str], shown: list[str]) -> None:
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("group", [[], ["data"], ["model"]])
+def test_what_a_command_does_is_said_to_its_end(start: Start, group: list[str]) -> None:
+    _, out, _ = finish(start(*group, "--help"))
+    assert "..." not in out.partition("Commands:")[2]
+
+
 @pytest.mark.parametrize("command", ["run", "infer", "sweep", "check"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
@@ -68,6 +74,8 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (["--batch-size", "many"], ["'--batch-size'", "neither a number of rows"]),
         (["--data", "nowhere"], ["--data", "nowhere does not exist; name a .pt file or a folder"]),
         (["--data", ".", "--seed", "3"], ["--data", "--seed", "leave them out"]),
+        (["--data", "/etc/passwd"], ["--data", "/etc/passwd is neither a folder nor a file that"]),
+        (["--results", "/dev/null/x"], ["--results", "/dev/null is not a folder"]),
         (["--timeout", "inf"], ["--timeout", "inf is not a number of seconds"]),
         (["--timeout", "nan"], ["--timeout"]),
         (["--run", "../up"], ["--run", "use letters, digits"]),
@@ -96,6 +104,20 @@ def test_a_run_ends_with_a_table_and_paths(start: Start, tmp_path: Path) -> None
     steps = [line.split()[2] for line in err.splitlines() if " s    " not in line]
     assert steps == ["rendezvous", "init:", "infer:", "summarize:"]
     assert recorded(tmp_path, "results/fake-run/init.json")["fmi_enabled"] is True
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_answer_that_there_is_no_room_for(unbuffered: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "workflow", "cost", "--rows", "9"],
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.stderr == "Error: cannot write to stdout: No space left on device\n"
+    assert done.returncode == 1
 
 
 def test_what_the_launcher_knows_stays_with_the_results(start: Start, tmp_path: Path) -> None:
@@ -222,11 +244,25 @@ def test_data_make_writes_a_dataset(start: Start, tmp_path: Path) -> None:
 
 
 def test_data_that_cannot_be_written(start: Start, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    code, out, err = finish(start("data", "make", "--rows", "1", "--out", "file/x.pt"))
+    (tmp_path / "x.pt").mkdir()
+    code, out, err = finish(start("data", "make", "--rows", "1", "--out", "x.pt"))
     assert code == 1
     assert out == ""
-    assert err.splitlines()[-1].startswith("Error: cannot write file/x.pt")
+    assert err.splitlines()[-1].startswith("Error: cannot write x.pt")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--out", "x.txt"], "Invalid value for --out: x.txt: expected a name that ends with .pt"),
+        (["--out", "/dev/null/x.pt"], "Invalid value for --out: cannot write to /dev/null"),
+        (["--rows", str(10**11)], "Invalid value for --rows: 100,000,000,000 rows are 2,0"),
+    ],
+)
+def test_data_that_nobody_could_use_are_not_made(start: Start, words: list[str], says: str) -> None:
+    code, out, err = finish(start("data", "make", *words))
+    assert (code, out) == (2, "")
+    assert says in err
 
 
 def test_model_train_writes_a_model(start: Start, tmp_path: Path) -> None:

@@ -18,9 +18,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from workflow.cli import app
-from workflow.cli_run import tell
 from workflow.plan import RanksProgress, Step
-from workflow.progress import LiveView
+from workflow.progress import LiveView, tell
 
 Start = Callable[..., "subprocess.Popen[str]"]
 MINE = ("--state-machine", MACHINE, "--rendezvous", "fmi.example.org:10000")

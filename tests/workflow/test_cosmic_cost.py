@@ -152,7 +152,7 @@ def test_a_place_without_results_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         ("--rows 9 --plot a.pdf", 2, "ends with .png"),
         ("--rows 9 --region mars-1", 1, "no prices of mars-1"),
         ("--rows 9 --prices /none.toml", 1, "/none.toml: No such file"),
-        ("--rows 1000000000000", 1, "more ranks, or more memory"),
+        ("--rows 1000000000000", 1, "take more ranks (--world-size, --max-world-size)"),
         ("--rows 659817 --world-size 1 --memory 1769", 1, "Lambda ends them after 900 s"),
     ],
 )

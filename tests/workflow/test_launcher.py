@@ -86,6 +86,13 @@ async def test_threads_are_shared_out(plan: Plan, monkeypatch: pytest.MonkeyPatc
     assert environment["LOCAL_WORLD_SIZE"] == str(len(result.records))
 
 
+async def test_more_ranks_than_the_memory_has_room_for(plan: Plan, tmp_path: Path) -> None:
+    error = await failure(plan(world_size=10_000_000))
+    assert str(error).startswith("the run needs 600,000.0 GB of memory or more for 10,000,000 ")
+    assert str(error).endswith("GB are free: take a smaller --world-size, or --on aws")
+    assert_nothing_left(tmp_path, processes=0)
+
+
 async def test_the_failed_ranks_own_error_is_shown_at_once(plan: Plan, tmp_path: Path) -> None:
     began = time.monotonic()
     error = await failure(plan({"infer 2": "error", "infer 0": "hang", "infer 1": "hang"}))
@@ -147,7 +154,7 @@ async def test_a_worker_that_breaks_the_protocol(plan: Plan, what: str, text: st
 
 async def test_a_worker_that_cannot_be_started(plan: Plan) -> None:
     error = await failure(plan(worker=("/nowhere/python",)))
-    assert str(error).startswith("init cannot be started: [Errno 2]")
+    assert str(error) == "init cannot be started: /nowhere/python: No such file or directory"
 
 
 async def test_cancelling_ends_all_processes(plan: Plan, tmp_path: Path) -> None:

@@ -89,6 +89,15 @@ def test_speed_up_says_nothing_of_threads_that_are_the_same_or_unknown(
     assert report_figures._threads(summarise([threads(1, 4), *others])) == ""
 
 
+def test_times_of_the_originals_runs_are_nowhere_taken_for_ours(tmp_path: Path) -> None:
+    theirs = {"source": "original", "on": "aws", "partition_mb": 25.0, "data_gb": 1.0}
+    write(Results(tuple(made_run(1, n, **theirs) for n in (8, 32)), ()), str(tmp_path))
+    said = (tmp_path / "report.md").read_text()
+    assert "Time against batch size" in said
+    assert "Thin: the Map state" in said
+    assert "slowest rank" not in said.partition("How to read")[0]
+
+
 # -- numbers of strangers --------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import pytest
 from lambda_worker.timing import Stopwatch
 from workflow.plan import Span
 from workflow.results import Rank, Run
-from workflow.spans import all_spans, rank_spans
+from workflow.spans import all_spans, launcher_spans, rank_spans
 from workflow.trace import chrome_trace
 
 NOW = 1_795_745_689.3487027
@@ -195,9 +195,10 @@ def test_a_run_without_spans() -> None:
 
 
 def test_times_that_no_calendar_knows_are_left_out() -> None:
-    odd = [Span(0, "join", *times) for times in ((1e300, 1), (NOW, 1e300), (math.nan, 1), (-1, 1))]
-    events = checked(make_run(*odd, Span(0, "load", NOW, 1), on="aws"))[0]
-    assert [(event["name"], event["ts"]) for event in events] == [("load", 0)]
+    odd = [["join", *times] for times in ((1e300, 1), (NOW, 1e300), (math.nan, 1), (-1, 1))]
+    assert rank_spans(record(0, [*odd, ["load", NOW, 1]])) == [Span(0, "load", NOW, 1)]
+    steps = [*([None, *each] for each in odd), "init", [], [None], [None, "init", NOW, 1]]
+    assert launcher_spans({"spans": steps}) == [Span(None, "init", NOW, 1)]
 
 
 def test_empty_spans_are_kept() -> None:

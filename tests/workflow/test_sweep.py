@@ -25,18 +25,16 @@ from lambda_worker.storage import StorageError
 from workflow import sweep as module
 from workflow.calls import RunFailed
 from workflow.sweep import (
-    Item,
     Manifest,
     Outcome,
     Sweep,
     SweepError,
     error_line,
-    extend,
     locked,
     new_folder,
-    order,
     read_manifest,
 )
+from workflow.sweep_plan import Item, extend, order
 
 
 class Killed(BaseException):

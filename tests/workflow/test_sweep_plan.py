@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from small_plan import plan
 
-from workflow.sweep import Item, Plan, PlanError, Record, extend, order, seconds_left
+from workflow.sweep import Record, seconds_left
+from workflow.sweep_plan import Item, Plan, PlanError, extend, order
 
 # -- the plan ----------------------------------------------------------------------------------
 

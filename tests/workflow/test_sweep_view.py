@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from workflow.results import Finding, Rank, Results, Run
-from workflow.sweep import Manifest, Plan, Record, Sweep
+from workflow.sweep import Manifest, Record, Sweep
+from workflow.sweep_plan import Plan
 from workflow.sweep_view import End
 
 SIZES: dict[str, Any] = {"world_sizes": (1, 4), "batch_sizes": (128,), "repeat": 2, "seed": 0}
