@@ -53,7 +53,7 @@ openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=f
     -keyout key.pem -out cert.pem
 sed -n '/^from examples.ranks/,/^```/p' examples/README.md | sed '$d' > yours.py
 cp examples/ddp.py train.py
-for name in m astromae; do cp workflow/demo/model.safetensors $name.safetensors; done
+for name in m astromae; do cp lambda_worker/demo_model/model.safetensors $name.safetensors; done
 cosmic data make
 for run in a b; do cosmic run --run $run; done
 cosmic sweep --world-size 1,2 --batch-size 64 --name sweep-1
