@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.commands import PAGES, ROOT, shown_on
-from tests.full.containers import BASE, missing
+from tests.full.containers import BASE, no_base
 
 USER = "newcomer"
 CLONE = f"/home/{USER}/cosmic"
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, default=Path("build/fresh"), metavar="FOLDER")
     parser.add_argument("--only", default="", metavar="REGEX", help="pages, or lines")
     given = parser.parse_args()
-    if why := missing():
+    if why := no_base():
         sys.exit(f"Error: {why}")
     given.logs.mkdir(parents=True, exist_ok=True)
     with machine() as name:
