@@ -45,6 +45,17 @@ ELSEWHERE = {
     r"^cosmic check [^&]*--rank 1": "typed beside the line before",
     r"^cosmic sweep$": "as long as `make sweep`, which is the same",
 }
+# The wheel of `make dist` in an environment that has nothing else of this project.
+WHEEL = r"""set -e
+cd $(mktemp -d)
+/usr/bin/python3 -m venv empty
+export PATH=$PWD/empty/bin:$PATH
+pip install -q torch==2.13.0 "$(ls ~/cosmic/dist/*.whl)[workflow]"
+cosmic run
+trap 'kill $!; wait' EXIT
+python -m rendezvous_server 2> server.log & sleep 3
+sed -n '/^```python/,/^```/p' ~/cosmic/README.md | sed '1d;$d' > example.py
+python example.py"""
 # What a reader has by then: data, a program, results.
 BEFORE = r"""set -e
 mkdir -p mine && for part in 1 2; do cosmic data make --rows 300 --out mine/$part.pt; done
@@ -74,6 +85,7 @@ INSTEAD = {
 def plan() -> Iterator[tuple[str, str]]:
     """Pages, and what is typed of each, once."""
     yield from (("first", line) for line in FIRST)
+    yield ("wheel", WHEEL)
     yield ("before", BEFORE)
     seen = set(FIRST)
     for page in PAGES:
