@@ -17,7 +17,7 @@ from workflow.demo import data_path
 if TYPE_CHECKING:
     from workflow.progress import View
 
-commands = group("Datasets: make one of demo galaxies, split one, upload one.")
+commands = group("Datasets: make one of demo galaxies, split or upload one.")
 
 
 class Size(StrEnum):
@@ -55,7 +55,7 @@ def make(
         ),
     ] = None,
 ) -> None:
-    """Simulate SDSS-like galaxies and write them as a .pt file.
+    """Simulate SDSS-like galaxies, as a .pt file.
 
     Magnitudes and redshifts are real, the 32 x 32 ugriz cutouts are painted to them. The file holds
     a TensorDataset, which is in memory as a whole until it is written: 20 MB for 1,000 rows.

@@ -114,7 +114,7 @@ def export(
         Path | None, typer.Argument(metavar="[OUT]", help="The .onnx file  [default: beside it]")
     ] = None,
 ) -> None:
-    """Export a model for the engines onnx and openvino.
+    """Export a model for onnx and openvino, which need no torch.
 
     They need no torch, but one .onnx file, which both read. It is written only if ONNX Runtime
     predicts the same with it. Keep it beside the model, and export again after a change of the

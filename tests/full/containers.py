@@ -42,6 +42,11 @@ def client() -> docker.DockerClient:
 
 @cache
 def missing() -> str | None:
+    """What stands in the way of the images' tests, in one line; None: nothing."""
+    return no_base() or (None if emulator() else "no aws-lambda-rie: `make tools` brings it")
+
+
+def no_base() -> str | None:
     """What stands in the way of containers, in one line; None: nothing."""
     try:
         client().images.get(BASE)
@@ -49,7 +54,7 @@ def missing() -> str | None:
         return f"no image {BASE}: .ci/docker makes it, as root"
     except docker.errors.DockerException:
         return "no Docker engine answers: .ci/docker starts one, as root"
-    return None if emulator() else "no aws-lambda-rie: `make tools` brings it"
+    return None
 
 
 # -- images --------------------------------------------------------------------------------------
