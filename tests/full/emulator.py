@@ -178,26 +178,6 @@ def emulator(folder: Path, **environment: str) -> Iterator[Emulator]:
         yield here
 
 
-@contextmanager
-def rendezvous(folder: Path, secret: str | None = None) -> Iterator[str]:
-    """Run a rendezvous server as a process of its own, which admits anybody without a secret;
-    gives its address."""
-    options = ("--host", "127.0.0.1", "--port", "0", "--admin-port", "-1")
-    command = [sys.executable, "-m", "rendezvous_server", *options]
-    if secret is not None:
-        (folder / "secret").write_text(secret)
-        command += ["--secret-file", str(folder / "secret")]
-    log = folder / "rendezvous.log"
-    with _running(command, log, _clean() | {"PYTHONPATH": str(ROOT)}) as process:
-
-        def port() -> Any:
-            assert process.poll() is None, log.read_text()
-            lines = [json.loads(line) for line in log.read_text().splitlines(keepends=False)]
-            return next((e["port"] for e in lines if e.get("event") == "listening"), None)
-
-        yield f"127.0.0.1:{wait_for(port, 'the rendezvous server', 60)}"
-
-
 def wait_for(condition: Callable[[], Any], what: str, seconds: float) -> Any:
     """Return the condition's value as soon as it is true."""
     deadline = time.monotonic() + seconds

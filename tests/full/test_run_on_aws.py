@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.full.emulator import REGION, ROOT, Emulator, emulator, rendezvous, wait_for
+from tests.full.emulator import REGION, ROOT, Emulator, emulator, wait_for
+from tests.processes import serve_rendezvous
 
 ROWS = 64
 
@@ -86,7 +87,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def account(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Path]) -> Iterator[Account]:
     folder, secret = tmp_path_factory.mktemp("aws"), token_hex(32)
-    with emulator(folder) as aws, rendezvous(folder, secret) as server:
+    with emulator(folder) as aws, serve_rendezvous(secret=secret) as server:
         aws.bucket("cosmic")
         for name, path in data.items():
             aws.client("s3").upload_file(str(path), "cosmic", f"datasets/{name}/1.pt")

@@ -11,8 +11,9 @@ from secrets import token_hex
 
 import pytest
 
-from tests.full.emulator import REGION, ROOT, emulator, rendezvous
+from tests.full.emulator import REGION, ROOT, emulator
 from tests.full.test_run_on_aws import deploy, keep
+from tests.processes import serve_rendezvous
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(300)]
 
@@ -23,7 +24,7 @@ def test_two_configurations(tmp_path: Path) -> None:
     secret, home, data = token_hex(32), tmp_path / "home", tmp_path / "1.pt"
     make(data, 32, "test", 0, lambda stage, rows, of: None)
     home.mkdir()
-    with emulator(tmp_path) as aws, rendezvous(tmp_path, secret) as server:
+    with emulator(tmp_path) as aws, serve_rendezvous(secret=secret) as server:
         aws.bucket("cosmic")
         aws.client("s3").upload_file(str(data), "cosmic", "datasets/small/1.pt")
         outputs = {

@@ -29,7 +29,7 @@ class Measured(Protocol):
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A server in a process of its own."""
-    with serve_rendezvous("--allow-anonymous") as address:
+    with serve_rendezvous() as address:
         yield address
 
 

@@ -101,7 +101,7 @@ def grow(what: str, how: str, channel: str, total: int) -> tuple[int, int]:
             stall(comm, how)
         over.wait()
 
-    with serve_rendezvous("--allow-anonymous") as address:
+    with serve_rendezvous() as address:
         server = youngest_child()
         with running(address, 3, rank, channel=channel) as ranks:
             assert all(ready.acquire(timeout=20) for _ in ranks)
