@@ -90,6 +90,11 @@ class RankProcess(NamedTuple):
             return "died"
 
 
+def own_environment() -> dict[str, str]:
+    """Our environment without what is meant for other servers or jobs."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FMI_"))}
+
+
 @dataclass(frozen=True)
 class ServerProcess:
     """A rendezvous server: its ports, and what the kernel knows of it."""

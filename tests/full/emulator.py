@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from tests.support import closed_port
+from tests.processes import own_environment
+from tests.support import closed_port, wait_for
 
 ROOT = Path(__file__).parents[2]
 MINISTACK = ROOT / ".tools/ministack/bin/ministack"
@@ -172,19 +171,12 @@ def emulator(folder: Path, **environment: str) -> Iterator[Emulator]:
     log = folder / "ministack.log"
     with ExitStack() as stack:
         command = [str(MINISTACK)]
-        process = stack.enter_context(_running(command, log, _clean() | ours | environment))
+        process = stack.enter_context(
+            _running(command, log, own_environment() | ours | environment)
+        )
         here = Emulator(endpoint, log, stack)
         _wait_until_healthy(process, here)
         yield here
-
-
-def wait_for(condition: Callable[[], Any], what: str, seconds: float) -> Any:
-    """Return the condition's value as soon as it is true."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what}: waited {seconds:g} s in vain"
-        time.sleep(0.05)
-    return value
 
 
 @contextmanager
@@ -212,11 +204,6 @@ def _running(
         guard.wait()
         if process:
             process.wait()
-
-
-def _clean() -> dict[str, str]:
-    """Our environment without what is meant for other servers or jobs."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FMI_"))}
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], here: Emulator) -> None:

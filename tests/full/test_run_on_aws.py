@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -16,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.full.emulator import REGION, ROOT, Emulator, emulator, wait_for
-from tests.processes import serve_rendezvous
+from tests.full.emulator import REGION, ROOT, Emulator, emulator
+from tests.processes import own_environment, serve_rendezvous
+from tests.support import wait_for
 
 ROWS = 64
 
@@ -35,7 +35,7 @@ class Account:
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Start `cosmic run --on aws` with these options in addition."""
         usual = ("--on", "aws", "--endpoint-url", self.aws.endpoint, "--engine", "onnx")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FMI_"))}
+        environment = own_environment()
         mine = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
         mine |= {"AWS_DEFAULT_REGION": REGION, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
         return subprocess.Popen(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from tests.full.emulator import REGION, ROOT, emulator
 from tests.full.test_run_on_aws import deploy, keep
-from tests.processes import serve_rendezvous
+from tests.processes import own_environment, serve_rendezvous
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(300)]
 
@@ -60,7 +59,7 @@ def test_two_configurations(tmp_path: Path) -> None:
 
 
 def _cosmic(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FMI_"))}
+    environment = own_environment()
     mine = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     mine |= {"AWS_DEFAULT_REGION": REGION, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
     command = [sys.executable, "-m", "workflow", *words]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import closing
 from typing import Any
 
@@ -22,13 +21,6 @@ def restart(lab: Lab) -> None:
     lab.start_server()
 
 
-def has_logged(lab: Lab, word: str) -> None:
-    give_up = time.monotonic() + 10
-    while word not in lab.log.read_text():
-        assert time.monotonic() < give_up, f"the server never said {word!r}"
-        time.sleep(0.01)
-
-
 def lost(result: dict[str, Any]) -> None:
     """It waited for a server in vain, and says so."""
     assert result["error"] == "RendezvousError", result
@@ -43,7 +35,7 @@ def fine(result: dict[str, Any], kind: str) -> bool:
 @pytest.mark.parametrize(("one", "other"), [("preserving", "rst"), ("random", "random")])
 def test_ranks_that_wait_join_again(one: Nat, other: Nat) -> None:
     with build(*sites_of(one, other)) as lab, closing(Rank(lab, 0)) as first:
-        has_logged(lab, "joined")
+        lab.has_logged("joined")
         restart(lab)
         with closing(Rank(lab, 1)) as second:
             kind = "direct" if one == "preserving" else "relay"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import socket
-import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +12,7 @@ from dataclasses import replace
 
 from fmi_client.protocol import auth
 from fmi_client.protocol.rendezvous import ClientSide, Event, Hello, Welcome
+from tests.support import close_by_reset, wait_for
 
 HELLO = Hello("job", 1, 0, 0, 0, (("::", 1),), b"")
 
@@ -66,7 +66,7 @@ def _converse(sock: socket.socket, side: ClientSide) -> list[Event]:
 
 def reset(sock: socket.socket) -> None:
     """Close with a reset."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    close_by_reset(sock)
     sock.close()
 
 
@@ -82,7 +82,5 @@ def ended(sock: socket.socket) -> bytes:
 def until(condition: Callable[[], bool], seconds: float = 10.0) -> float:
     """Wait for it; returns the seconds that it took."""
     start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, "it did not come to pass"
-        time.sleep(0.002)  # a look costs the victim's core some time
+    wait_for(condition, "the server", seconds)
     return time.monotonic() - start
