@@ -23,6 +23,8 @@ from fmi_client.errors import (
 from tests.fmi import everything
 from tests.processes import RankFunction, run_processes, spawn
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize("size", [2, 4, 5])
 def test_every_collective(address: str, size: int) -> None:

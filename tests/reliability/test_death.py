@@ -15,6 +15,8 @@ from tests.processes import run_processes, spawn
 from tests.reliability.collectives import COLLECTIVES, LARGE, SMALL, act_after
 from tests.reliability.conftest import Measured
 
+pytestmark = pytest.mark.alone
+
 SIZE = 8
 NIGHTLY = 100
 

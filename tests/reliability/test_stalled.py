@@ -23,6 +23,8 @@ from tests.processes import running, serve_rendezvous, spawn
 from tests.reliability.conftest import Measured
 from tests.support import run_ranks
 
+pytestmark = pytest.mark.alone
+
 MIB = 2**20
 LIMIT = 16 * MIB
 SENDER, RECEIVER, THIRD = range(3)

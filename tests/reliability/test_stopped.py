@@ -24,6 +24,8 @@ from tests.reliability.collectives import AGREEING, COLLECTIVES, LARGE, SMALL, a
 from tests.reliability.conftest import Measured
 from tests.support import KEY, run_ranks, serving
 
+pytestmark = pytest.mark.alone
+
 SIZE = 8
 TIMEOUT, LOOP_TIMEOUT = 0.5, 0.25
 LIMIT = 0.1

@@ -34,6 +34,8 @@ from tests.reliability.strangers import (
 )
 from tests.support import serving
 
+pytestmark = pytest.mark.alone
+
 TINY = b"\0" + encode(HELLO.encode() | {"job": "a", "nonce": bytes(16)})
 
 
