@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from fmi_client import sync
 from tests.support import KEY
 
-spawn = multiprocessing.get_context("fork")
+fork = multiprocessing.get_context("fork")
 
 
 RankFunction = Callable[[sync.Communicator], Any]
@@ -42,8 +42,8 @@ def processes(size: int, function: Callable[[int, Tell], None]) -> Iterator[list
     ranks: list[RankProcess] = []
     try:
         for rank in range(size):
-            ours, theirs = spawn.Pipe(duplex=False)
-            process = spawn.Process(target=_be, args=(theirs, rank, function), daemon=True)
+            ours, theirs = fork.Pipe(duplex=False)
+            process = fork.Process(target=_be, args=(theirs, rank, function), daemon=True)
             process.start()
             theirs.close()
             ranks.append(RankProcess(process, ours))
@@ -95,21 +95,26 @@ def own_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FMI_"))}
 
 
+def memory(pid: int, what: str) -> int:
+    """Return "VmRSS" of a process, or "VmHWM", the most ever, in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
+
+
 @dataclass(frozen=True)
 class ServerProcess:
-    """A rendezvous server: its ports, and what the kernel knows of it."""
+    """A rendezvous server: its process and its ports."""
 
     pid: int
     port: int
     admin_port: int
 
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
-
-    def memory(self, line: str) -> float:
-        """Return what a line of its status says, in KiB: VmRSS, or VmHWM, the most ever."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return float(status.split(f"{line}:")[1].split()[0])
 
 
 @contextmanager
@@ -167,4 +172,4 @@ def _end(process: subprocess.Popen[str]) -> None:
 def serve_rendezvous(*options: str, secret: str = "") -> Iterator[str]:
     """host:port of a rendezvous server; see `server_process`."""
     with server_process(*options, secret=secret) as server:
-        yield f"127.0.0.1:{server.port}"
+        yield server.address

@@ -21,7 +21,7 @@ from fmi_client.protocol.relay import relay_request
 from fmi_client.protocol.rendezvous import AUTH_SECONDS, Ready
 from rendezvous_server.listen import MAX_HTTP
 from rendezvous_server.strangers import Strangers, source
-from tests.processes import ServerProcess, server_process
+from tests.processes import ServerProcess, memory, server_process
 from tests.reliability.conftest import Measured
 from tests.reliability.strangers import (
     HELLO,
@@ -188,9 +188,9 @@ def crowd() -> Iterator[tuple[ServerProcess, float]]:
     with server_process() as server:
         pair_joins(server.port, "first")
         ask(server, "/metrics")
-        before = server.memory("VmRSS")
+        before = memory(server.pid, "VmRSS")
         waiting = [enter(server.port, "job", rank, 5001)[0] for rank in range(5000)]
-        yield server, (server.memory("VmRSS") - before) / 5000
+        yield server, (memory(server.pid, "VmRSS") - before) / 1024 / 5000
         for sock in waiting:
             reset(sock)
 
@@ -278,13 +278,13 @@ async def test_strangers_are_told_no_more_than_they_say(said: bytes) -> None:
 def test_frames_over_the_limit_are_not_allocated(measured: Measured) -> None:
     with server_process() as server:
         pair_joins(server.port, "first")
-        before = server.memory("VmHWM")
+        before = memory(server.pid, "VmHWM")
         for announced in (4097, 2**32 - 1):
             for _ in range(200):
                 with knock(server.port) as sock, suppress(ConnectionError):
                     sock.sendall(b"\0" + struct.pack("!I", announced) + bytes(4000))
                     assert ended(sock) == b""
-        grown = (server.memory("VmHWM") - before) / 1024
+        grown = (memory(server.pid, "VmHWM") - before) / 2**20
         measured("memory after 200 frames of 4 GiB announced", grown, "MiB", "< 4")
         assert grown < 4
         assert gauge(server, "refusals_total") == 400
