@@ -62,8 +62,11 @@ async def test_who_does_not_read_what_it_asks_for_is_cut(monkeypatch: pytest.Mon
 
 
 @pytest.fixture
-async def servers(tmp_path: Path) -> AsyncIterator[list[tuple[SharingServer, str]]]:
-    """Two servers in this process that share their jobs."""
+async def servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[list[tuple[SharingServer, str]]]:
+    """Two servers in this process that share their jobs, and say so once."""
+    monkeypatch.setattr("rendezvous_server.others.BEAT_SECONDS", 1000)
     redis = Redis(tmp_path)
     await redis.start()
     config = Config("127.0.0.1", 0, -1, SECRET, True, 60.0, redis_url=redis.url)
