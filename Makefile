@@ -16,6 +16,8 @@ STAMP := .venv/.ready
 TOOLS := .tools
 PYTEST := $(BIN)/python -m pytest
 USUAL := not full and not nightly
+# Containers like to set it, and then each of the thousand processes that tests start compiles us.
+unexport PYTHONDONTWRITEBYTECODE
 # ARGS may name tests of one half only.
 OR_NONE := || [ $$? = 5 ]
 

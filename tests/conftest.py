@@ -12,19 +12,8 @@ import structlog
 
 from tests.s3 import KEYS, serve_s3
 
-# What asserts how long something takes, or runs more ranks than there are cores, needs the machine
-# for itself: `make test` runs these tests one after the other, and all others two at a time.
-ALONE = {"fmi", "full", "net", "reliability", "server"}
-
 # The servers that run inside tests log to nobody; the logs of processes are tested as such.
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-
-
-@pytest.hookimpl(tryfirst=True)  # before "-m" looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.relative_to(Path(__file__).parent).parts[0] in ALONE:
-            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture

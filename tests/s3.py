@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import struct
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support import close_by_reset
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -123,8 +124,7 @@ def _cut(trouble: Trouble, send: Send) -> Send:
 
 def _reset(send: Any) -> None:
     transport = send.__self__.transport
-    sock = transport.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    close_by_reset(transport.get_extra_info("socket"))
     transport.abort()
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import struct
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from socketserver import BaseServer
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import structlog
 
 import fmi_client
 from fmi_client.communicator import Communicator, memory_world
 from fmi_client.protocol.addresses import format_address
-from rendezvous_server.config import Config
-from rendezvous_server.server import Server
+
+if TYPE_CHECKING:  # loaded late: the lab's ranks, which import this, start hundreds of times
+    from rendezvous_server.server import Server
 
 KEY = bytes(range(32))
 
@@ -35,6 +38,9 @@ async def serving(
     **more: Any,
 ) -> AsyncIterator[tuple[Server, str]]:
     """Run a rendezvous server in this loop; gives it and its address."""
+    from rendezvous_server.config import Config
+    from rendezvous_server.server import Server
+
     config = Config(host, 0, -1, secret, allow_anonymous, job_ttl, **more)
     server = Server(config)
     port = await server.start()
@@ -74,6 +80,20 @@ def closed_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+def close_by_reset(sock: socket.socket) -> None:
+    """Let the close of a connection, which is left to the caller, be a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
+    """Wait, in this thread, until `condition()` is true of what it returns; returns that."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"{what}: waited {seconds:g} s in vain"
+        time.sleep(0.005)  # a look costs whoever is awaited some of the machine
+    return value
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:

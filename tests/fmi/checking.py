@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing, suppress
@@ -14,6 +12,7 @@ import fmi_client
 from fmi_client.check import Plan, run
 from fmi_client.findings import Report, Step
 from fmi_client.protocol import frames
+from tests.support import close_by_reset
 
 SECRET = b"0123456789abcdef"
 
@@ -95,8 +94,7 @@ async def hangs_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 async def resets(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reader.read(1)
-    sock = writer.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    close_by_reset(writer.get_extra_info("socket"))
 
 
 async def drips(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

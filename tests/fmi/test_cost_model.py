@@ -18,6 +18,8 @@ from fmi_client.cost_model import OPERATIONS, Model, predict
 from tests.processes import run_processes
 from tests.support import run_ranks
 
+pytestmark = pytest.mark.alone
+
 MODEL = Model(latency=1e-3, bandwidth=1e8, reduction=1e9)
 SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17]
 BYTES = [8, 8192, 65_536, 100_000, 3_000_000]

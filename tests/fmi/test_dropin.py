@@ -18,7 +18,7 @@ import fmi_client
 import fmi_client.fmi as fmi
 from fmi_client import fmi_config
 from fmi_client.errors import CollectiveTimeout, JoinTimeout, RankFailed
-from tests.processes import Tell, processes, spawn
+from tests.processes import Tell, fork, processes
 
 ROOT = Path(__file__).parents[2]
 INT = fmi.types(fmi.datatypes.int)
@@ -106,7 +106,7 @@ def test_a_send_to_a_dead_rank_is_an_error(config: Path) -> None:
 def test_a_late_rank_is_named_after_max_timeout(tmp_path: Path, address: str) -> None:
     """Milliseconds: rank 1 comes when rank 0 has given up, which in seconds would be never."""
     config = write(tmp_path / "fmi.json", address, "Direct", max_timeout=200)
-    given_up = spawn.Event()
+    given_up = fork.Event()
 
     def rank(comm: fmi.Communicator, r: int) -> Any:
         comm.barrier()
@@ -358,7 +358,7 @@ def test_every_row_of_the_document_does_the_same_both_ways(
     monkeypatch.chdir(tmp_path)
     for column in zip(*ROWS, strict=True):
         calls = [call.replace("127.0.0.1:10000", address) for call in column]
-        with ProcessPoolExecutor(2, spawn) as pool:
+        with ProcessPoolExecutor(2, fork) as pool:
             results = pool.map(perform, [calls, calls], range(2), timeout=20)
             assert list(zip(*results, strict=True)) == RESULTS
 

@@ -22,6 +22,8 @@ from fmi_client.transport.reactor import SyncReactor
 from fmi_client.transport.sockets import bound_pair, bound_socket, own_addresses
 from tests.support import KEY, serving
 
+pytestmark = pytest.mark.alone
+
 
 async def join(address: str, rank: int, size: int = 2, **more: Any) -> Any:
     arguments: dict[str, Any] = {"job": "job", "key": KEY, "timeout": 10} | more

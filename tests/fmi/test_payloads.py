@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 import fmi_client
 from fmi_client.communicator import Communicator
 from fmi_client.errors import ProtocolError
-from fmi_client.payloads import pack, unpack
+from fmi_client.payloads import MAX_DEPTH, pack, unpack
 from tests.support import run_ranks
 
 torch = pytest.importorskip("torch")
@@ -69,6 +69,25 @@ def test_arrays_of_every_dtype(array: np.ndarray[Any, Any]) -> None:
         assert got.tobytes() == each.tobytes()
 
 
+@pytest.mark.parametrize("obj", [np.arange(3.0), torch.arange(3.0)], ids=["array", "tensor"])
+def test_bytes_may_begin_at_any_address(obj: Any) -> None:
+    """As those of an item inside a bundle do."""
+    meta, (part,) = pack(obj)
+    got = unpack(meta, memoryview(bytearray(b"x" + part))[1:])
+    assert got.tolist() == [0, 1, 2]
+    at = got.ctypes.data if isinstance(got, np.ndarray) else got.data_ptr()
+    assert at % got.itemsize == 0
+
+
+def test_tuples_are_nested_only_so_deep() -> None:
+    obj: Any = ()
+    for _ in range(MAX_DEPTH - 1):
+        obj = (obj,)
+    assert there_and_back(obj) == obj
+    with pytest.raises(TypeError, match=f"more than {MAX_DEPTH} tuples or arrays"):
+        pack((obj,))
+
+
 @pytest.mark.parametrize("name", TORCH_DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 4)])
 def test_tensors_of_every_dtype(name: str, shape: tuple[int, ...]) -> None:
@@ -100,7 +119,8 @@ def test_contiguous_arrays_and_tensors_are_not_copied() -> None:
 
 
 def test_what_only_pickle_could_carry_is_refused() -> None:
-    for obj in (object(), np.array([None]), {"a": {1, 2}}, lambda: 0, np.zeros(1, [("a", "O")])):
+    structure, sparse = np.zeros(1, [("a", "O")]), torch.eye(2).to_sparse()
+    for obj in (object(), np.array([None]), {"a": {1, 2}}, lambda: 0, structure, sparse):
         with pytest.raises(TypeError):
             pack(obj)
 

@@ -21,7 +21,9 @@ from fmi_client.errors import (
     RendezvousError,
 )
 from tests.fmi import everything
-from tests.processes import RankFunction, run_processes, spawn
+from tests.processes import RankFunction, fork, run_processes
+
+pytestmark = pytest.mark.alone
 
 
 @pytest.mark.parametrize("size", [2, 4, 5])
@@ -156,7 +158,7 @@ def test_a_large_reduction_takes_next_to_no_memory(address: str, size: int) -> N
 def test_who_waits_does_not_work(address: str) -> None:
     """A spin, then sleep: 1 % of a core at most."""
     seconds = 1.5
-    over = spawn.Event()
+    over = fork.Event()
 
     def rank(comm: sync.Communicator) -> float:
         comm.barrier()

@@ -10,7 +10,7 @@ import pytest
 
 from fmi_client import sync
 from fmi_client.errors import Aborted, CollectiveMismatch, CollectiveTimeout
-from tests.processes import run_processes, spawn
+from tests.processes import fork, run_processes
 
 
 def results(address: str, size: int, function: Any) -> list[Any]:
@@ -87,7 +87,7 @@ def test_out_is_filled(address: str) -> None:
 
 
 def test_time_runs_from_the_beginning(address: str) -> None:
-    over = spawn.Event()
+    over = fork.Event()
 
     def rank(comm: sync.Communicator) -> Any:
         comm.barrier()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import DistBackendError, ReduceOp
 
+from fmi_client import torch_join, torch_work
 from fmi_client.background import Background
 from fmi_client.errors import Aborted, CollectiveMismatch, CollectiveTimeout, RankFailed
+from fmi_client.torch_backend import create
 from fmi_client.torch_work import Work
 from tests.fmi.torch_ranks import (
     SIZE,
@@ -29,6 +32,7 @@ from tests.fmi.torch_ranks import (
     strided,
     values,
 )
+from tests.support import wait_for
 
 
 # -------------------------------------------------------------------------- point to point
@@ -109,7 +113,35 @@ def test_names(groups: list[Group]) -> None:
         group._get_backend(torch.device("cuda"))
 
 
+def test_groups_that_torch_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_join.joined, "background", None)
+    part = SimpleNamespace(group_rank=0, group_size=2, global_ranks_in_group=[0, 1])
+    with pytest.raises(ValueError, match="takes no pg_options"):
+        create(part, dist.ProcessGroup.BackendType.CUSTOM)
+    with pytest.raises(ValueError, match="needs a default group of that backend"):
+        create(part)
+
+
 # -------------------------------------------------------------------------------- waiting
+def test_callbacks_are_called_though_no_thread_can_be_had(
+    groups: list[Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at the interpreter's end."""
+
+    class NoThread:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(torch_work, "Thread", NoThread)
+    works = [group.allreduce([torch.ones(2)]) for group in groups]
+    doubled = [work.get_future().then(lambda f: f.value()[0] * 2) for work in works]
+    wait_for(lambda: all(future.done() for future in doubled), "the callbacks")
+    assert [future.value().tolist() for future in doubled] == [[6, 6]] * SIZE
+
+
 def test_futures_and_their_callbacks(groups: list[Group]) -> None:
     tensors = [torch.ones(2) for _ in range(SIZE)]
     works = [group.allreduce([tensor]) for group, tensor in zip(groups, tensors, strict=True)]

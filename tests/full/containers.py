@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from docker.models.containers import Container
 from docker.models.networks import Network
 
 from tests.full.rie import INVOKE, emulator
-from tests.support import in_thread
+from tests.support import in_thread, wait_for
 
 ROOT = Path(__file__).parents[2]
 BASE = "base:python"
@@ -190,13 +189,12 @@ def said(container: Container) -> list[dict[str, Any]]:
 
 def until(condition: Callable[[], Any], what: str, *watched: Container) -> Any:
     """Wait until `condition()`, and return what it gives; else tell what the containers said."""
-    give_up = time.monotonic() + START_SECONDS
-    while not (got := condition()):
-        if time.monotonic() > give_up:
-            logs = "\n".join(container.logs(tail=20).decode() for container in watched)
-            raise AssertionError(f"{what} did not come about:\n{logs}")
-        time.sleep(0.02)
-    return got
+    try:
+        return wait_for(condition, what, START_SECONDS)
+    except AssertionError as error:
+        for container in watched:
+            error.add_note(container.logs(tail=20).decode())
+        raise
 
 
 def invoke(function: Container, event: object) -> Any:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from tests.support import closed_port
+from tests.processes import own_environment
+from tests.support import closed_port, wait_for
 
 ROOT = Path(__file__).parents[2]
 MINISTACK = ROOT / ".tools/ministack/bin/ministack"
@@ -172,39 +171,12 @@ def emulator(folder: Path, **environment: str) -> Iterator[Emulator]:
     log = folder / "ministack.log"
     with ExitStack() as stack:
         command = [str(MINISTACK)]
-        process = stack.enter_context(_running(command, log, _clean() | ours | environment))
+        process = stack.enter_context(
+            _running(command, log, own_environment() | ours | environment)
+        )
         here = Emulator(endpoint, log, stack)
         _wait_until_healthy(process, here)
         yield here
-
-
-@contextmanager
-def rendezvous(folder: Path, secret: str | None = None) -> Iterator[str]:
-    """Run a rendezvous server as a process of its own, which admits anybody without a secret;
-    gives its address."""
-    options = ("--host", "127.0.0.1", "--port", "0", "--admin-port", "-1")
-    command = [sys.executable, "-m", "rendezvous_server", *options]
-    if secret is not None:
-        (folder / "secret").write_text(secret)
-        command += ["--secret-file", str(folder / "secret")]
-    log = folder / "rendezvous.log"
-    with _running(command, log, _clean() | {"PYTHONPATH": str(ROOT)}) as process:
-
-        def port() -> Any:
-            assert process.poll() is None, log.read_text()
-            lines = [json.loads(line) for line in log.read_text().splitlines(keepends=False)]
-            return next((e["port"] for e in lines if e.get("event") == "listening"), None)
-
-        yield f"127.0.0.1:{wait_for(port, 'the rendezvous server', 60)}"
-
-
-def wait_for(condition: Callable[[], Any], what: str, seconds: float) -> Any:
-    """Return the condition's value as soon as it is true."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what}: waited {seconds:g} s in vain"
-        time.sleep(0.05)
-    return value
 
 
 @contextmanager
@@ -232,11 +204,6 @@ def _running(
         guard.wait()
         if process:
             process.wait()
-
-
-def _clean() -> dict[str, str]:
-    """Our environment without what is meant for other servers or jobs."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FMI_"))}
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], here: Emulator) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import signal
 import subprocess
@@ -14,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.support import closed_port
+from tests.processes import own_environment
+from tests.support import closed_port, wait_for
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / ".tools"
@@ -68,7 +68,7 @@ def local_aws(folder: Path, **variables: str) -> Iterator[LocalAws]:
     command = [tool("python"), str(ROOT / "deploy/local_aws.py")]
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, env=_clean() | ours | variables
+            command, stdout=subprocess.PIPE, stderr=errors, env=own_environment() | ours | variables
         )
     assert process.stdout is not None
     try:
@@ -99,7 +99,7 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             cwd=folder,
-            env=_clean() | variables,
+            env=own_environment() | variables,
             text=True,
         )
 
@@ -132,20 +132,17 @@ class Shell:
         raise AssertionError(f"{shlex.quote(commands[-300:])} failed:\n{''.join(lines)}\n{said}")
 
 
-def _clean() -> dict[str, str]:
-    """Our environment without what is meant for another AWS or another job."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FMI_"))}
-
-
 def _wait_until_it_answers(process: subprocess.Popen[bytes], here: LocalAws) -> None:
     from botocore.exceptions import EndpointConnectionError
 
+    def answers() -> bool:
+        assert process.poll() is None, here.log.read_text()
+        with contextlib.suppress(EndpointConnectionError):
+            return bool(sts.get_caller_identity())
+        return False
+
     with here.client("sts") as sts:
-        while True:
-            assert process.poll() is None, here.log.read_text()
-            with contextlib.suppress(EndpointConnectionError):
-                sts.get_caller_identity()
-                return
+        wait_for(answers, "a local AWS", 60)
 
 
 def _remove_containers(label: str) -> None:

@@ -13,13 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.support import wait_for
 
 ROOT = Path(__file__).parents[2]
 INVOKE = "2015-03-31/functions/function/invocations"
@@ -110,15 +111,13 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _wait_listening(port: int, process: subprocess.Popen[bytes], folder: Path) -> None:
-    end = time.monotonic() + START_SECONDS
-    while True:
-        with socket.socket() as sock:
-            if sock.connect_ex(("127.0.0.1", port)) == 0:
-                return
+    def listens() -> bool:
         said = (folder / "stderr").read_text()
         assert process.poll() is None, f"the emulator ended with {process.returncode}: {said}"
-        assert time.monotonic() < end, f"the emulator does not listen on {port}: {said}"
-        time.sleep(0.02)
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_for(listens, f"the emulator on port {port}", START_SECONDS)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.full.emulator import emulator, wait_for
+from tests.full.emulator import emulator
+from tests.support import wait_for
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(300)]
 

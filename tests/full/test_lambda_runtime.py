@@ -60,12 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[str]:
+def server() -> Iterator[str]:
     """host:port of a rendezvous server that only admits whom its secret admits."""
-    (folder / "secret").write_text(SECRET)
-    (folder / "secret").chmod(0o600)
-    options = ("--host", "127.0.0.1", "--secret-file", str(folder / "secret"))
-    with serve_rendezvous(*options) as server:
+    with serve_rendezvous(secret=SECRET) as server:
         yield server
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -16,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.full.emulator import REGION, ROOT, Emulator, emulator, rendezvous, wait_for
+from tests.full.emulator import REGION, ROOT, Emulator, emulator
+from tests.processes import own_environment, serve_rendezvous
+from tests.support import wait_for
 
 ROWS = 64
 
@@ -34,7 +35,7 @@ class Account:
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Start `cosmic run --on aws` with these options in addition."""
         usual = ("--on", "aws", "--endpoint-url", self.aws.endpoint, "--engine", "onnx")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FMI_"))}
+        environment = own_environment()
         mine = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
         mine |= {"AWS_DEFAULT_REGION": REGION, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
         return subprocess.Popen(
@@ -86,7 +87,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def account(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Path]) -> Iterator[Account]:
     folder, secret = tmp_path_factory.mktemp("aws"), token_hex(32)
-    with emulator(folder) as aws, rendezvous(folder, secret) as server:
+    with emulator(folder) as aws, serve_rendezvous(secret=secret) as server:
         aws.bucket("cosmic")
         for name, path in data.items():
             aws.client("s3").upload_file(str(path), "cosmic", f"datasets/{name}/1.pt")

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.full.emulator import MACHINE, ROOT, Emulator, emulator, rendezvous
+from tests.full.emulator import MACHINE, ROOT, Emulator, emulator
+from tests.processes import serve_rendezvous
 
 ROWS = 64
 MOST = 256 * 1024  # bytes that a state may hold, and what a Map's results may take together
@@ -85,7 +86,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[Deployed]:
     folder, secret, key = tmp_path_factory.mktemp("aws"), token_hex(32), token_hex(32)
-    with emulator(folder) as aws, rendezvous(folder, secret) as server:
+    with emulator(folder) as aws, serve_rendezvous(secret=secret) as server:
         aws.bucket("cosmic")
         for name in ("good", "strict"):
             place = f"datasets/{name}/1.pt"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,9 @@ from secrets import token_hex
 
 import pytest
 
-from tests.full.emulator import REGION, ROOT, emulator, rendezvous
+from tests.full.emulator import REGION, ROOT, emulator
 from tests.full.test_run_on_aws import deploy, keep
+from tests.processes import own_environment, serve_rendezvous
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(300)]
 
@@ -23,7 +23,7 @@ def test_two_configurations(tmp_path: Path) -> None:
     secret, home, data = token_hex(32), tmp_path / "home", tmp_path / "1.pt"
     make(data, 32, "test", 0, lambda stage, rows, of: None)
     home.mkdir()
-    with emulator(tmp_path) as aws, rendezvous(tmp_path, secret) as server:
+    with emulator(tmp_path) as aws, serve_rendezvous(secret=secret) as server:
         aws.bucket("cosmic")
         aws.client("s3").upload_file(str(data), "cosmic", "datasets/small/1.pt")
         outputs = {
@@ -59,7 +59,7 @@ def test_two_configurations(tmp_path: Path) -> None:
 
 
 def _cosmic(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FMI_"))}
+    environment = own_environment()
     mine = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     mine |= {"AWS_DEFAULT_REGION": REGION, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
     command = [sys.executable, "-m", "workflow", *words]

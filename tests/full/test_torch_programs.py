@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from tests.full.torch_program import SIZE
 from tests.processes import serve_rendezvous
 
 pytestmark = pytest.mark.full
+
+SIZE = 4
 
 
 @pytest.mark.timeout(180)
@@ -21,7 +22,7 @@ def test_what_torch_builds_on_a_group() -> None:
         ranks = [
             subprocess.Popen(
                 [*command, address, str(rank)],
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(SIZE)},
                 stderr=subprocess.PIPE,
                 text=True,
             )

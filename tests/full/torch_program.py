@@ -1,7 +1,8 @@
-"""One of four ranks: what torch builds on a process group, each part against one process alone."""
+"""A rank of several: what torch builds on a process group, each part against one process alone."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -14,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-SIZE, ROWS, STEPS = 4, 8, 3
+SIZE = int(os.environ["WORLD_SIZE"])
+ROWS, STEPS = 8, 3
 
 
 def model() -> nn.Sequential:

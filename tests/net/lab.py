@@ -33,6 +33,8 @@ from itertools import count
 from pathlib import Path
 from typing import Literal, get_args
 
+from tests.support import wait_for
+
 ROOT = Path(__file__).parents[2]
 
 Nat = Literal["none", "preserving", "rst", "stack", "random", "double"]
@@ -175,6 +177,10 @@ class Lab:
         if self._running is not None:
             self._running.kill()
             self._running.wait()
+
+    def has_logged(self, word: str) -> None:
+        """Wait until the server has said a word; a rank needs not, as it tries until it listens."""
+        wait_for(lambda: word in self.log.read_text(), f"{word!r} in the server's log")
 
     def cut(self, nbytes: int) -> None:
         """Answer one packet with a reset, once a connection has carried so many bytes.

@@ -96,11 +96,10 @@ def play(lab: Lab, tries: int = 1, hosts: Sequence[Host] = (), timeout: float = 
 
 
 class Rank:
-    """A rank that goes from stop to stop; see `tests.net.steps`."""
+    """A program on a host that goes from stop to stop: it says where it is, and awaits a line."""
 
-    def __init__(self, lab: Lab, number: int, *stops: str, size: int = 2) -> None:
-        words = [lab.server, "steps", str(number), str(size), *stops]
-        command = lab.hosts[number].command(sys.executable, "-m", "tests.net.steps", *words)
+    def __init__(self, host: Host, module: str, *words: str) -> None:
+        command = host.command(sys.executable, "-m", module, *words)
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
 
@@ -128,13 +127,19 @@ class Rank:
         self.process.communicate()
 
 
+def start_rank(lab: Lab, number: int, *stops: str, size: int = 2) -> Rank:
+    """Start a rank; see `tests.net.steps`."""
+    words = [lab.server, "steps", str(number), str(size), *stops]
+    return Rank(lab.hosts[number], "tests.net.steps", *words)
+
+
 @contextmanager
 def ranks(lab: Lab, *stops: str) -> Iterator[list[Rank]]:
     """One rank on each host; they stop where they are told to."""
     with ExitStack() as stack:
         them = []
         for number in range(len(lab.hosts)):
-            them.append(Rank(lab, number, *stops, size=len(lab.hosts)))
+            them.append(start_rank(lab, number, *stops, size=len(lab.hosts)))
             stack.callback(them[-1].close)
         yield them
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,17 +24,9 @@ def start(host: Host, server: str, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
-def wait_for_server(lab: Lab, seconds: float = 20) -> None:
-    """Ranks come back until the server listens, but a check tells what it finds."""
-    end = time.monotonic() + seconds
-    while b'"listening"' not in (log := lab.log.read_bytes()):
-        assert time.monotonic() < end, log.decode()
-        time.sleep(0.01)
-
-
 def checked(lab: Lab, *words: str) -> list[Report]:
     """Run a check on each host; with more than one, as the ranks of a job."""
-    wait_for_server(lab)
+    lab.has_logged("listening")  # ranks come back until it does, but a check tells what it finds
     size = len(lab.hosts)
     job = ["--job", "try", "--size", str(size)] if size > 1 else []
     with ExitStack() as stack:

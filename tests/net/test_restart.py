@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import closing
 from typing import Any
 
 import pytest
 
 from tests.net.lab import Lab, Nat, build
-from tests.net.play import Rank, ranks, sites_of
+from tests.net.play import ranks, sites_of, start_rank
 from tests.net.steps import REJOIN_SECONDS
 
 pytestmark = pytest.mark.full
@@ -20,13 +19,6 @@ SOON = 3.0
 def restart(lab: Lab) -> None:
     lab.kill_server()
     lab.start_server()
-
-
-def has_logged(lab: Lab, word: str) -> None:
-    give_up = time.monotonic() + 10
-    while word not in lab.log.read_text():
-        assert time.monotonic() < give_up, f"the server never said {word!r}"
-        time.sleep(0.01)
 
 
 def lost(result: dict[str, Any]) -> None:
@@ -42,13 +34,13 @@ def fine(result: dict[str, Any], kind: str) -> bool:
 
 @pytest.mark.parametrize(("one", "other"), [("preserving", "rst"), ("random", "random")])
 def test_ranks_that_wait_join_again(one: Nat, other: Nat) -> None:
-    with build(*sites_of(one, other)) as lab, closing(Rank(lab, 0)) as first:
-        has_logged(lab, "joined")
+    with build(*sites_of(one, other)) as lab, closing(start_rank(lab, 0)) as first:
+        lab.has_logged("joined")
         restart(lab)
-        with closing(Rank(lab, 1)) as second:
+        with closing(start_rank(lab, 1)) as second:
             kind = "direct" if one == "preserving" else "relay"
-            for rank in (first, second):
-                result = rank.ends()
+            for each in (first, second):
+                result = each.ends()
                 assert fine(result, kind), result
 
 

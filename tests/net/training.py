@@ -13,14 +13,13 @@ import re
 import runpy
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tests.net.lab import ROOT, Host
-from tests.support import KEY, closed_port
+from tests.support import KEY, closed_port, wait_for
 
 Environment = Mapping[str, str]
 
@@ -64,18 +63,16 @@ class Rank:
 
     def says(self, word: str, seconds: float = 60) -> None:
         """Wait until it has printed a word."""
-        end = time.monotonic() + seconds
-        while word not in self.out:
+
+        def said() -> bool:
             assert self.process.poll() is None, self.err
-            assert time.monotonic() < end, f"rank {self.number} never said {word!r}"
-            time.sleep(0.01)
+            return word in self.out
+
+        wait_for(said, f"{word!r} of rank {self.number}", seconds)
 
     def fails(self, seconds: float) -> str:
         """Wait until it reports an error; returns all of it."""
-        end = time.monotonic() + seconds
-        while "Error: " not in self.err:
-            assert time.monotonic() < end, f"rank {self.number} hears nothing: {self.out}"
-            time.sleep(0.01)
+        wait_for(lambda: "Error: " in self.err, f"an error of rank {self.number}", seconds)
         return self.err
 
     def ends(self, seconds: float) -> int:

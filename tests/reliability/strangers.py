@@ -1,62 +1,20 @@
-"""A server process to attack, what it takes, and raw connections to it."""
+"""Raw connections to a server, as strangers make them, and what they need."""
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import socket
-import struct
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 
 from fmi_client.protocol import auth
 from fmi_client.protocol.rendezvous import ClientSide, Event, Hello, Welcome
+from tests.support import close_by_reset, wait_for
 
 HELLO = Hello("job", 1, 0, 0, 0, (("::", 1),), b"")
-
-
-@dataclass(frozen=True)
-class Victim:
-    """A server process: its ports, and what the kernel knows of it."""
-
-    pid: int
-    port: int
-    admin_port: int
-
-    def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
-
-    def memory(self, line: str) -> float:
-        """Return what a line of its status says, in KiB: VmRSS, or VmHWM, the most ever."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return float(status.split(f"{line}:")[1].split()[0])
-
-
-@contextmanager
-def victim(*options: str, descriptors: int | None = None) -> Iterator[Victim]:
-    """Run a server, with a limit of `descriptors`."""
-    command = [sys.executable, "-m", "rendezvous_server", "--port", "0", "--admin-port", "0"]
-    limited = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh"] if descriptors else []
-    arguments = [*limited, *command, *options]
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        events = (json.loads(line) for line in process.stderr)
-        at = next(event for event in events if event["event"] == "listening")
-        reader = threading.Thread(target=lambda: [None for _ in events])  # or the pipe fills
-        reader.start()
-        try:
-            yield Victim(process.pid, at["port"], at["admin_port"])
-            assert process.poll() is None
-        finally:
-            process.kill()
-            reader.join()
 
 
 def need_descriptors(count: int) -> str | None:
@@ -108,7 +66,7 @@ def _converse(sock: socket.socket, side: ClientSide) -> list[Event]:
 
 def reset(sock: socket.socket) -> None:
     """Close with a reset."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    close_by_reset(sock)
     sock.close()
 
 
@@ -124,7 +82,5 @@ def ended(sock: socket.socket) -> bytes:
 def until(condition: Callable[[], bool], seconds: float = 10.0) -> float:
     """Wait for it; returns the seconds that it took."""
     start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, "it did not come to pass"
-        time.sleep(0.002)  # a look costs the victim's core some time
+    wait_for(condition, "the server", seconds)
     return time.monotonic() - start

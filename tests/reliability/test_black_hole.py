@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
-from tests.net.lab import ROOT, Lab, Site, build, counters, why_not
+from tests.net.lab import Lab, Site, build, counters, why_not
+from tests.net.play import Rank
 from tests.reliability.conftest import Measured
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(why_not() is not None, reason=f"{why_not()}"),
-    pytest.mark.row(9),
-]
+pytestmark = [pytest.mark.full, pytest.mark.row(9)]
 
 LIMIT = 15.0
 """Seconds, of which a second is for the server's word on who died."""
@@ -33,43 +27,28 @@ CASES = {
 }
 
 
-class Rank:
-    """See `tests.reliability.hole`."""
-
-    def __init__(self, lab: Lab, number: int, what: str, driver: str) -> None:
-        words = [lab.server, f"pair{number // 2}", str(number % 2), what, driver]
-        command = lab.hosts[number].command(sys.executable, "-m", "tests.reliability.hole", *words)
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
-
-    def line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def go(self) -> None:
-        assert self.process.stdin is not None
-        print(file=self.process.stdin, flush=True)
-
-
 def swallow(lab: Lab, cases: list[tuple[str, tuple[str, str]]]) -> list[dict[str, Any]]:
     """Let a pair of hosts do each of these, open the hole, return how all ranks ended."""
     with ExitStack() as stack:
         ranks = []
         for pair, (driver, whats) in enumerate(cases):
             for number, what in enumerate(whats):
-                ranks.append(Rank(lab, 2 * pair + number, what, driver))
-                stack.callback(ranks[-1].process.communicate)
-                stack.callback(ranks[-1].process.kill)
+                words = (lab.server, f"pair{pair}", str(number), what, driver)
+                host = lab.hosts[2 * pair + number]
+                ranks.append(Rank(host, "tests.reliability.hole", *words))
+                stack.callback(ranks[-1].close)
         for rank in ranks:
-            assert rank.line() == "linked"
+            rank.comes_to("linked", 60)
         lab.black_hole()
         for rank in ranks:
             rank.go()
-        return [json.loads(rank.line()) for rank in ranks]
+        return [rank.ends(60) for rank in ranks]
 
 
 def test_a_black_hole_is_noticed(measured: Measured) -> None:
     """All at once, for they take as long as one: each pair is a job of its own."""
+    if why := why_not():
+        pytest.skip(why)
     cases = [(driver, name) for driver in ("blocking", "awaited") for name in CASES]
     sites = [Site("none") for _ in range(2 * len(cases))]
     with build(*sites) as lab:

@@ -11,9 +11,11 @@ import pytest
 
 from fmi_client import sync
 from fmi_client.errors import FmiError, RankFailed
-from tests.processes import run_processes, spawn
+from tests.processes import fork, run_processes
 from tests.reliability.collectives import COLLECTIVES, LARGE, SMALL, act_after
 from tests.reliability.conftest import Measured
+
+pytestmark = pytest.mark.alone
 
 SIZE = 8
 NIGHTLY = 100
@@ -32,7 +34,7 @@ def die_after(comm: sync.Communicator, steps: int, died: Any) -> None:
 def seconds_until_all_know(address: str, name: str, number: int) -> list[float]:
     """Kill another rank, in another step, with more or less data each time."""
     victim, steps, array = number % SIZE, 1 + number % 5, (SMALL, LARGE)[number // 5 % 2]
-    died = spawn.Value("d", 0.0)
+    died = fork.Value("d", 0.0)
 
     def rank(comm: sync.Communicator) -> tuple[FmiError, float]:
         try:

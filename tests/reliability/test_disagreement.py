@@ -17,6 +17,8 @@ from tests.processes import run_processes
 from tests.reliability.conftest import Measured
 from tests.support import run_ranks
 
+pytestmark = pytest.mark.alone
+
 SIZE = 6
 
 Calls = list[Callable[[Any], Any]]

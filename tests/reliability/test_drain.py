@@ -14,7 +14,7 @@ from tests.reliability.conftest import Measured
 from tests.reliability.restarts import join, leave, server
 from tests.support import serving, until
 
-pytestmark = pytest.mark.row(14)
+pytestmark = [pytest.mark.row(14), pytest.mark.alone]
 
 
 def until_not_ready(port: int) -> float:

@@ -11,6 +11,8 @@ from benchmarks.joins import burst, crowd, sequence
 from benchmarks.start import Watched, watch
 from tests.reliability.conftest import Measured
 
+pytestmark = pytest.mark.alone
+
 CROWD = 10_000
 
 

@@ -19,7 +19,7 @@ from tests.reliability.conftest import Measured
 from tests.reliability.restarts import join, leave, serve_here, server
 from tests.support import KEY, serving, until
 
-pytestmark = pytest.mark.row(15)
+pytestmark = [pytest.mark.row(15), pytest.mark.alone]
 
 RANKS = 64
 SECONDS = 10.0

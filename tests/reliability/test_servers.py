@@ -21,7 +21,7 @@ from tests.reliability.cluster import Cluster, cluster
 from tests.reliability.restarts import Place, join, leave
 from tests.support import until
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.alone]
 
 SECONDS = 10.0
 """For a job to go on after the death of its server."""

@@ -16,6 +16,8 @@ from fmi_client.hosts import parse_endpoint
 from tests.reliability.conftest import Measured
 from tests.support import KEY, serving, until
 
+pytestmark = pytest.mark.alone
+
 MIB = 2**20
 DAY_OF_JOINS = 8000
 """As many as 2,000 jobs of 4 ranks make: 20 minutes of 100 jobs a minute."""

@@ -20,9 +20,11 @@ from fmi_client.errors import CollectiveTimeout, FmiError
 from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.peer import COLLECTIVE, Payload, head
 from fmi_client.protocol.transfers import Receive
-from tests.processes import running, serve_rendezvous, spawn
+from tests.processes import fork, memory, running, server_process
 from tests.reliability.conftest import Measured
 from tests.support import run_ranks
+
+pytestmark = pytest.mark.alone
 
 MIB = 2**20
 LIMIT = 16 * MIB
@@ -30,12 +32,6 @@ SENDER, RECEIVER, THIRD = range(3)
 
 STUCK_SECONDS = 1.5
 """A send that takes longer stalls: 64 MiB pass a relay in a tenth of it."""
-
-
-def memory(pid: int, what: str) -> int:
-    """Return "VmRSS" or "VmHWM" of a process, in bytes."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 class Growth:
@@ -48,10 +44,6 @@ class Growth:
 
     def most(self) -> int:
         return max(memory(pid, "VmHWM") - before for pid, before in self._before.items())
-
-
-def youngest_child() -> int:
-    return int(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[-1])
 
 
 STALLS = ("stopped", "computing", "elsewhere")
@@ -87,8 +79,8 @@ def grow(what: str, how: str, channel: str, total: int) -> tuple[int, int]:
     Returns:
         By how many bytes the sender, the receiver or the server grew, and the messages that left.
     """
-    ready, sent = spawn.Semaphore(0), spawn.Semaphore(0)
-    go, over, left = spawn.Event(), spawn.Event(), spawn.Value("q", -1)
+    ready, sent = fork.Semaphore(0), fork.Semaphore(0)
+    go, over, left = fork.Event(), fork.Event(), fork.Value("q", -1)
 
     def rank(comm: sync.Communicator) -> None:
         message, count = SENDS[what](total), 1 if what == "large" else total // 1024
@@ -102,14 +94,15 @@ def grow(what: str, how: str, channel: str, total: int) -> tuple[int, int]:
             stall(comm, how)
         over.wait()
 
-    with serve_rendezvous("--allow-anonymous") as address:
-        server = youngest_child()
-        with running(address, 3, rank, channel=channel) as ranks:
-            assert all(ready.acquire(timeout=20) for _ in ranks)
-            growth = Growth(server, *(ranks[r].process.pid for r in (SENDER, RECEIVER)))
-            go.set()
-            assert sent.acquire(timeout=60)
-            return growth.most(), left.value
+    with (
+        server_process() as server,
+        running(server.address, 3, rank, channel=channel) as ranks,
+    ):
+        assert all(ready.acquire(timeout=20) for _ in ranks)
+        growth = Growth(server.pid, *(ranks[r].process.pid for r in (SENDER, RECEIVER)))
+        go.set()
+        assert sent.acquire(timeout=60)
+        return growth.most(), left.value
 
 
 ALL = [(what, how, channel) for what in SENDS for how in STALLS for channel in ("auto", "relay")]

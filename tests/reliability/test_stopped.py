@@ -19,10 +19,12 @@ from fmi_client import sync
 from fmi_client.communicator import Communicator, memory_world
 from fmi_client.endpoint import ANSWER_SECONDS
 from fmi_client.errors import CollectiveTimeout, FmiError
-from tests.processes import running, spawn
+from tests.processes import fork, running
 from tests.reliability.collectives import AGREEING, COLLECTIVES, LARGE, SMALL, act_after
 from tests.reliability.conftest import Measured
 from tests.support import KEY, run_ranks, serving
+
+pytestmark = pytest.mark.alone
 
 SIZE = 8
 TIMEOUT, LOOP_TIMEOUT = 0.5, 0.25
@@ -81,7 +83,7 @@ def stop(address: str, name: str, number: int) -> float:
     """
     group, steps = GROUPS[number % len(GROUPS)], 1 + number // len(GROUPS) % 3
     array = (SMALL, LARGE)[number % 2]
-    stopped = spawn.Array("b", SIZE)
+    stopped = fork.Array("b", SIZE)
 
     def rank(comm: sync.Communicator) -> Ended:
         comm.barrier()

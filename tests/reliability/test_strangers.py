@@ -21,31 +21,32 @@ from fmi_client.protocol.relay import relay_request
 from fmi_client.protocol.rendezvous import AUTH_SECONDS, Ready
 from rendezvous_server.listen import MAX_HTTP
 from rendezvous_server.strangers import Strangers, source
+from tests.processes import ServerProcess, memory, server_process
 from tests.reliability.conftest import Measured
 from tests.reliability.strangers import (
     HELLO,
-    Victim,
     ended,
     enter,
     knock,
     need_descriptors,
     reset,
     until,
-    victim,
 )
 from tests.support import serving
+
+pytestmark = pytest.mark.alone
 
 TINY = b"\0" + encode(HELLO.encode() | {"job": "a", "nonce": bytes(16)})
 
 
-def ask(server: Victim, path: str) -> tuple[float, str]:
+def ask(server: ServerProcess, path: str) -> tuple[float, str]:
     start = time.perf_counter()
     with urllib.request.urlopen(f"http://127.0.0.1:{server.admin_port}{path}", timeout=5) as answer:
         text = answer.read().decode()
     return time.perf_counter() - start, text
 
 
-def gauge(server: Victim, name: str) -> float:
+def gauge(server: ServerProcess, name: str) -> float:
     found = re.search(rf"^rendezvous_{name} (\S+)$", ask(server, "/metrics")[1], re.MULTILINE)
     assert found is not None, name
     return float(found[1])
@@ -70,7 +71,7 @@ def pair_joins(port: int, name: str) -> float:
 def test_silent_and_slow_strangers_are_cut_and_disturb_nobody(measured: Measured) -> None:
     if why := need_descriptors(3000):
         pytest.skip(why)
-    with victim() as server, DefaultSelector() as selector:
+    with server_process() as server, DefaultSelector() as selector:
         came: dict[socket.socket, float] = {}
         for n in range(2000):
             sock = knock(server.port)
@@ -105,7 +106,7 @@ def test_silent_and_slow_strangers_are_cut_and_disturb_nobody(measured: Measured
 # ----------------------------------------------------------------------------- resets
 @pytest.mark.row(3)
 def test_resets_leave_nothing_behind(measured: Measured) -> None:
-    with victim() as server:
+    with server_process() as server:
         pair_joins(server.port, "first")
         until(lambda: gauge(server, "open_connections") == 0)
         before = server.descriptors()
@@ -132,7 +133,7 @@ def until_pair_joins(port: int) -> float:
 
 @pytest.mark.row(4)
 def test_a_pair_joins_though_strangers_want_all_descriptors(measured: Measured) -> None:
-    with victim(descriptors=256) as server:
+    with server_process(descriptors=256) as server:
         silent = [knock(server.port) for _ in range(400)]
         seconds = until_pair_joins(server.port)
         measured("served after a flood at 256 descriptors", seconds, "s", "< 2")
@@ -147,7 +148,7 @@ def test_a_pair_joins_though_strangers_want_all_descriptors(measured: Measured) 
 def test_where_ranks_have_all_places_they_keep_them_and_others_come_after(
     measured: Measured,
 ) -> None:
-    with victim(descriptors=256) as server:
+    with server_process(descriptors=256) as server:
         ranks = []
         with suppress(ConnectionError):
             for n in range(256):
@@ -180,23 +181,23 @@ def test_who_makes_room() -> None:
 
 # ------------------------------------------------------------ memory, and HTTP meanwhile
 @pytest.fixture(scope="module")
-def crowd() -> Iterator[tuple[Victim, float]]:
+def crowd() -> Iterator[tuple[ServerProcess, float]]:
     """A server with 5,000 waiting ranks, and the KiB that each takes."""
     if why := need_descriptors(6000):
         pytest.skip(why)
-    with victim() as server:
+    with server_process() as server:
         pair_joins(server.port, "first")
         ask(server, "/metrics")
-        before = server.memory("VmRSS")
+        before = memory(server.pid, "VmRSS")
         waiting = [enter(server.port, "job", rank, 5001)[0] for rank in range(5000)]
-        yield server, (server.memory("VmRSS") - before) / 5000
+        yield server, (memory(server.pid, "VmRSS") - before) / 1024 / 5000
         for sock in waiting:
             reset(sock)
 
 
 @pytest.mark.row(5)
 def test_five_thousand_wait_in_little_memory(
-    crowd: tuple[Victim, float], measured: Measured
+    crowd: tuple[ServerProcess, float], measured: Measured
 ) -> None:
     server, each = crowd
     measured("memory of a waiting rank, of 5,000", each, "KiB", "≤ 4")
@@ -207,7 +208,7 @@ def test_five_thousand_wait_in_little_memory(
 @pytest.mark.row(16)
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
 def test_operators_are_answered_meanwhile(
-    crowd: tuple[Victim, float], path: str, measured: Measured
+    crowd: tuple[ServerProcess, float], path: str, measured: Measured
 ) -> None:
     times = sorted(ask(crowd[0], path)[0] for _ in range(9))
     measured(f"{path} with 5,000 waiters, slowest of 9", times[-1] * 1e3, "ms", "< 50")
@@ -216,7 +217,7 @@ def test_operators_are_answered_meanwhile(
 
 @pytest.mark.row(16)
 def test_names_follow_the_conventions_of_prometheus() -> None:
-    with victim() as server:
+    with server_process() as server:
         text = ask(server, "/metrics")[1]
     families = list(text_string_to_metric_families(text))
     assert len(families) > 10
@@ -232,7 +233,7 @@ def test_names_follow_the_conventions_of_prometheus() -> None:
 
 @pytest.mark.row(16)
 def test_many_silent_ones_do_not_keep_operators_out() -> None:
-    with victim() as server:
+    with server_process() as server:
         viewer = knock(server.admin_port, b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert viewer.recv(15) == b"HTTP/1.1 200 OK"
         silent = [knock(server.admin_port, b"GET /livez HTTP/1.1\r\n") for _ in range(300)]
@@ -275,15 +276,15 @@ async def test_strangers_are_told_no_more_than_they_say(said: bytes) -> None:
 
 @pytest.mark.row(7)
 def test_frames_over_the_limit_are_not_allocated(measured: Measured) -> None:
-    with victim() as server:
+    with server_process() as server:
         pair_joins(server.port, "first")
-        before = server.memory("VmHWM")
+        before = memory(server.pid, "VmHWM")
         for announced in (4097, 2**32 - 1):
             for _ in range(200):
                 with knock(server.port) as sock, suppress(ConnectionError):
                     sock.sendall(b"\0" + struct.pack("!I", announced) + bytes(4000))
                     assert ended(sock) == b""
-        grown = (server.memory("VmHWM") - before) / 1024
+        grown = (memory(server.pid, "VmHWM") - before) / 2**20
         measured("memory after 200 frames of 4 GiB announced", grown, "MiB", "< 4")
         assert grown < 4
         assert gauge(server, "refusals_total") == 400
@@ -292,7 +293,7 @@ def test_frames_over_the_limit_are_not_allocated(measured: Measured) -> None:
 # ----------------------------------------------------------------------- dead waiters
 @pytest.mark.row(8)
 def test_nobody_is_paired_with_the_dead(measured: Measured) -> None:
-    with victim() as server:
+    with server_process() as server:
         paired = 0
         for n in range(1000):
             dead, _ = enter(server.port, f"job {n}", 0, 2)
@@ -310,7 +311,7 @@ def test_nobody_is_paired_with_the_dead(measured: Measured) -> None:
 
 @pytest.mark.row(8)
 def test_a_dead_waiter_is_gone_at_once(measured: Measured) -> None:
-    with victim() as server:
+    with server_process() as server:
         times = []
         for n in range(20):
             dead, _ = enter(server.port, f"job {n}", 0, 2)

@@ -39,7 +39,7 @@ from tests.reliability.restarts import server
 from tests.server.test_proxy import balancer
 from tests.support import KEY, logged, serving, until
 
-pytestmark = pytest.mark.row(22)
+pytestmark = [pytest.mark.row(22), pytest.mark.alone]
 
 
 @pytest.fixture

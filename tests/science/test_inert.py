@@ -21,15 +21,17 @@ from lambda_worker.inert import content
 from lambda_worker.model_file import load_model
 
 ONE = b"K\x01"
+LINEAR = "torch.nn.modules.linear"
 
 
-def command(canary: Path) -> bytes:
-    return text(f"touch {canary}")
+def asked(module: str, name: str) -> bytes:
+    """As protocol 4 asks for a global, and for attributes of one."""
+    return text(module) + text(name) + b"\x93"
 
 
 def poison(canary: Path) -> dict[str, bytes]:
     """Code that leaves one value, by the global that must be named in its refusal."""
-    touch, python = command(canary), text(f"__import__('os').mkdir({str(canary)!r})")
+    touch, python = text(f"touch {canary}"), text(f"__import__('os').mkdir({str(canary)!r})")
     return {
         "os.system": call("os.system", touch),
         "posix.system": call("posix.system", touch),
@@ -66,14 +68,10 @@ def poison(canary: Path) -> dict[str, bytes]:
         "timm.models.layers.drop.DropPath": named("timm.models.layers.drop.DropPath"),
         "blocks.photoz.torch": named("blocks.photoz.torch"),
         "NormalCell.np": named("NormalCell.np"),
-        # Attributes of what is allowed, as protocol 4 can ask for them.
-        "torch.nn.modules.linear.Linear.__init__": text("torch.nn.modules.linear")
-        + text("Linear.__init__")
-        + b"\x93",
-        "torch.nn.modules.linear.Linear": text("torch.nn.modules")
-        + text("linear.Linear")
-        + b"\x93",
-        "builtins.set.__class__": text("builtins") + text("set.__class__") + b"\x93",
+        # Attributes of what is allowed.
+        f"{LINEAR}.Linear.__init__": asked(LINEAR, "Linear.__init__"),
+        "torch.nn.modules.linear.Linear": asked("torch.nn.modules", "linear.Linear"),
+        "builtins.set.__class__": asked("builtins", "set.__class__"),
         # The other instruction that calls what it names.
         "INST os.system": b"(" + touch + b"ios\nsystem\n",
         # Calls of what may be made or named, but not called.
@@ -83,8 +81,7 @@ def poison(canary: Path) -> dict[str, bytes]:
         "calls torch.FloatStorage": call("torch.FloatStorage"),
         # States that are more than attributes.
         "gives NormalCell.Mlp a state": named("NormalCell.Mlp") + b")\x81}}\x86b",
-        "gives torch.nn.modules.linear.Linear a state": named("torch.nn.modules.linear.Linear")
-        + b")\x81]b",
+        f"gives {LINEAR}.Linear a state": named(f"{LINEAR}.Linear") + b")\x81]b",
         "gives int a state": ONE + b"}b",
         "gives Global a state": named("NormalCell.Mlp") + b"}b",
     }

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import resource
 import socket
-import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -20,7 +19,7 @@ from rendezvous_server.connection import Connection
 from rendezvous_server.server import Server
 from tests.server.test_legacy import request_2
 from tests.server.test_server import http, join, server_process
-from tests.support import until
+from tests.support import close_by_reset, until
 
 
 class Caller:
@@ -46,8 +45,7 @@ class Caller:
         self._writer.close()
 
     def reset(self) -> None:
-        sock = self._writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        close_by_reset(self._writer.get_extra_info("socket"))
         self._writer.transport.abort()
 
 

@@ -18,6 +18,8 @@ from rendezvous_server.reach import Reach
 from rendezvous_server.relay import BUFFER_BYTES
 from tests.support import KEY, logged, serving, until
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:

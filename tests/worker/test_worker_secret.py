@@ -159,11 +159,9 @@ def test_arns_of_all_partitions(partition: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def guarded() -> Iterator[str]:
     """host:port of a rendezvous server that admits only whom its secret admits."""
-    path = tmp_path_factory.mktemp("server") / "secret"
-    path.write_text(f"{SERVER_SECRET}\n")
-    with serve_rendezvous("--host", "127.0.0.1", "--secret-file", str(path)) as server:
+    with serve_rendezvous(secret=SERVER_SECRET) as server:
         yield server
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 CORPUS = Path(__file__).parent / "corpus"
+
+Entries = Mapping[str, bytes]
+"""Inputs of one target, by name."""
 
 MB = 1 << 20
 
