@@ -18,7 +18,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from rendezvous_server import __main__ as server
+from rendezvous_server import options as server
 from tests.commands import PAGES, ROOT, commands, shown_on, spans
 from workflow import cli
 
@@ -26,7 +26,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 PACKAGES = ("fmi_client", "rendezvous_server", "lambda_worker", "workflow", "benchmarks")
 # Where none of these stands, arguments are read by hand, and one cannot ask without running it.
-PARSER = r"argparse|typer|examples\.ranks"
+PARSER = r"argparse|typer|examples\.ranks|server\.options"
 PLACEHOLDERS = {"N": "1", "$ENDPOINT": "10.0.0.1:10000"}
 
 # A module that other tests have imported runs here once more, up to its parser.
@@ -50,9 +50,10 @@ def leaves(command: Any) -> list[Any]:
 
 
 COSMIC = tree(cli.app)
-SERVER = tree(server.app)
 OPTIONS = {
-    *(name for each in [*leaves(COSMIC), SERVER] for param in each.params for name in param.opts),
+    *(name for each in leaves(COSMIC) for param in each.params for name in param.opts),
+    *(f"--{option.name}" for option in server.OPTIONS),
+    "--help",
     # Of docker and sam:
     *("--build-arg", "--cap-drop", "--health-cmd", "--image-repository", "--platform"),
     "--read-only",
@@ -197,7 +198,7 @@ def test_every_option_that_a_sentence_names_exists(page: str) -> None:
 
 
 def test_the_examples_of_the_help_parse(parse: Parse) -> None:
-    helps = [f"{each.help}{each.epilog}" for each in [*leaves(COSMIC), SERVER]]
+    helps = [server.ABOUT, server.MORE, *(f"{each.help}{each.epilog}" for each in leaves(COSMIC))]
     examples = [re.split(r" {2,}", line.strip())[0] for line in "\n".join(helps).splitlines()]
     found = [words for example in examples for words in commands(example)]
     assert len(found) > 20

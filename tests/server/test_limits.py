@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from fmi_client.errors import ProtocolError
+from fmi_client.hosts import parse_endpoint
 from fmi_client.protocol.frames import encode
-from fmi_client.transport.sockets import parse_endpoint
 from rendezvous_server.config import Config
 from rendezvous_server.registry import SPARE_LINKS, Outbox, Registry
 from rendezvous_server.several import SharingServer
