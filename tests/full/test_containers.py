@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
 
 SECRET = "0123456789abcdef" * 2
 KEY = bytes(range(32)).hex()
-SERVER_MEGABYTES = 90
+SERVER_MEGABYTES = 45
 NOTICE_SECONDS = 1.0
 
 DRAIN_SECONDS = 10
@@ -130,7 +130,7 @@ def end(container: Container) -> int:
 
 CONTENTS = """
 import importlib.util, json, os, shutil
-names = ("torch", "numpy", "boto3", "pip", "setuptools", "uvloop")
+names = ("torch", "numpy", "boto3", "pip", "setuptools", "typer", "pydantic", "uvloop")
 programs = ("cc", "gcc", "clang", "ld", "make", "pip")
 print(json.dumps({
     "modules": [name for name in names if importlib.util.find_spec(name)],
