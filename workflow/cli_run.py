@@ -260,6 +260,7 @@ def _note(result: RunResult, plan: RunPlan, on: Where, view: View) -> None:
 def _plot(result: RunResult, view: View) -> str | None:
     """Draw the plot beside the results; returns its URL."""
     from lambda_worker.storage import StorageError
+    from workflow.calls import error_text
     from workflow.plot import save_plot
 
     if not result.summary["rows"] - result.summary["rows_excluded"]:
@@ -269,7 +270,7 @@ def _plot(result: RunResult, view: View) -> str | None:
     try:
         save_plot(result.predictions, result.summary["metrics"], plot)
     except (StorageError, OSError) as error:
-        view.step(f"no plot: {error}")  # the results are there all the same
+        view.step(f"no plot: {error_text(error)}")  # the results are there all the same
         return None
     return plot
 

@@ -471,13 +471,15 @@ def _ranks_only(view: View) -> OnEvent:
 def _report(it: Sweep, view: View) -> tuple[Results, str | None]:
     """Read the sweep as anybody would, and write its page; returns where that is."""
     view.step("report: reading the runs, drawing the plots")  # first: matplotlib takes its time
+    from lambda_worker.storage import StorageError
+    from workflow.calls import error_text
     from workflow.report import write
     from workflow.results import read
 
     results = read([str(it.folder)])
     try:
         page = write(results, str(it.folder / "report"), title=f"Sweep {it.folder.name}")
-    except (OSError, ValueError) as error:
-        view.step(f"no report: {error}")  # the runs are there all the same
+    except (StorageError, OSError, ValueError) as error:
+        view.step(f"no report: {error_text(error)}")  # the runs are there all the same
         return results, None
     return results, page.paths[0]

@@ -32,8 +32,8 @@ __all__ = ["RunFailed", "run_job"]
 # How long the error of a rank that only noticed another one's end waits for the culprit's own.
 _CULPRIT_WAIT = 1.0
 _PROBE_SECONDS = 10.0
-# Bytes that a rank takes and shares with none, of whichever engine: less than was measured.
-_LEAST_MEMORY = 60_000_000
+# Bytes of memory that a rank shares with no other: some less than was measured, 187 and 60 MB.
+_LEAST_OF_TORCH, _LEAST = 150_000_000, 50_000_000
 
 
 async def run_job(plan: RunPlan, on_event: OnEvent) -> RunResult:
@@ -70,7 +70,7 @@ class _Job:
     tasks: list[asyncio.Task[Any]] = field(default_factory=list)
 
     async def run(self) -> RunResult:
-        _check_memory(self.plan.world_size)
+        _check_memory(self.plan)
         secret = secrets.token_hex(32)
         endpoint = await self._rendezvous(secret) if self.plan.fmi else None
         task = await self._init(endpoint)
@@ -205,13 +205,14 @@ class _Job:
         return task
 
 
-def _check_memory(world_size: int) -> None:
+def _check_memory(plan: RunPlan) -> None:
     """Fail early where ranks would fill the memory until the kernel kills some process."""
     from lambda_worker.batching import available
 
-    need, left = world_size * _LEAST_MEMORY, available()[0]
+    each = _LEAST_OF_TORCH if plan.engine == "torch" else _LEAST
+    need, left = plan.world_size * each, available()[0]
     if need > left:
-        text = f"needs {need / 1e9:,.1f} GB of memory or more for {world_size:,} ranks"
+        text = f"needs {need / 1e9:,.1f} GB of memory or more for {plan.world_size:,} ranks"
         room = f"{left / 1e9:,.1f} GB are free: take a smaller --world-size, or --on aws"
         raise RunFailed("the run", f"{text}, and {room}")
 

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,10 @@ from fake_aws import MACHINE, FakeAws
 from launched import alive, finish, pids, start, start_fakes, until
 from typer.testing import CliRunner
 
+from lambda_worker.storage import StorageError
+from workflow import cli_sweep, report
 from workflow.cli import app
+from workflow.results import Results
 
 Cosmic = Callable[..., "subprocess.Popen[str]"]
 FOUR = ("--world-size", "1,2", "--batch-size", "8,16", "--no-fmi")
@@ -155,6 +159,20 @@ def test_a_sweep_ends_with_a_table_and_a_page(cosmic: Cosmic, tmp_path: Path) ->
     assert folder.parent == tmp_path / "results/mine/runs"
     assert json.loads((folder / "run.json").read_text())["plan"]["batch_size"] == 16
     assert not (tmp_path / "results/mine/warm-up").exists()
+
+
+def test_a_report_that_cannot_be_written_does_not_cost_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise StorageError("cannot write report.html: No space left on device")
+
+    monkeypatch.setattr(report, "write", full)
+    sweep: Any = SimpleNamespace(folder=tmp_path)
+    said: list[str] = []
+    view: Any = SimpleNamespace(step=said.append)
+    assert cli_sweep._report(sweep, view) == (Results((), ()), None)
+    assert said[-1] == "no report: cannot write report.html: No space left on device"
 
 
 def test_json_is_all_there_is_on_stdout(cosmic: Cosmic, tmp_path: Path) -> None:

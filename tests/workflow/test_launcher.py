@@ -88,7 +88,7 @@ async def test_threads_are_shared_out(plan: Plan, monkeypatch: pytest.MonkeyPatc
 
 async def test_more_ranks_than_the_memory_has_room_for(plan: Plan, tmp_path: Path) -> None:
     error = await failure(plan(world_size=10_000_000))
-    assert str(error).startswith("the run needs 600,000.0 GB of memory or more for 10,000,000 ")
+    assert str(error).startswith("the run needs 1,500,000.0 GB of memory or more for 10,000,000 ")
     assert str(error).endswith("GB are free: take a smaller --world-size, or --on aws")
     assert_nothing_left(tmp_path, processes=0)
 
