@@ -52,6 +52,7 @@ def leaves(command: Any) -> list[Any]:
 COSMIC = tree(cli.app)
 SERVER = tree(server.app)
 OPTIONS = {
+    "--help",
     *(name for each in [*leaves(COSMIC), SERVER] for param in each.params for name in param.opts),
     # Of docker and sam:
     *("--build-arg", "--cap-drop", "--health-cmd", "--image-repository", "--platform"),
@@ -156,7 +157,7 @@ def extras(text: str) -> list[str]:
 
 
 def test_commands_are_found_in_a_line_of_shell() -> None:
-    told = 'A=$(output cosmic Key)\nX="a b" Y=1 .venv/bin/cosmic run -h | jq .  # make it so'
+    told = 'A=$(output cosmic Key)\nX="a b" Y=1 .venv/bin/cosmic run -h 2> log | jq .  # make it so'
     assert list(commands(told)) == [("cosmic", "run", "-h")]
     assert sum(1 for page in PAGES for _ in shown_on(page)) > 150
 
