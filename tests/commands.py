@@ -21,7 +21,7 @@ _COMMAND = re.compile(
     r"(cosmic|make|torchrun|pip(?= install)|python3?(?= -m | \S+\.py\b))((?= |$).*)",
     re.MULTILINE,
 )
-_ENDS = {"|", "||", "&&", ";", "&", "<"}
+_ENDS = re.compile(r"[|;&<]+|\d?>.*")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def commands(line: str) -> Iterator[tuple[str, ...]]:
     for program, rest in _COMMAND.findall(line):
         words = [program]
         for word in shlex.split(rest, comments=True):
-            if word in _ENDS or re.match(r"\d*>", word):
+            if _ENDS.fullmatch(word):
                 break
             words.append(word.rstrip(";") if "(" in word else word.rstrip(";)"))
         yield tuple(words)

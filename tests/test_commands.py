@@ -51,9 +51,9 @@ def leaves(command: Any) -> list[Any]:
 
 COSMIC = tree(cli.app)
 OPTIONS = {
+    "--help",
     *(name for each in leaves(COSMIC) for param in each.params for name in param.opts),
     *(f"--{option.name}" for option in server.OPTIONS),
-    "--help",
     # Of docker and sam:
     *("--build-arg", "--cap-drop", "--health-cmd", "--image-repository", "--platform"),
     "--read-only",
@@ -157,7 +157,7 @@ def extras(text: str) -> list[str]:
 
 
 def test_commands_are_found_in_a_line_of_shell() -> None:
-    told = 'A=$(output cosmic Key)\nX="a b" Y=1 .venv/bin/cosmic run -h | jq .  # make it so'
+    told = 'A=$(output cosmic Key)\nX="a b" Y=1 .venv/bin/cosmic run -h 2> log | jq .  # make it so'
     assert list(commands(told)) == [("cosmic", "run", "-h")]
     assert sum(1 for page in PAGES for _ in shown_on(page)) > 150
 
