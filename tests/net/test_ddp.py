@@ -52,8 +52,11 @@ def trained_in(lab: Lab, folder: Path, size: int) -> tuple[str, Weights]:
     with training(folder / "fmi", size, words, {}, hosts) as ranks:
         weights = learned(ranks)
         for rank in ranks:
-            others = (str(number) for number in range(size) if number != rank.number)
-            assert rank.kinds() == dict.fromkeys(others, "direct")
+            # Recursive doubling needs two partners of three, and a link that is only begun says
+            # nothing, as where the server was busy when all was over.
+            kinds = rank.kinds()
+            assert set(kinds.values()) == {"direct"}
+            assert len(kinds) >= size / 2
     return weights, torch.load(folder / "fmi.pt")
 
 
