@@ -52,8 +52,8 @@ def trained_in(lab: Lab, folder: Path, size: int) -> tuple[str, Weights]:
     with training(folder / "fmi", size, words, {}, hosts) as ranks:
         weights = learned(ranks)
         for rank in ranks:
-            # Recursive doubling needs two partners of three, and a link that is only begun says
-            # nothing, as where the server was busy when all was over.
+            # Of three partners recursive doubling needs two; that a third link was begun, and not
+            # made before all was over, proves nothing.
             kinds = rank.kinds()
             assert set(kinds.values()) == {"direct"}
             assert len(kinds) >= size / 2
