@@ -130,7 +130,7 @@ async def test_a_server_with_a_secret(
 async def test_a_server_that_ends() -> None:
     async with serving() as (server, address):
         server.registry.draining = True
-        report = await checked(address)
+        report = await checked(address, timeout=1.0)
     assert causes(report) == ["draining"]
 
 

@@ -288,14 +288,16 @@ print(comm.allreduce(2, fmi.func(fmi.op.prod), fmi.types(fmi.datatypes.int)))
 
 def test_through_a_store_a_script_ends_as_well(tmp_path: Path, bucket: Path) -> None:
     """And leaves nothing behind, though the threads that write have ended before."""
+    own = bucket.with_name("scripts")
+    own.mkdir()
     path = write_config(tmp_path / "fmi.json", "h:1")
     config = json.loads(path.read_text())
     config["backends"]["Direct"]["enabled"] = False
-    config["backends"]["S3"] |= {"enabled": True, "bucket_name": bucket.name, "max_timeout": 9000}
+    config["backends"]["S3"] |= {"enabled": True, "bucket_name": own.name, "max_timeout": 9000}
     path.write_text(json.dumps(config))
     with ranks(tmp_path, STORE, [["0"], ["1"]]) as processes:
         assert [process.communicate(timeout=SECONDS) for process in processes] == [("4\n", "")] * 2
-    assert not [file for file in bucket.rglob("*") if file.is_file()]
+    assert not [file for file in own.rglob("*") if file.is_file()]
 
 
 THREAD = """

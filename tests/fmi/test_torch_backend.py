@@ -169,7 +169,7 @@ def test_a_callback_may_wait_for_an_operation(groups: list[Group]) -> None:
 def test_many_callbacks_may_wait_at_once(groups: list[Group]) -> None:
     """As in a model of many buckets: each callback is done when another one's future is."""
     count = 100
-    entered = threading.Barrier(count * SIZE, timeout=30)
+    entered = threading.Barrier(count * SIZE, timeout=50)
 
     def more(group: Group) -> Callable[[Any], Tensor]:
         def callback(_: Any) -> Tensor:

@@ -51,7 +51,7 @@ class Rank:
         return self._err.read_text()
 
     def kinds(self) -> dict[str, str]:
-        """Return how it was linked to each rank that it needed."""
+        """Return how it was linked to each rank of which it has heard."""
         links: dict[str, str] = json.loads(self._links.read_text())
         return links
 
@@ -135,7 +135,8 @@ def main(links: str, *arguments: str) -> None:
     leave = background.Background._leave
 
     def look_and_leave(self: background.Background) -> Any:
-        kinds = {peer: link["kind"] for peer, link in self.comm.stats()["links"].items()}
+        found = self.comm.stats()["links"].items()
+        kinds = {peer: link["kind"] for peer, link in found if link["messages_received"]}
         Path(links).write_text(json.dumps(kinds))
         return leave(self)
 

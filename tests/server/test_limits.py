@@ -24,6 +24,8 @@ from tests.reliability.strangers import enter
 from tests.server import test_registry
 from tests.support import serving, until
 
+pytestmark = pytest.mark.alone
+
 
 def test_who_asks_for_links_again_and_again_is_stopped() -> None:
     """Each time both ask they get tickets, which take memory for as long as they last."""

@@ -30,6 +30,8 @@ from tests.reliability.restarts import join
 from tests.reliability.strangers import enter
 from tests.support import closed_port, until
 
+pytestmark = pytest.mark.alone
+
 HELLO = Hello("job", 2, 1, 0, 2**40, (("10.0.0.1", 5),), auth.nonce())
 SEEN = ("203.0.113.9", 4242)
 
