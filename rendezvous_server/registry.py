@@ -404,8 +404,10 @@ def _check(job: Job, hello: Hello) -> None:
     if job.size != hello.size:
         raise JobFull(f"job {job.name!r} has {job.size} ranks, not {hello.size}")
     if job.tls != bool(hello.certificate):
-        how = "with" if job.tls else "without"
-        raise RendezvousError(f"all ranks of job {job.name!r} must come {how} tls://, as the first")
+        raise RendezvousError(
+            f"job {job.name!r} was begun {'with' if job.tls else 'without'} tls://; "
+            "its ranks must all come alike"
+        )
     if job.run == hello.run:
         if hello.rank in job.gone:
             raise RendezvousError(f"job {job.name!r} goes on without rank {hello.rank}")

@@ -260,7 +260,7 @@ def test_a_server_says_what_to_do_about_its_files(files: tuple[Path, Path], tmp_
     )
     assert ran.returncode == 2
     *_, last = ran.stderr.splitlines()
-    assert last.startswith("Error:")
+    assert last.startswith("python -m rendezvous_server: error: --tls-cert")
     assert last.endswith("give the key that belongs to this certificate, this one does not")
 
 
