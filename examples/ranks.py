@@ -17,6 +17,8 @@ from collections.abc import Callable
 from fmi_client import sync
 from fmi_client.errors import FmiError
 
+PLACE = ("FMI_SERVER", "FMI_JOB", "FMI_RANK", "FMI_SIZE")
+
 TIMEOUT = 60.0
 """Seconds to join, and for each operation."""
 
@@ -25,12 +27,13 @@ def join() -> sync.Communicator:
     """Join the job that the environment names, as the rank that it names: our COMM_WORLD.
 
     Raises:
-        KeyError: this process was not started as a rank; the text is the variable's name.
+        SystemExit: this process was not started as a rank; the text names what is missing.
         FmiError: the others did not come within `TIMEOUT`, or the server cannot be reached.
     """
-    server, job = os.environ["FMI_SERVER"], os.environ["FMI_JOB"]
-    rank, size = int(os.environ["FMI_RANK"]), int(os.environ["FMI_SIZE"])
-    return sync.connect(server, job=job, rank=rank, size=size, timeout=TIMEOUT)
+    if missing := [name for name in PLACE if not os.environ.get(name)]:
+        sys.exit(f"Error: a rank needs {', '.join(missing)} in its environment")
+    server, job, rank, size = (os.environ[name] for name in PLACE)
+    return sync.connect(server, job=job, rank=int(rank), size=int(size), timeout=TIMEOUT)
 
 
 def main(work: Callable[[sync.Communicator], bool]) -> None:

@@ -125,7 +125,7 @@ class ArrayValue:
     def owned(self) -> Array:
         """The memory for the result: `out` where it can be used in place, else our own."""
         if self._result is None:
-            self._result = _usable(self._out)
+            self._result = _usable(self._out, self.source)
             if self._result is None:
                 self._result = np.empty_like(self.source, order="C", subok=False)
         return self._result
@@ -216,13 +216,18 @@ def _fill_tensor(out: torch.Tensor, array: Array) -> None:
         out.detach().copy_(_to_tensor(array, out))
 
 
-def _usable(out: Any) -> Array | None:
-    """Return `out`'s own memory if a result can be built there."""
+def _usable(out: Any, source: Array) -> Array | None:
+    """Return `out`'s own memory if a result can be built there, while `source` is still read."""
     if out is None:
         return None
     if is_tensor(out):
-        return as_numpy(out) if out.is_contiguous() and out.device.type == "cpu" else None
-    return out if out.flags.c_contiguous else None
+        array = as_numpy(out) if out.is_contiguous() and out.device.type == "cpu" else None
+    else:
+        array = out if out.flags.c_contiguous else None
+    if array is None or not np.may_share_memory(array, source):
+        return array
+    # Element by element it may be overwritten, but not where one's place is that of another.
+    return array if array.ctypes.data == source.ctypes.data else None
 
 
 def check_out(out: Any, like: Any, shape: tuple[int, ...]) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from examples import histogram, mean_and_variance, sgd, word_count
+from examples import ranks as entry
 from examples.mean_and_variance import merge, summarize
 from examples.sgd import training_data
 from tests.processes import run_processes, serve_rendezvous
@@ -278,6 +279,14 @@ async def test_who_does_not_notice_that_a_rank_failed_is_ended(
     program = "import os, time; time.sleep(50 * int(os.environ['FMI_RANK']))\nraise SystemExit(1)"
     async with asyncio.timeout(20):
         assert await launch._launch((sys.executable, "-c", program), 2) == 1
+
+
+def test_a_rank_says_what_its_environment_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in entry.PLACE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FMI_RANK", "0")
+    with pytest.raises(SystemExit, match="needs FMI_SERVER, FMI_JOB, FMI_SIZE in its environment"):
+        entry.main(lambda comm: True)
 
 
 def test_settings_of_another_server_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,19 @@ async def test_sendrecv_may_receive_into_what_it_sends(count: int) -> None:
     await run_ranks(2, work)
 
 
+@pytest.mark.parametrize("method", ["allreduce", "reduce", "scan", "exscan"])
+async def test_out_may_overlap_the_input(method: str) -> None:
+    """Large enough to be reduced in parts, of which some are read after others are written."""
+
+    async def work(comm: Communicator) -> Any:
+        both = np.arange(200_000.0)
+        wanted = await getattr(comm, method)(both[:-1].copy())
+        await getattr(comm, method)(both[:-1], out=both[1:])
+        return wanted is None or np.array_equal(both[1:], wanted)
+
+    assert all(await run_ranks(3, work))
+
+
 FROZEN = np.zeros(2)
 FROZEN.flags.writeable = False
 
