@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from rendezvous_server import options as server
 from tests.commands import PAGES, ROOT, commands, shown_on, spans
@@ -204,12 +203,6 @@ def test_the_examples_of_the_help_parse(parse: Parse) -> None:
     assert len(found) > 20
     for words in found:
         assert parse(words) == "", words
-
-
-@pytest.mark.parametrize("group", [[], ["data"], ["model"]], ids=" ".join)
-def test_no_line_of_the_help_is_cut_off(group: list[str]) -> None:
-    told = CliRunner().invoke(cli.app, [*group, "--help"]).output
-    assert not re.findall(r"^  \w.*\.\.\.$", told, re.MULTILINE)
 
 
 def test_what_make_help_says_of_arguments_parses(parse: Parse) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -238,12 +239,22 @@ def _finish(on: Where, begin: Callable[[View], tuple[RunPlan, Work]], as_json: b
     try:
         with open_view(*(AWS_VIEW if on is Where.aws else ())) as view:
             plan, work = begin(view)
-            result = run_until_signal(work(plan, partial(tell, view)))
-            _note(result, plan, on, view)
-            plot = _plot(result, view)
+            with _own_folder(plan):
+                result = run_until_signal(work(plan, partial(tell, view)))
+                _note(result, plan, on, view)
+                plot = _plot(result, view)
     except (RunFailed, AwsError, StorageError, OSError) as error:
         fail(error, as_json)
     _show(result, plot, as_json)
+
+
+def _own_folder(plan: RunPlan) -> AbstractContextManager[None]:
+    """Two runs of one name would replace each other's records; S3 has no locks."""
+    from lambda_worker.storage import local_path
+    from workflow.alone import alone
+
+    folder = local_path(f"{plan.results}/{plan.run}") if plan.run else None
+    return alone(folder, "take another --run") if folder else nullcontext()
 
 
 def _note(result: RunResult, plan: RunPlan, on: Where, view: View) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -11,7 +10,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +26,7 @@ from lambda_worker.events import Payload
 from lambda_worker.planning import dataset_files
 from lambda_worker.reading import BLOCK, Shard
 from lambda_worker.shard import Piece
+from workflow.alone import alone
 from workflow.ptwriter import OVERHEAD, write_pt
 
 __all__ = ["PLAN", "Cut", "Done", "SplitError", "split"]
@@ -86,7 +86,7 @@ def split(source: str, out: Path, cut: Cut, progress: Callable[[int, int], None]
     files = dataset_files(Payload(data=source))
     sizes = dict(zip(files, storage.in_parallel(dataset.count, files), strict=True))
     storage.check_writable(str(out))
-    with TemporaryDirectory(prefix="cosmic-") as scratch, _locked(out):
+    with TemporaryDirectory(prefix="cosmic-") as scratch, alone(out, "choose another folder"):
         shard = Shard([Piece(url, 0, rows) for url, rows in sizes.items()], Path(scratch))
         edges = _edges(cut, len(shard), _row_bytes(shard), source)
         _agree(out, _plan(source, sizes, shard, edges, cut))
@@ -146,23 +146,6 @@ def _version(url: str) -> str:
         return storage.open_ranged(url).version
     stat = path.stat()  # without the numbers that another mount of the same disk would change
     return f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Make the folder, and keep other splits out of it; the lock ends with this process."""
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SplitError(
-                f"{out}: another split is writing there: wait for it, or choose another folder"
-            ) from None
-        yield
-    finally:
-        os.close(folder)
 
 
 def _agree(out: Path, plan: dict[str, Any]) -> None:

@@ -226,6 +226,22 @@ def test_a_signal_that_the_parent_told_to_ignore(start: Start, tmp_path: Path) -
     assert finish(process)[0] == 128 + signal.SIGTERM
 
 
+def test_a_second_run_of_one_name_leaves_the_first_ones_folder_alone(
+    start: Start, tmp_path: Path
+) -> None:
+    first = start("run", "--run", "mine", "--data", f"fake://{HANG}")
+    until(lambda: len(pids(tmp_path)) == 5)
+    code, out, err = finish(start("run", "--run", "mine", "--data", "fake://{}"))
+    assert (code, out) == (1, "")
+    assert err.endswith(
+        "results/mine: another process is writing there: wait for it, or take another --run\n"
+    )
+    first.kill()
+    finish(first)
+    until(lambda: not [pid for pid in pids(tmp_path) if alive(pid)])
+    assert finish(start("run", "--run", "mine", "--data", "fake://{}"))[0] == 0
+
+
 def test_no_process_outlives_a_killed_launcher(start: Start, tmp_path: Path) -> None:
     process = start("run", "--data", f"fake://{HANG}")
     until(lambda: len(pids(tmp_path)) == 5)

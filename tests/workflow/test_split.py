@@ -25,6 +25,7 @@ from tests.s3 import Trouble, s3_client, serve_s3
 from tests.worker.sparse import sparse_pt
 from tests.worker.worker_data import tensors
 from workflow import ptwriter
+from workflow.alone import Taken
 from workflow.cli import app
 from workflow.split import PLAN, Cut, SplitError, split
 
@@ -226,7 +227,7 @@ def test_no_room_is_said_before_anything_is_written(
 
 def test_two_at_once(source: Path, tmp_path: Path) -> None:
     def second(done: int, of: int) -> None:
-        with pytest.raises(SplitError, match="out: another split is writing there: wait"):
+        with pytest.raises(Taken, match="out: another process is writing there: wait"):
             split(str(source), tmp_path / "out", Cut(rows=20), ignore)
 
     split(str(source), tmp_path / "out", Cut(rows=20), second)
