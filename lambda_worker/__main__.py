@@ -16,13 +16,14 @@ import sys
 import time
 import traceback
 from types import FrameType, TracebackType
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 from lambda_worker import handlers
 from lambda_worker.events import EventError, flat
 from lambda_worker.failures import words
 
 PROGRESS_EVERY = 0.1  # seconds; more lines than that nobody can see
+AGAIN_SECONDS = 0.05  # until SIGTERM that came in an import is looked at again
 
 
 def main() -> None:
@@ -35,7 +36,8 @@ def main() -> None:
     output = Output(_take_stdout())
     sys.excepthook = output.error
     # As an exit, not a sudden death: what is half-written or temporary is cleaned up.
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _stop)
     try:
         event = _read_event()
         output.rank = _rank(event)
@@ -53,8 +55,20 @@ class Stopped(SystemExit):
         return "stopped by SIGTERM"
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped(128 + number)
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Raise, but not in an import, where it may be lost: in callbacks of importlib, or in C."""
+    if _importing(frame):
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+    else:
+        raise Stopped(128 + signal.SIGTERM)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Output:

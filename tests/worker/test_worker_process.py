@@ -75,6 +75,36 @@ def test_a_rank_that_is_stopped_says_so_in_its_last_line() -> None:
     assert process.returncode == 128 + signal.SIGTERM
 
 
+def test_a_stop_in_an_import_is_not_lost(tmp_path: Path) -> None:
+    """There Python and its libraries ignore errors, and the rank would wait for its timeout."""
+    (tmp_path / "careless.py").write_text(
+        "import os, signal, time\n"
+        "try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
+        "except BaseException: pass\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, path, target=None):\n"
+        "        if name == 'lambda_worker.secret': import careless\n"
+        "sys.meta_path.insert(0, Finder)\n"
+    )
+    event = {
+        **{"rank": 1, "world_size": 2, "run": "r", "shard": [], "results": str(tmp_path)},
+        **{"rendezvous_endpoint": f"127.0.0.1:{closed_port()}", "timeout": 5},
+    }
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "lambda_worker", "infer"],
+        input=json.dumps(event),
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1])["error"]["type"] == "Stopped", done
+    assert done.returncode == 128 + signal.SIGTERM
+
+
 def test_check_is_a_step_too() -> None:
     event = {"server": f"127.0.0.1:{closed_port()}", "admin_port": 0}
     code, lines, _ = run("check", event)
