@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fmi_client import joining, sync
+from fmi_client import socket_endpoint, sync
 from fmi_client.errors import FmiError
 from fmi_client.socket_endpoint import SocketEndpoint
 from tests.support import KEY
@@ -61,7 +61,7 @@ def work(server: str, job: str, rank: int, size: int, stops: list[str]) -> dict[
 
 
 def main(server: str, job: str, rank: int, size: int, stops: list[str]) -> None:
-    joining.REJOIN_SECONDS = REJOIN_SECONDS
+    socket_endpoint.REJOIN_SECONDS = REJOIN_SECONDS
     stop_when_told(stops)
     try:
         result = work(server, job, rank, size, stops)
