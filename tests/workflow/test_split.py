@@ -272,7 +272,7 @@ def test_sources_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(SplitError, match=r"none\.pt: has no rows"):
         split(str(tmp_path / "none.pt"), tmp_path / "out", Cut(rows=1), ignore)
     (tmp_path / "empty.pt").touch()
-    with pytest.raises(DatasetError, match=r"empty\.pt: not a \.pt file"):
+    with pytest.raises(DatasetError, match=r"empty\.pt: .*it is empty"):
         split(str(tmp_path / "empty.pt"), tmp_path / "out", Cut(rows=1), ignore)
     (tmp_path / "a.txt").touch()
     with pytest.raises(SplitError, match=r"a\.txt: is no \.pt file"):
