@@ -20,6 +20,7 @@ import typer
 from rendezvous_server import options as server
 from tests.commands import PAGES, ROOT, commands, shown_on, spans
 from workflow import cli
+from workflow.demo import data_path
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -203,6 +204,12 @@ def test_the_examples_of_the_help_parse(parse: Parse) -> None:
     assert len(found) > 20
     for words in found:
         assert parse(words) == "", words
+
+
+def test_no_page_names_a_file_whose_name_changes_with_the_simulator() -> None:
+    made = re.compile(r"demo-\w+-\w+-\d+-[0-9a-f]{8}\.pt")
+    assert made.search(str(data_path("small", "test", 0)))
+    assert [page for page in PAGES if made.search((ROOT / page).read_text())] == []
 
 
 def test_what_make_help_says_of_arguments_parses(parse: Parse) -> None:

@@ -65,7 +65,6 @@ openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=f
 sed -n '/^from examples.ranks/,/^```/p' examples/README.md | sed '$d' > yours.py
 cp examples/ddp.py train.py
 for name in m astromae; do cp lambda_worker/demo_model/model.safetensors $name.safetensors; done
-cosmic data make
 for run in a b; do cosmic run --run $run; done
 cosmic sweep --world-size 1,2 --batch-size 64 --name sweep-1
 cp -r results/sweep-1 results/sweep-20261127T020000"""
@@ -73,7 +72,6 @@ SERVER = "python -m rendezvous_server"
 INSTEAD = {
     r"\s+# .*": "",
     r"\| *jq .*": "> /dev/null",
-    r"data/demo-….pt": "data/demo-small-test-*.pt",
     r"fmi\.example\.org(:10000)?": "127.0.0.1:10000",
     r"results/night": "results/sweep-1",
     r"^(.* --rank) 0$": r"\1 0 & \1 1; wait $!",
