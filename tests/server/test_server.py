@@ -37,8 +37,6 @@ from rendezvous_server import __main__, config
 from tests.reliability.strangers import enter
 from tests.support import KEY, logged, serving, until
 
-pytestmark = pytest.mark.alone
-
 SECRET = b"0123456789abcdef"
 
 
