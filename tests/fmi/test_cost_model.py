@@ -18,8 +18,6 @@ from fmi_client.cost_model import OPERATIONS, Model, predict
 from tests.processes import run_processes
 from tests.support import run_ranks
 
-pytestmark = pytest.mark.alone
-
 MODEL = Model(latency=1e-3, bandwidth=1e8, reduction=1e9)
 SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17]
 BYTES = [8, 8192, 65_536, 100_000, 3_000_000]
@@ -109,6 +107,7 @@ async def test_calibration_gives_all_ranks_the_same(size: int) -> None:
         assert 1e6 < model.bandwidth < 1e12
 
 
+@pytest.mark.alone
 def test_predictions_on_loopback_are_of_the_right_size(address: str) -> None:
     """Within a factor of three, on a machine where other things happen: the best of some runs."""
     cases = [("barrier", 0), ("allreduce", 8), ("allreduce", 4_000_000), ("scan", 4_000_000)]

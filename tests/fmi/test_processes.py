@@ -23,8 +23,6 @@ from fmi_client.errors import (
 from tests.fmi import everything
 from tests.processes import RankFunction, fork, run_processes
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.mark.parametrize("size", [2, 4, 5])
 def test_every_collective(address: str, size: int) -> None:
@@ -53,6 +51,7 @@ def test_seconds_in_collectives_are_counted_with_the_waiting(address: str) -> No
     assert after == waited, "sendrecv is no collective"
 
 
+@pytest.mark.alone
 def test_a_killed_rank_is_named_by_all_others_within_a_second(address: str) -> None:
     def rank(comm: sync.Communicator) -> Any:
         start = time.monotonic()
@@ -155,6 +154,7 @@ def test_a_large_reduction_takes_next_to_no_memory(address: str, size: int) -> N
         assert grown < 4 * 1024 * 1024
 
 
+@pytest.mark.alone
 def test_who_waits_does_not_work(address: str) -> None:
     """A spin, then sleep: 1 % of a core at most."""
     seconds = 1.5

@@ -27,8 +27,6 @@ from tests.server.test_registry import HELLO
 from tests.server.test_server import server_process
 from tests.support import serving, until
 
-pytestmark = pytest.mark.alone
-
 SMALL = (socket.SOL_SOCKET, socket.SO_SNDBUF, live.SEND_BUFFER)
 
 

@@ -36,8 +36,6 @@ from rendezvous_server import config
 from tests.reliability.strangers import enter
 from tests.support import KEY, logged, serving, until
 
-pytestmark = pytest.mark.alone
-
 SECRET = b"0123456789abcdef"
 
 
