@@ -9,6 +9,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from typer.main import get_command
 
-import rendezvous_server.__main__
 import workflow.cli
+from rendezvous_server.options import make_parser
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,7 +82,9 @@ def _on_site(path: str, config: MkDocsConfig, files: Files) -> str | None:
 def _commands() -> Iterator[str]:
     """Return a section for each command of `cosmic`, and one for the server."""
     yield from _help(get_command(workflow.cli.app), "cosmic")
-    yield from _help(get_command(rendezvous_server.__main__.app), "python -m rendezvous_server")
+    server = make_parser()
+    server.formatter_class = partial(server.formatter_class, width=80)
+    yield f"## {server.prog}\n\n```text\n{server.format_help()}```\n"
 
 
 def _help(command: Any, name: str, parent: Any = None) -> Iterator[str]:

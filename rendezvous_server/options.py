@@ -166,6 +166,20 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Con
 
     Exits with code 0 after `--help`, and with 2 after a line that says what is wrong.
     """
+    parser = make_parser()
+    said: dict[str, Any] = {}
+    try:
+        for each in OPTIONS:
+            key = each.name.replace("-", "_")
+            said[key] = _from_variable(each, ENV + key.upper(), environment)
+        said |= vars(parser.parse_args(arguments))
+        return _config(Namespace(**said), environment)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def make_parser() -> ArgumentParser:
+    """Make the parser of the command line; what is not given is not in what it returns."""
     parser = ArgumentParser(
         PROGRAM,
         usage="%(prog)s [--help] [OPTION ...]",
@@ -174,16 +188,9 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Con
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    said: dict[str, Any] = {}
-    try:
-        for each in OPTIONS:
-            key = each.name.replace("-", "_")
-            said[key] = _from_variable(each, ENV + key.upper(), environment)
-            _add(parser, each)
-        said |= vars(parser.parse_args(arguments))
-        return _config(Namespace(**said), environment)
-    except ConfigError as error:
-        parser.error(str(error))
+    for each in OPTIONS:
+        _add(parser, each)
+    return parser
 
 
 def _from_variable(option: Option, name: str, environment: Mapping[str, str]) -> Any:
