@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from rendezvous_server import __main__ as server
 from tests.commands import PAGES, ROOT, commands, shown_on, spans
@@ -221,12 +220,6 @@ def test_git_adds_no_secret_that_a_page_tells_to_make() -> None:
         ["git", "check-ignore", *made], cwd=ROOT, capture_output=True, text=True
     )
     assert set(ignored.stdout.split()) == made >= {"secret", "admin-token", "key.pem"}
-
-
-@pytest.mark.parametrize("group", [[], ["data"], ["model"]], ids=" ".join)
-def test_no_line_of_the_help_is_cut_off(group: list[str]) -> None:
-    told = CliRunner().invoke(cli.app, [*group, "--help"]).output
-    assert not re.findall(r"^  \w.*\.\.\.$", told, re.MULTILINE)
 
 
 def test_what_make_help_says_of_arguments_parses(parse: Parse) -> None:

@@ -17,7 +17,9 @@ from workflow.demo import data_path
 if TYPE_CHECKING:
     from workflow.progress import View
 
-commands = group("Datasets: make one of demo galaxies, split or upload one.")
+commands = group(
+    "Datasets: make one of demo galaxies, split one, upload it and what belongs to it."
+)
 
 
 class Size(StrEnum):
@@ -53,10 +55,9 @@ def make(
         typer.Option(help="The .pt file  [default: ./data/demo-SIZE-SPLIT-SEED-VERSION.pt]"),
     ] = None,
 ) -> None:
-    """Simulate SDSS-like galaxies, as a .pt file.
+    """Simulate SDSS-like galaxies and write them as a .pt file, a TensorDataset.
 
-    The file holds a TensorDataset. Magnitudes and redshifts are real, the 32 x 32 ugriz cutouts are
-    painted to them.
+    Magnitudes and redshifts are real, the 32 x 32 ugriz cutouts are painted to them.
     """
     from lambda_worker.events import DATA_SIZES
     from workflow.progress import open_view
