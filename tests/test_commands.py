@@ -212,6 +212,16 @@ def test_no_page_names_a_file_whose_name_changes_with_the_simulator() -> None:
     assert [page for page in PAGES if made.search((ROOT / page).read_text())] == []
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout")
+def test_git_adds_no_secret_that_a_page_tells_to_make() -> None:
+    text = "".join((ROOT / page).read_text() for page in PAGES)
+    made = set(re.findall(r"(?:-hex 32 >|-keyout) ?(\S+)", text))
+    ignored = subprocess.run(
+        ["git", "check-ignore", *made], cwd=ROOT, capture_output=True, text=True
+    )
+    assert set(ignored.stdout.split()) == made >= {"secret", "admin-token", "key.pem"}
+
+
 def test_what_make_help_says_of_arguments_parses(parse: Parse) -> None:
     targets = re.findall(r"^([a-z-]+):.*?##(?:.*?(ARGS=\"[^\"]*\"))?", MAKEFILE, re.MULTILINE)
     assert len(targets) > 15

@@ -17,7 +17,9 @@ from workflow.demo import data_path
 if TYPE_CHECKING:
     from workflow.progress import View
 
-commands = group("Datasets: make one of demo galaxies, split or upload one.")
+commands = group(
+    "Datasets: make one of demo galaxies, split one, upload it and what belongs to it."
+)
 
 
 class Size(StrEnum):
@@ -55,10 +57,10 @@ def make(
         ),
     ] = None,
 ) -> None:
-    """Simulate SDSS-like galaxies, as a .pt file.
+    """Simulate SDSS-like galaxies and write them as a .pt file, a TensorDataset.
 
-    Magnitudes and redshifts are real, the 32 x 32 ugriz cutouts are painted to them. The file holds
-    a TensorDataset, which is in memory as a whole until it is written: 20 MB for 1,000 rows.
+    Magnitudes and redshifts are real, the 32 x 32 ugriz cutouts are painted to them. All of it is
+    in memory until it is written: 20 MB for 1,000 rows.
     """
     from lambda_worker.events import DATA_SIZES
     from workflow.progress import open_view

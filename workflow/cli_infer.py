@@ -154,7 +154,7 @@ def infer(
         ),
     ] = None,
 ) -> None:
-    """Predict a dataset's redshifts in this process, and report on it.
+    """Predict the redshifts of a dataset in this process, and report what it took.
 
     Reports time, time per batch, throughput, memory, the metrics, and the
     machine. Rows with NaN or infinity are counted, named and left out of the

@@ -75,7 +75,7 @@ INSTEAD = {
     r"fmi\.example\.org(:10000)?": "127.0.0.1:10000",
     r"results/night": "results/sweep-1",
     r"^(.* --rank) 0$": r"\1 0 & \1 1; wait $!",
-    rf"^(.*{SERVER}.*)$": r"timeout --preserve-status -s INT 5 env \1",
+    rf"^(.*{SERVER}.*)$": r"timeout --foreground --preserve-status -s INT 5 env \1",
     r"(torchrun .*train\.py)": r"\1 --backend fmi",
 }
 
