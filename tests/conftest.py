@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import settings
 
 from tests.s3 import KEYS, serve_s3
+
+# A busy machine is not an error: pytest-timeout ends what hangs.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 # The servers that run inside tests log to nobody; the logs of processes are tested as such.
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))

@@ -25,7 +25,7 @@ shapes = st.one_of(
 )
 dtypes = st.sampled_from(["f4", "f8", "i1", "i8", "u2", "c16", "?", ">f8", "f2"])
 arithmetic = st.sampled_from([fmi_client.SUM, fmi_client.PROD, fmi_client.MIN, fmi_client.MAX])
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 
 
 def make(rank: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:

@@ -70,7 +70,6 @@ def _search(target: Target, examples: int) -> None:
     seeds = [path.read_bytes() for path in entries(target)]
     few: Any = settings(
         max_examples=examples,
-        deadline=None,
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),

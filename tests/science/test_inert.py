@@ -356,7 +356,7 @@ def changes(data: bytes, seed: list[tuple[int, bytes]]) -> bytes:
 SOME = st.lists(st.tuples(st.integers(0, 1 << 30), st.binary(min_size=1, max_size=6)), max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=SOME)
 def test_any_change_of_the_pickle_ends_well(
     small_original: Path, tmp_path_factory: pytest.TempPathFactory, seed: list[tuple[int, bytes]]
@@ -367,7 +367,7 @@ def test_any_change_of_the_pickle_ends_well(
     assert outcome(lambda: convert(path, folder / "changed.safetensors")).isprintable()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=SOME, late=st.booleans())
 def test_any_change_of_the_archive_ends_well(
     small_original: Path,
@@ -387,7 +387,7 @@ def test_any_change_of_the_archive_ends_well(
 OPCODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.sampled_from(OPCODES) | st.binary(max_size=5), max_size=40))
 def test_any_program_ends_well(parts: list[bytes]) -> None:
     assert outcome(lambda: content(PROTO + b"".join(parts) + STOP, ALLOWED)).isprintable()

@@ -53,7 +53,7 @@ STEPS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(STEPS)
 def test_a_snapshot_agrees_with_the_registry_whatever_happened(
     steps: list[tuple[str, str, int]],

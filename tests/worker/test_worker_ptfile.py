@@ -68,7 +68,7 @@ def columns(draw: st.DrawFn) -> list[Tensor]:
     return made
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(columns(), st.booleans(), st.data())
 def test_any_rows_are_those_that_torch_loads(
     folder: Path, content: list[Tensor], plain: bool, data: st.DataObject
@@ -87,7 +87,7 @@ def test_any_rows_are_those_that_torch_loads(
     assert dataset.count(str(path)) == rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_changed_byte_or_a_cut_gives_an_error_or_the_same_numbers(data: st.DataObject) -> None:
     whole = saved(TensorDataset(*tensors(2, wide=torch.float64)))
@@ -118,7 +118,7 @@ def test_every_single_changed_bit_of_the_description_is_found(bits: int) -> None
                 assert starts(bytes(damaged)) == expected, f"bit {bit} of byte {place}"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_a_pickle_of_random_bytes_is_refused(data: bytes) -> None:
     with suppress(FormatError):

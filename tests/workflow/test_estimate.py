@@ -103,7 +103,7 @@ def every(rows: int, sizes: list[int]) -> list[estimate.Point]:
     return found
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 2_000_000), most=st.integers(20, 200))
 def test_the_frontier_is_what_nothing_beats(rows: int, most: int) -> None:
     sizes = estimate.world_sizes(most, rows)

@@ -188,7 +188,7 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(
     files=st.dictionaries(
         st.sampled_from([*NAMES, "1.json", "runs/a.json", "runs/a/run.json"]),
@@ -204,7 +204,7 @@ def test_any_json_gives_results(files: dict[str, Any]) -> None:
         _all(read([name]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     data=st.binary(max_size=200)
     | st.text(alphabet='",\n 0159.MBGT()xrun', max_size=200).map(str.encode),

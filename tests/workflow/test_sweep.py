@@ -203,7 +203,7 @@ def crashes(draw: st.DrawFn) -> list[tuple[int, str]]:
     return draw(st.lists(st.tuples(st.integers(0, 4), moments), max_size=6))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ends=crashes(), prefix=st.integers(0, 4), fails=st.sets(st.integers(1, 2)))
 def test_whenever_it_is_killed_the_same_set_is_there_in_the_end(
     ends: list[tuple[int, str]], prefix: int, fails: set[int]
