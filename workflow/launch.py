@@ -104,7 +104,8 @@ def _number(rank: int, size: int) -> dict[str, str]:
 
 async def _all(ranks: Sequence[Process]) -> bool:
     """Wait for all ranks, or for `GRACE` seconds after the first that failed; whether none did."""
-    running = {asyncio.create_task(_watch(number, rank)) for number, rank in enumerate(ranks)}
+    tasks = [asyncio.create_task(_watch(number, rank)) for number, rank in enumerate(ranks)]
+    running = set(tasks)
     try:
         while running:
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -114,9 +115,9 @@ async def _all(ranks: Sequence[Process]) -> bool:
                 return False
         return True
     finally:
-        for task in running:
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)  # two may fail at once: one is raised
 
 
 async def _watch(number: int, rank: Process) -> bool:
