@@ -151,7 +151,7 @@ def allowance(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -
 
 
 def available(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> tuple[int, str]:
-    """Bytes of memory that there are still to be had, not below 0, and what limits them.
+    """Bytes of memory that there are still to be had, and what limits them; 0: nobody knows.
 
     The least of what the machine has available, what its control groups leave, and what the Lambda
     function has.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from argparse import (
     SUPPRESS,
     ArgumentParser,
@@ -59,7 +60,7 @@ def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
     bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
 
     def read(text: str) -> int:
-        number = int(text) if text.removeprefix("-").isdecimal() else low - 1
+        number = int(text) if re.fullmatch(r"\s*[-+]?\d{1,18}\s*", text) else low - 1
         if number < low or (high is not None and number > high):
             raise ArgumentTypeError(f"give a whole number {bounds}, not {text!r}")
         return number
@@ -167,13 +168,13 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Con
     Exits with code 0 after `--help`, and with 2 after a line that says what is wrong.
     """
     parser = make_parser()
-    said: dict[str, Any] = {}
+    said = parser.parse_args(arguments)
     try:
         for each in OPTIONS:
             key = each.name.replace("-", "_")
-            said[key] = _from_variable(each, ENV + key.upper(), environment)
-        said |= vars(parser.parse_args(arguments))
-        return _config(Namespace(**said), environment)
+            if key not in said:
+                setattr(said, key, _from_variable(each, ENV + key.upper(), environment))
+        return _config(said, environment)
     except ConfigError as error:
         parser.error(str(error))
 

@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 
 from rendezvous_server.status import JOBS_SHOWN, LATELY_SECONDS, RANKS_SHOWN, Snapshot
 
-STYLE, SCRIPT = ((files(__package__) / name).read_text() for name in ("page.css", "page.js"))
+STYLE, SCRIPT = ((files(__package__) / name).read_text("utf-8") for name in ("page.css", "page.js"))
 
 Tree = str | list[Any]
 Rows = list[list[Tree]]

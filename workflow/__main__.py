@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -23,6 +24,8 @@ def main() -> None:
         print(f"Stopped by {stopped.name}; {stopped.left}.", file=sys.stderr)
         raise
     except OSError as error:  # of their files the commands tell themselves
+        if error.errno not in (errno.EBADF, errno.EIO, errno.ENOSPC, errno.EPIPE):
+            raise
         # Else the interpreter would try, and complain, once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(f"Error: cannot write to stdout: {error.strerror}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -15,7 +15,7 @@ class Taken(OSError):
 
 @contextmanager
 def alone(folder: Path, instead: str) -> Iterator[None]:
-    """Have a folder, made if it is not there, for this process alone.
+    """Have a folder, made if it is not there, for this process alone; it goes if nothing is in it.
 
     Where the file system has no locks for folders, as NFS, it is left to the user.
 
@@ -32,6 +32,8 @@ def alone(folder: Path, instead: str) -> Iterator[None]:
         _lock(held, f"{folder}: another process is writing there: wait for it, or {instead}")
         yield
     finally:
+        with suppress(OSError):  # something is in it
+            folder.rmdir()
         os.close(held)
 
 
@@ -41,4 +43,4 @@ def _lock(held: int, taken: str) -> None:
     except BlockingIOError:
         raise Taken(taken) from None
     except OSError:
-        pass
+        pass  # no such locks here

@@ -99,7 +99,7 @@ def cost(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run on AWS would take and cost, and which ranks and memory are best.
+    """Estimate time and cost of a run on AWS, and what is best.
 
     With --world-size and --memory: of that choice, item by item. Always: the choices of ranks and
     memory that no other beats in both time and cost, with the cheapest, the fastest, and the knee

@@ -17,9 +17,7 @@ from workflow.demo import data_path
 if TYPE_CHECKING:
     from workflow.progress import View
 
-commands = group(
-    "Datasets: make one of demo galaxies, split one, upload it and what belongs to it."
-)
+commands = group("Datasets: make one of demo galaxies, split one, upload one.")
 
 
 class Size(StrEnum):
@@ -57,16 +55,16 @@ def make(
         ),
     ] = None,
 ) -> None:
-    """Simulate SDSS-like galaxies and write them as a .pt file, a TensorDataset.
+    """Simulate SDSS-like galaxies and write them as a .pt file.
 
-    Magnitudes and redshifts are real, the 32 x 32 ugriz cutouts are painted to them. All of it is
-    in memory until it is written: 20 MB for 1,000 rows.
+    Magnitudes and redshifts are real, the 32 x 32 ugriz cutouts are painted to them. The file holds
+    a TensorDataset, which is in memory as a whole until it is written: 20 MB for 1,000 rows.
     """
     from lambda_worker.events import DATA_SIZES
     from workflow.progress import open_view
 
     path, count = out or data_path(str(rows or size), split, seed), rows or DATA_SIZES[size]
-    _check_made(out, count)
+    _check_made(out, count, "--size" if rows is None else "--rows")
     try:
         with open_view() as view:
             _make(path, count, split, seed, view)
@@ -75,7 +73,7 @@ def make(
     print(path)
 
 
-def _check_made(out: Path | None, rows: int) -> None:
+def _check_made(out: Path | None, rows: int, option: str) -> None:
     """Refuse a file that nobody would read, or that cannot be made or written."""
     from lambda_worker.batching import ROW_BYTES, available
 
@@ -84,9 +82,9 @@ def _check_made(out: Path | None, rows: int) -> None:
             raise wrong("--out", f"{out}: expected a name that ends with .pt")
         check_output("--out", str(out.parent))
     need, left = rows * ROW_BYTES, available()[0]
-    if need > left:
+    if need > left > 0:
         text = f"{rows:,} rows are {need / 1e9:,.1f} GB in memory, and {left / 1e9:,.1f} are there"
-        raise wrong("--rows", text)
+        raise wrong(option, text)
 
 
 def make_once(path: Path, size: Size, seed: int, view: View) -> None:

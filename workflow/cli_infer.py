@@ -154,7 +154,7 @@ def infer(
         ),
     ] = None,
 ) -> None:
-    """Predict the redshifts of a dataset in this process, and report what it took.
+    """Predict a dataset in this process, and report what it took.
 
     Reports time, time per batch, throughput, memory, the metrics, and the
     machine. Rows with NaN or infinity are counted, named and left out of the

@@ -27,10 +27,11 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of data and start.")] = 0,
 ) -> None:
-    """Train the demo model on the catalogue's train split; some minutes on two cores.
+    """Train the demo model on the catalogue's train split.
 
-    Keeps the epoch that is best on val, and judges it once on test, whose galaxies it has never
-    seen. Writes model.safetensors, training_log.json and metrics.json.
+    It takes some minutes on two cores, keeps the epoch that is best on val, and judges it once on
+    test, whose galaxies it has never seen. Writes model.safetensors, training_log.json and
+    metrics.json.
     """
     from workflow.progress import open_view
 
@@ -72,13 +73,14 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert an AstroMAE checkpoint, a pickled PyTorch module, into a model file.
+    """Convert an AstroMAE checkpoint into a model file.
 
-    Safe with files of strangers: nothing in the file is executed, and what it names beyond
-    AstroMAE's own classes is refused by name. Neither timm nor the original code is needed.
+    A checkpoint is a pickled PyTorch module. Safe with files of strangers: nothing in the file is
+    executed, and what it names beyond AstroMAE's own classes is refused by name. Neither timm nor
+    the original code is needed.
     """
     from lambda_worker.checkpoint import convert as convert_file
-    from lambda_worker.engine import ModelError
+    from lambda_worker.model import ModelError
 
     try:
         done = convert_file(checkpoint, out, heads=heads)
@@ -112,7 +114,7 @@ def export(
         Path | None, typer.Argument(metavar="[OUT]", help="The .onnx file  [default: beside it]")
     ] = None,
 ) -> None:
-    """Export a model for the engines that need no torch: onnx and openvino.
+    """Export a model for the engines onnx and openvino.
 
     They need no torch, but one .onnx file, which both read. It is written only if ONNX Runtime
     predicts the same with it. Keep it beside the model, and export again after a change of the

@@ -163,7 +163,7 @@ def sweep(
     ] = None,
     endpoint_url: EndpointUrl = None,
 ) -> None:
-    """Run a job with all world sizes and batch sizes, and report what each took.
+    """Run a job with all world sizes and batch sizes, and compare.
 
     The runs go in random order, every one is recorded when it ends, and a
     failure does not stop the others. What was stopped, however, goes on with

@@ -211,7 +211,7 @@ def _check_memory(plan: RunPlan) -> None:
 
     each = _LEAST_OF_TORCH if plan.engine == "torch" else _LEAST
     need, left = plan.world_size * each, available()[0]
-    if need > left:
+    if need > left > 0:
         text = f"needs {need / 1e9:,.1f} GB of memory or more for {plan.world_size:,} ranks"
         room = f"{left / 1e9:,.1f} GB are free: take a smaller --world-size, or --on aws"
         raise RunFailed("the run", f"{text}, and {room}")

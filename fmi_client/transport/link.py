@@ -144,9 +144,7 @@ class SocketLink(Link):
         start = head(key, signature, payload, nbytes)
         self.bytes_sent += nbytes
         if self.error is not None:
-            failed = Send()
-            failed.finish(self.error)
-            return failed
+            return _unsent(self.error)
         if nbytes <= JOIN_BYTES:
             return self._send_small(b"".join((start, *payload.parts)))
         views = (_flat(part) for part in payload.parts if len(part))
@@ -168,6 +166,8 @@ class SocketLink(Link):
                 pass
             except OSError as error:
                 self._lose(error)
+                if self.error is not None:  # it was known that the peer is gone
+                    return _unsent(self.error)
         if sent == len(whole):
             return SENT
         message = self._out.add(memoryview(whole)[sent:])
@@ -352,3 +352,9 @@ class SocketLink(Link):
 
 def _flat(part: Buffer) -> memoryview:
     return memoryview(part).cast("B") if not isinstance(part, memoryview) else part
+
+
+def _unsent(error: Exception) -> Send:
+    failed = Send()
+    failed.finish(error)
+    return failed

@@ -136,11 +136,11 @@ class S3:
         while True:
             answer = self.client().get_object(Bucket=bucket, Key=key)
             with closing(answer["Body"]) as body:
-                size = answer["ContentLength"]
-                check(size)
+                size = answer.get("ContentLength")  # not of every server
+                check(size or 0)
                 try:
                     data = b"".join(self.pieces(body))
-                    if len(data) == size:
+                    if size is None or len(data) == size:
                         return data
                     raise BrokenOff(f"{len(data):,} of {size:,} bytes came")
                 except BrokenOff as error:

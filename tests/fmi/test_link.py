@@ -10,12 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from fmi_client.errors import RankFailed
 from fmi_client.payloads import allocate
 from fmi_client.protocol.inbox import Inbox
 from fmi_client.protocol.peer import COLLECTIVE, Payload, head
 from fmi_client.protocol.transfers import Receive
 from fmi_client.transport.link import JOIN_BYTES, WORTH_BYTES, SocketLink
 from fmi_client.transport.reactor import SyncReactor
+from tests.reliability.strangers import reset
 
 KEY = (COLLECTIVE, 0, 0)
 NBYTES = 2 * WORTH_BYTES + 7
@@ -55,6 +57,22 @@ def test_the_rest_of_a_large_payload_is_not_waited_for_in_vain(
     link.post(second)
     theirs.sendall(head(KEY, b"", Payload(b"", ()), 0))
     assert reactor.run_until(lambda: second.done, time.monotonic() + 5)
+
+
+def test_a_small_message_to_a_peer_that_is_known_to_be_gone_fails_at_once(
+    ends: tuple[SocketLink, SyncReactor, socket.socket],
+) -> None:
+    """The send itself finds the connection reset, and the link has failed before it returns."""
+    link, reactor, theirs = ends
+    heard = Receive(KEY, b"", None)  # until then what is sent is kept, to be sent again
+    link.post(heard)
+    theirs.sendall(head(KEY, b"", Payload(b"", ()), 0))
+    assert reactor.run_until(lambda: heard.done, time.monotonic() + 5)
+    gone = RankFailed("rank 1 died", rank=1)
+    link._on_lost = lambda lost: lost.fail(gone)
+    reset(theirs)
+    sent = [link.send(KEY, b"", Payload(b"", (b"few",))) for _ in range(3)]
+    assert [(each.done, each.error) for each in sent] == [(True, gone)] * 3
 
 
 def test_a_link_sleeps_until_much_of_a_large_payload_has_come(

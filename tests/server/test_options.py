@@ -59,6 +59,15 @@ def test_an_option_goes_before_its_variable_and_an_empty_one_counts_as_none() ->
     assert read_config([], {"RENDEZVOUS_NO_RELAY": "0"}).relay
 
 
+def test_a_variable_that_cannot_be_is_in_nobodys_way_where_an_option_is_given() -> None:
+    """Kubernetes sets this one in every pod beside a service of the name rendezvous."""
+    variables = {"RENDEZVOUS_PORT": "tcp://10.0.0.1:10000"}
+    assert read_config(["--port", "7"], variables).port == 7
+    with pytest.raises(SystemExit) as ended:
+        read_config(["--help"], variables)
+    assert ended.value.code == 0
+
+
 def test_secrets_come_from_files_or_variables(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(SECRET + b"\n")
     given = read_config(["--secret-file", str(tmp_path / "secret")], {})
