@@ -80,7 +80,7 @@ def convert(
     the original code is needed.
     """
     from lambda_worker.checkpoint import convert as convert_file
-    from lambda_worker.model import ModelError
+    from lambda_worker.engine import ModelError
 
     try:
         done = convert_file(checkpoint, out, heads=heads)
