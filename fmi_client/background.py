@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,16 @@ from fmi_client.errors import Aborted, FmiError
 
 CLOSE_SECONDS = 10.0
 """Leaving is limited by itself; so long a thread may take that gets no time to run."""
+
+WORD_SECONDS = 10.0
+"""So long joining may take without a word; its own limit is half an hour, as torch's is."""
+
+LATE = (
+    "rank %d has not joined job %r at %s yet: is the server there, and were all ranks started? "
+    "cosmic check %s says more"
+)
+
+log = logging.getLogger(__name__)
 
 Begin = Callable[[], Awaitable[Any]]
 
@@ -43,7 +54,10 @@ class Background:
         self._thread = threading.Thread(target=self._run, name="fmi-background", daemon=True)
         self._thread.start()
         try:
-            self.comm = self.submit(lambda: _join(server, options)).result()
+            joining = self.submit(lambda: _join(server, options))
+            if not wait([joining], WORD_SECONDS).done:
+                log.warning(LATE, self._rank, options.get("job"), server, server)
+            self.comm = joining.result()
         except BaseException:  # Ctrl-C, too: joining then still goes on
             asyncio.run_coroutine_threadsafe(self._give_up(), self._loop).result(CLOSE_SECONDS)
             self._stop()

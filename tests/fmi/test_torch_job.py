@@ -20,12 +20,13 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import _test_python_store
 from torch.distributed import DistBackendError, DistStoreError, PrefixStore
 
-from fmi_client import torch_join, torch_register, torch_store
+from fmi_client import background, torch_join, torch_register, torch_store
 from fmi_client.background import Background
-from fmi_client.errors import RankFailed
+from fmi_client.errors import FmiError, RankFailed
 from fmi_client.torch_store import FmiStore
 from tests.fmi.torch_ranks import joined
 from tests.processes import RankProcess, Tell, processes
+from tests.support import closed_port
 
 SHORT = timedelta(seconds=0.2)
 SOON = timedelta(seconds=15)
@@ -352,6 +353,17 @@ def test_what_is_missing_is_said(url: str, text: str, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match=text):
         torch_join.rendezvous(url)
     assert torch_join.joined.background is None
+
+
+def test_joining_that_takes_long_says_what_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(background, "WORD_SECONDS", 0.05)
+    nobody = f"127.0.0.1:{closed_port()}"
+    with pytest.raises(FmiError):
+        Background(nobody, job="j", rank=0, size=2, timeout=0.3)
+    (said,) = caplog.messages
+    assert said.startswith(f"rank 0 has not joined job 'j' at {nobody} yet: is the server there")
 
 
 def test_a_thread_that_could_not_join_ends() -> None:
