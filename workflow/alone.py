@@ -30,10 +30,12 @@ def alone(folder: Path, instead: str) -> Iterator[None]:
     held = os.open(folder, os.O_RDONLY)
     try:
         _lock(held, f"{folder}: another process is writing there: wait for it, or {instead}")
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
     finally:
-        with suppress(OSError):  # something is in it
-            folder.rmdir()
         os.close(held)
 
 
