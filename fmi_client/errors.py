@@ -158,6 +158,7 @@ class _Missing(FmiError):
 class JoinTimeout(_Missing, RendezvousError):
     """Not all ranks joined in time; ``missing`` lists those that the server has not seen.
 
+    It is empty where nobody could say, such as in a store that rank 0 has tidied up already.
     This rank has left the job again, and may join anew.
     """
 

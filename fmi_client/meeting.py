@@ -37,6 +37,8 @@ class Meeting:
         """Ranks that had not come when we looked; None before."""
         self.stranger: int | None = None
         """One of these, if it has left a ticket that does not prove our key."""
+        self.abandoned = False
+        """Whether rank 0 has given up when we looked: it has removed what shows who had come."""
         self.began = False
         """Whether the store has taken our ticket."""
         self._depot = depot
@@ -46,6 +48,8 @@ class Meeting:
         self._on_error = on_error
         self._nonce = auth.nonce().hex()
         self._run: str | None = None
+        self._shown = False
+        """Whether we stand in the run's folder."""
         self._ticket = self._sign("")
         self._pauses = Pauses()
         self._over = False
@@ -90,7 +94,11 @@ class Meeting:
             return
         self._run = read_run(answer)
         self._pauses.reset()
-        self._depot.mark(self._sign(f"{self._run}/here"), self._then(lambda _: self._look()))
+        self._depot.mark(self._sign(f"{self._run}/here"), self._then(lambda _: self._stand()))
+
+    def _stand(self) -> None:
+        self._shown = True
+        self._look()
 
     def _gone_on(self, go: memoryview | None) -> None:
         if go is None:
@@ -111,12 +119,14 @@ class Meeting:
     def ask_missing(self) -> None:
         """Look who has not come; `missing` holds the answer soon."""
         folder = "" if self._run is None else f"{self._run}/here"
-        self._depot.names(folder, self._then(lambda names: self._count(folder, names)))
+        shown = self._shown
+        self._depot.names(folder, self._then(lambda names: self._count(folder, names, shown)))
 
-    def _count(self, folder: str, names: list[str]) -> None:
+    def _count(self, folder: str, names: list[str], shown: bool) -> None:
         tickets = self._depot.scheme.tickets(folder, names)
         there = {ticket.rank for ticket in tickets if ticket.proven}
-        there |= {self._rank} if self._run is None else {0}
+        self.abandoned = shown and self._rank not in there
+        there |= {self._rank} if folder == "" else {self._rank, 0}
         self.missing = [rank for rank in range(self._size) if rank not in there] or [0]
         self._note_stranger(tickets)
 

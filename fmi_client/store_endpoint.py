@@ -9,6 +9,7 @@ from fmi_client.endpoint import Allocate, left_error
 from fmi_client.errors import (
     AuthenticationFailed,
     FmiError,
+    JoinTimeout,
     ProtocolError,
     RendezvousError,
 )
@@ -78,6 +79,13 @@ class StoreEndpoint(Joining):
                 "same key, or none (or its ticket is an old one, and it has not come)",
                 rank=self.rank,
                 peer=meeting.stranger,
+                op="connect",
+            )
+        if meeting.abandoned:
+            return JoinTimeout(
+                f"job {self._request.job!r}: rank 0 gave up before the {timeout:.3g} s of this "
+                "rank were over; its error names the ranks that did not join",
+                rank=self.rank,
                 op="connect",
             )
         return self._request.not_all_came(meeting.missing or [])
