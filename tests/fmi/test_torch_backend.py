@@ -179,11 +179,14 @@ def test_many_callbacks_may_wait_at_once(groups: list[Group]) -> None:
 
         return callback
 
-    futures = [
-        group.allreduce([torch.ones(1)]).get_future().then(more(group))
-        for _ in range(count)
-        for group in groups
-    ]
+    def begin(group: Group) -> Any:
+        return group.allreduce([torch.ones(1)]).get_future().then(more(group))
+
+    *others, last = groups
+    futures = [begin(group) for _ in range(count) for group in others]
+    # These may be done before `then` is called, which runs the callback where it is called.
+    with ThreadPoolExecutor(count) as pool:
+        futures += pool.map(begin, [last] * count)
     assert [future.wait().item() for future in futures] == [SIZE] * len(futures)
 
 
