@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +13,8 @@ import pytest
 from fmi_client.errors import ProtocolError
 from fmi_client.hosts import parse_endpoint
 from fmi_client.protocol.frames import encode
-from rendezvous_server.config import Config
 from rendezvous_server.registry import SPARE_LINKS, Outbox, Registry
 from rendezvous_server.several import SharingServer
-from tests.reliability.cluster import SECRET, Redis
 from tests.reliability.restarts import join, leave
 from tests.reliability.strangers import enter
 from tests.server import test_registry
@@ -64,28 +60,18 @@ async def test_who_does_not_read_what_it_asks_for_is_cut(monkeypatch: pytest.Mon
 
 
 @pytest.fixture
-async def servers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[list[tuple[SharingServer, str]]]:
-    """Two servers in this process that share their jobs, and say so once."""
+def rare_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers say that they live once, when they start, and then only where a test lets them."""
     monkeypatch.setattr("rendezvous_server.others.BEAT_SECONDS", 1000)
-    redis = Redis(tmp_path)
-    await redis.start()
-    config = Config("127.0.0.1", 0, -1, SECRET, True, 60.0, redis_url=redis.url)
-    servers = [SharingServer(config) for _ in range(2)]
-    yield [(server, f"127.0.0.1:{await server.start()}") for server in servers]
-    for server in servers:
-        await server.drain(0.0)
-        await server.stop()
-    await redis.kill()
 
 
+@pytest.mark.usefixtures("rare_beats")
 @pytest.mark.parametrize("heard", ["by its own beat", "from the other"])
 async def test_a_server_that_was_given_up_and_lives_hands_its_jobs_over(
-    heard: str, servers: list[tuple[SharingServer, str]]
+    heard: str, two: list[tuple[SharingServer, str]]
 ) -> None:
     """Its ranks, of which the other carries one, come again, and are together there."""
-    (old, at_old), (new, at_new) = servers
+    (old, at_old), (new, at_new) = two
     first = asyncio.ensure_future(join(at_old, 0, 3))
     await until(lambda: old.registry.ranks == 1)
     ranks = await asyncio.gather(first, join(at_old, 1, 3), join(at_new, 2, 3))

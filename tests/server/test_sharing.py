@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -34,14 +33,6 @@ pytestmark = pytest.mark.alone
 
 HELLO = Hello("job", 2, 1, 0, 2**40, (("10.0.0.1", 5),), auth.nonce())
 SEEN = ("203.0.113.9", 4242)
-
-
-@pytest.fixture
-async def redis(tmp_path: Path) -> AsyncIterator[Redis]:
-    redis = Redis(tmp_path)
-    await redis.start()
-    yield redis
-    await redis.kill()
 
 
 @pytest.fixture
@@ -180,17 +171,6 @@ def test_a_server_without_a_secret_believes_nobody() -> None:
     hello = replace(HELLO, seen=SEEN)
     with pytest.raises(AuthenticationFailed):
         converse(LineSide(hello, auth.Token(2**40, auth.ANONYMOUS)), server_side(None))
-
-
-@pytest.fixture
-async def two(redis: Redis) -> AsyncIterator[list[tuple[SharingServer, str]]]:
-    """Two servers in this process, each with its address."""
-    config = Config("127.0.0.1", 0, -1, SECRET, True, 60.0, redis_url=redis.url)
-    servers = [SharingServer(config) for _ in range(2)]
-    yield [(server, f"127.0.0.1:{await server.start()}") for server in servers]
-    for server in servers:
-        await server.drain(0.0)
-        await server.stop()
 
 
 @pytest.mark.parametrize("kind", ["lost", "moved"])
