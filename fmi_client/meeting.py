@@ -48,8 +48,7 @@ class Meeting:
         self._on_error = on_error
         self._nonce = auth.nonce().hex()
         self._run: str | None = None
-        self._shown = False
-        """Whether we stand in the run's folder."""
+        """This run's folder, once we stand in it."""
         self._ticket = self._sign("")
         self._pauses = Pauses()
         self._over = False
@@ -92,12 +91,12 @@ class Meeting:
         if answer is None:
             self._again()
             return
-        self._run = read_run(answer)
+        run = read_run(answer)
         self._pauses.reset()
-        self._depot.mark(self._sign(f"{self._run}/here"), self._then(lambda _: self._stand()))
+        self._depot.mark(self._sign(f"{run}/here"), self._then(lambda _: self._enter(run)))
 
-    def _stand(self) -> None:
-        self._shown = True
+    def _enter(self, run: str) -> None:
+        self._run = run
         self._look()
 
     def _gone_on(self, go: memoryview | None) -> None:
@@ -119,14 +118,13 @@ class Meeting:
     def ask_missing(self) -> None:
         """Look who has not come; `missing` holds the answer soon."""
         folder = "" if self._run is None else f"{self._run}/here"
-        shown = self._shown
-        self._depot.names(folder, self._then(lambda names: self._count(folder, names, shown)))
+        self._depot.names(folder, self._then(lambda names: self._count(folder, names)))
 
-    def _count(self, folder: str, names: list[str], shown: bool) -> None:
+    def _count(self, folder: str, names: list[str]) -> None:
         tickets = self._depot.scheme.tickets(folder, names)
         there = {ticket.rank for ticket in tickets if ticket.proven}
-        self.abandoned = shown and self._rank not in there
-        there |= {self._rank} if folder == "" else {self._rank, 0}
+        self.abandoned = folder != "" and self._rank not in there
+        there |= {self._rank, 0} if folder else {self._rank}
         self.missing = [rank for rank in range(self._size) if rank not in there] or [0]
         self._note_stranger(tickets)
 
